@@ -1,0 +1,1 @@
+"""Sources, fixed splits, and the batches that training sees."""

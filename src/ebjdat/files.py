@@ -1,0 +1,81 @@
+"""Atomic writes, hashes and locks. Nothing that this package writes is ever seen half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path in the same folder)`, flush it to disk and move it onto `path`.
+
+    On any error (a full disk, Ctrl-C) the temporary file is removed and `path` keeps its old content. Moving also keeps
+    a hard link into the DVC cache from being written through.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digest(*parts: Any) -> str:
+    """sha256 (hex) over files (Path: their content), bytes, and anything else as canonical JSON."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                data = hashlib.file_digest(file, "sha256").digest()
+        elif isinstance(part, bytes):
+            data = hashlib.sha256(part).digest()
+        else:
+            data = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest()
+        total.update(data)
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path: Path | str) -> Iterator[None]:
+    """Hold an exclusive lock file, released also when the process dies."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def git_commit() -> str:
+    """Commit of the working folder, with "-dirty" when tracked files other than dvc.lock differ; "unknown" outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)*dvc.lock")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

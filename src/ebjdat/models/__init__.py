@@ -1,0 +1,1 @@
+"""Networks that give logits, and the energies read from them."""

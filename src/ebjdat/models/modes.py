@@ -1,0 +1,47 @@
+"""Context managers and wrappers that change how a network is used, and put it back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ebjdat.pixels import internal_from_unit
+
+
+@contextlib.contextmanager
+def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
+    """No gradients for parameters; mode "eval", or "train" (statistics of the batch) without touching running statistics.
+
+    Everything is restored on leaving, also after an error.
+    """
+    training = model.training
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        model.train(mode == "train")
+        for p, _ in parameters:
+            p.requires_grad_(False)
+        for m, _ in norms:
+            m.momentum = 0.0  # running = 1 * running + 0 * batch
+        yield
+    finally:
+        for p, requires_grad in parameters:
+            p.requires_grad_(requires_grad)
+        for m, momentum in norms:
+            m.momentum = momentum
+        model.train(training)
+
+
+class UnitRange(nn.Module):
+    """A network of the internal range as evaluation and other programs see it: images in [0, 1] -> logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(internal_from_unit(x))
+        return logits

@@ -1,0 +1,83 @@
+"""Wide residual network (Zagoruyko & Komodakis 2016, arXiv 1605.07146) for square images of at least 8 pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebjdat.params import ModelSettings
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
+
+
+class Block(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: str, slope: float) -> None:
+        super().__init__()
+        bias = norm == "none"
+        self.slope = slope
+        self.norm1 = _norm(norm, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=bias)
+        self.norm2 = _norm(norm, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=bias)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=bias) if stride > 1 or channels_in != channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.norm1(x), self.slope)
+        skip = x if self.shortcut is None else self.shortcut(h)
+        h = F.leaky_relu(self.norm2(self.conv1(h)), self.slope)
+        return skip + self.conv2(h)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width: images (B, C, H, W) in [-1, 1] -> logits (B, K).
+
+    `stem` (the first convolution) and `trunk` (the rest) are exposed because PYLD steps through the stem alone.
+    """
+
+    def __init__(self, settings: ModelSettings, channels: int, classes: int) -> None:
+        super().__init__()
+        blocks = (settings.depth - 4) // 6
+        widths = [16, 16 * settings.width, 32 * settings.width, 64 * settings.width]
+        self.slope = settings.negative_slope
+        self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=settings.norm == "none")
+        layers = []
+        for group in range(3):
+            for i in range(blocks):
+                channels_in = widths[group] if i == 0 else widths[group + 1]
+                stride = 2 if group > 0 and i == 0 else 1
+                layers.append(Block(channels_in, widths[group + 1], stride, settings.norm, settings.negative_slope))
+        self.blocks = nn.Sequential(*layers)
+        self.norm = _norm(settings.norm, widths[3])
+        self.head = nn.Linear(widths[3], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=self.slope, mode="fan_in")
+
+    def penultimate(self, h: Tensor) -> Tensor:
+        """Stem output (B, 16, H, W) -> pooled features (B, 64 * width)."""
+        h = F.leaky_relu(self.norm(self.blocks(h)), self.slope)
+        return F.adaptive_avg_pool2d(h, 1).flatten(1)
+
+    def trunk(self, h: Tensor) -> Tensor:
+        """Stem output -> logits."""
+        logits: Tensor = self.head(self.penultimate(h))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] -> penultimate features (B, 64 * width)."""
+        return self.penultimate(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(self.stem(x))
+
+
+def build(settings: ModelSettings, channels: int, classes: int, seed: int) -> WideResNet:
+    """A freshly initialised network; the same seed gives the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WideResNet(settings, channels, classes)

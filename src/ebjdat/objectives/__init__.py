@@ -1,0 +1,1 @@
+"""What is minimised: terms, what is drawn for them, and their recipes."""

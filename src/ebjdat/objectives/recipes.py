@@ -1,0 +1,78 @@
+"""Losses of the methods: pure functions (model, batch, draws, weights) -> terms.
+
+"loss" is what is minimised; the other entries are detached and for the eye: cross-entropies, batch accuracies, mean
+energies. Each term is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebjdat.data.batches import Batch
+from ebjdat.models.energy import marginal_energy
+from ebjdat.params import WeightSettings
+
+Draws = Mapping[str, Tensor]
+Terms = dict[str, Tensor]
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y).float().mean()
+
+
+def _classified(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor, Terms]:
+    """Logits, cross-entropy, and what is logged of them under `name` ("clean" or "robust")."""
+    logits = model(x)
+    ce = F.cross_entropy(logits, y)
+    return logits, ce, {f"ce_{name}": ce.detach(), f"batch_acc_{name}": _accuracy(logits.detach(), y)}
+
+
+def _generation(model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor) -> tuple[Tensor, Terms]:
+    """-h1: mean E(x+) - mean E(x-); its gradient is that of -log p(x) (arXiv 1912.03263)."""
+    positive = clean_logits if batch.x_density is batch.x else model(batch.x_density)
+    energy_positive = marginal_energy(positive).mean()
+    energy_negative = marginal_energy(model(negatives)).mean()
+    logged = {"energy_clean": energy_positive.detach(), "energy_generated": energy_negative.detach()}
+    return energy_positive - energy_negative, logged
+
+
+def classifier(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+    """Cross-entropy on clean images."""
+    logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
+    return {"loss": ce, **logged, "energy_clean": marginal_energy(logits.detach()).mean()}
+
+
+def pgd_at(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+    """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
+    logits, ce, logged = _classified(model, draws["adversarial"], batch.y, "robust")
+    return {"loss": ce, **logged, "energy_adversarial": marginal_energy(logits.detach()).mean()}
+
+
+def jem(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+    """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
+    logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
+    generation, energies = _generation(model, batch, logits, draws["negatives"])
+    return {"loss": weights.w1 * generation + weights.w3 * ce, **logged, **energies}
+
+
+def eb_jdat(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+    """EB-JDAT (arXiv 2505.19459), the paper's form: minimise -(w1 h1 + w2 h2 + w3 h3).
+
+    h1: log p(x), by chains. h2: log p(x~|x), by pulling the energy of adversarial neighbours, which were walked up, down
+    to that of their clean images: mean E(x~) - mean E(x). h3: log p(y|x, x~), cross-entropy on both.
+    """
+    logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
+    adversarial_logits, ce_adversarial, logged_adversarial = _classified(model, draws["adversarial"], batch.y, "robust")
+    generation, energies = _generation(model, batch, logits, draws["negatives"])
+    energy_adversarial = marginal_energy(adversarial_logits).mean()
+    alignment = energy_adversarial - marginal_energy(logits).mean()
+    return {
+        "loss": weights.w1 * generation + weights.w2 * alignment + weights.w3 * (ce + ce_adversarial),
+        **logged,
+        **logged_adversarial,
+        **energies,
+        "energy_adversarial": energy_adversarial.detach(),
+    }

@@ -1,0 +1,516 @@
+"""Typed, validated settings of a profile (`params/<profile>.yaml`).
+
+`load` reports every problem at once, each with file, key path and what is allowed, before anything runs. What it returns
+is immutable. All perturbation budgets and attack steps are distances in [0, 1] pixels; chain steps and image noise are in
+the internal range [-1, 1], as the JEM family states them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ebjdat import registry
+from ebjdat.files import digest
+from ebjdat.pixels import Budget
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+# Training images of the sources whose size is known before anything is read: (official training set, test set).
+KNOWN_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
+DIGITS_SIZE = 1_797
+
+
+class ParamsError(ValueError):
+    """Everything that is wrong with a profile, one problem per line."""
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """Sentence that names the nearest allowed name, if one is near, and all of them."""
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(sorted(allowed))}"
+
+
+def known(names: Mapping[str, object]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"{value!r} is unknown; {nearest(value, list(names))}")
+        return value
+
+    return AfterValidator(check)
+
+
+def refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is allowed, not true/false")
+    return value
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+NotBool = BeforeValidator(refuse_bool)
+Count = Annotated[int, NotBool, Field(ge=1)]
+CountOrZero = Annotated[int, NotBool, Field(ge=0)]
+Positive = Annotated[float, NotBool, Field(gt=0)]
+NotNegative = Annotated[float, NotBool, Field(ge=0)]
+Fraction01 = Annotated[float, NotBool, Field(ge=0, le=1)]
+Epsilon = Annotated[Budget, Field(gt=0, le=1)]
+Norm = Literal["Linf", "L2"]
+
+
+class DataSettings(Settings):
+    source: Annotated[str, known(registry.SOURCES)]
+    label: str | None = None  # how the data set is called in tables; default: the source's name
+    path: str | None = None  # source folder: a folder or archive of class folders
+    root: str = "datasets"  # where torchvision's sets are kept and downloaded to when missing
+    test: Count | None = None  # digits: images held out for testing
+    validation: Count  # images held out of training to select checkpoints
+    n_train: Count | None = None  # use only so many training images (stratified), after the validation split
+    n_test: Count | None = None  # keep only so many test images
+    split_seed: CountOrZero = 0  # the splits never depend on a run's seed
+
+    @property
+    def name(self) -> str:
+        return self.label or self.source
+
+    def training_size(self) -> int | None:
+        """Training images, where that is known without reading the data."""
+        if self.source == "digits":
+            total: int | None = DIGITS_SIZE - (self.test or 0) - self.validation
+        elif self.source in KNOWN_SIZES:
+            total = KNOWN_SIZES[self.source][0] - self.validation
+        else:
+            total = None
+        if self.n_train is None:
+            return total
+        return self.n_train if total is None else min(self.n_train, total)
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.source == "folder" and not self.path:
+            raise ValueError("source 'folder' needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
+        if self.source == "digits" and not self.test:
+            raise ValueError(f"source 'digits' needs `test`, how many of its {DIGITS_SIZE} images are held out for testing")
+        if self.source != "digits" and self.test:
+            raise ValueError(f"`test` is for source 'digits'; {self.source!r} has a test split of its own (limit it with `n_test`)")
+        size = self.training_size()
+        if size is not None and size < 1:
+            raise ValueError("`test` and `validation` leave no training images")
+        return self
+
+
+class ModelSettings(Settings):
+    depth: Count = 28  # 6 n + 4
+    width: Count = 10
+    norm: Literal["none", "batch"] = "batch"
+    negative_slope: Fraction01 = 0.2  # leaky ReLU
+
+    @model_validator(mode="after")
+    def six_n_plus_four(self) -> Self:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
+        return self
+
+
+class OptimizerSettings(Settings):
+    name: Annotated[str, known(registry.OPTIMIZERS)] = "sgd"
+    lr: Positive
+    momentum: Fraction01 = 0.9
+    weight_decay: NotNegative = 0.0
+
+
+class ScheduleSettings(Settings):
+    name: Annotated[str, known(registry.SCHEDULES)] = "multistep"
+    warmup: CountOrZero = 0  # iterations
+    milestones: tuple[Count, ...] = ()  # epochs
+    factor: Positive = 0.2
+    peak: Fraction01 = 0.3  # onecycle: fraction of training at which the rate is highest
+
+
+class ChainSettings(Settings):
+    sampler: Annotated[str, known(registry.SAMPLERS)] = "pyld"
+    start: Annotated[str, known(registry.STARTS)] = "class_gaussians"
+    steps: Count = 10  # full gradients per draw
+    inner_steps: Count = 5  # pyld: steps through the stem per full gradient
+    step_size: Positive = 0.2  # internal range
+    noise: NotNegative = 0.0  # internal range, standard deviation per step
+    clamp: Positive | None = 1.0  # gradients are clamped to [-clamp, clamp]
+    mode: Literal["train", "eval"] = "train"  # batch-norm statistics while sampling
+    buffer: Count = 10_000  # images in the replay buffer
+    reinit: Fraction01 = 0.05  # chance that a chain starts afresh
+
+
+class AdversarySettings(Settings):
+    score: Annotated[str, known(registry.SCORES)] = "ce"
+    norm: Norm = "Linf"
+    eps: Epsilon
+    steps: Count = 10
+    step_size: Epsilon
+    random_start: bool = True
+    mode: Literal["train", "eval"] = "eval"  # batch-norm statistics while attacking
+
+
+class WeightSettings(Settings):
+    w1: NotNegative = 1.0
+    w2: NotNegative = 1.0
+    w3: NotNegative = 1.0
+
+
+class AugmentSettings(Settings):
+    pad: CountOrZero = 4  # reflect-pad, then crop at random
+    flip: bool = False
+    noise: NotNegative = 0.03  # on the images of the p(x) term, internal range
+
+
+class SelectionSettings(Settings):
+    score: Literal["clean", "robust", "clean_and_robust"] | None = None  # None: the method's own
+    after: Fraction01 = 0.0  # checkpoints compete after this fraction of the epochs
+
+
+class TrainingSettings(Settings):
+    epochs: CountOrZero
+    batch_size: Count
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+    update: Annotated[str, known(registry.UPDATES)] = "plain"
+    weights: WeightSettings = WeightSettings()
+    chain: ChainSettings = ChainSettings()
+    adversary: AdversarySettings
+    augment: AugmentSettings = AugmentSettings()
+    selection: SelectionSettings = SelectionSettings()
+
+    @model_validator(mode="after")
+    def milestones_within(self) -> Self:
+        late = [m for m in self.schedule.milestones if self.epochs and m >= self.epochs]
+        if self.schedule.name == "multistep" and late:
+            raise ValueError(f"schedule.milestones {late} lie at or after the last epoch ({self.epochs})")
+        return self
+
+
+class Pretraining(Settings):
+    """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
+
+    method: Annotated[str, known(registry.METHODS)] = "classifier"
+    epochs: CountOrZero
+    training: dict[str, Any] = {}  # overrides
+
+
+class Experiment(Settings):
+    method: Annotated[str, known(registry.METHODS)]
+    pretraining: str
+    training: dict[str, Any] = {}  # overrides
+    note: str | None = None  # shown in the report
+
+
+class PgdSettings(Settings):
+    steps: Count = 20
+    step_size: Epsilon
+
+
+class AutoAttackSettings(Settings):
+    n: CountOrZero  # first n test examples; 0: not run
+    batch_size: Count = 250
+
+
+class AttackSettings(Settings):
+    norm: Norm = "Linf"
+    eps: Epsilon
+    pgd: PgdSettings
+    autoattack: AutoAttackSettings
+    seed: CountOrZero = 0
+    batch_size: Count = 250
+
+
+class ReferenceSettings(Settings):
+    experiment: str = "classifier"
+    seed: CountOrZero = 0
+
+
+class GenerateSettings(Settings):
+    n: Count  # fresh chains
+    steps: Count  # full gradients per fresh chain
+    extractor: Literal["inception", "reference", "auto"] = "reference"
+    inception_weights: str | None = None  # a file; None: torch-fidelity's own download
+    reference: ReferenceSettings = ReferenceSettings()
+    grid: Count = 10  # images per class in the grid
+    seed: CountOrZero = 0
+    batch_size: Count = 250
+
+
+class EnergySettings(Settings):
+    n: Count | None = None  # first n test images; None: all
+    batch_size: Count = 250
+
+
+class Evaluation(Settings):
+    attack: AttackSettings
+    generate: GenerateSettings
+    energy: EnergySettings = EnergySettings()
+
+
+class Runtime(Settings):
+    """How it is run; nothing here changes a result beyond the arithmetic of the machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 1
+    checkpoint_minutes: Positive = 5.0
+
+
+class ReportSettings(Settings):
+    paper: Literal["cifar10", "cifar100", "imagenet_subset"] | None = None  # whose numbers stand beside ours
+
+
+class Profile(Settings):
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings
+    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1)
+    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1)
+    seeds: tuple[CountOrZero, ...] = Field(min_length=1)
+    evaluation: Evaluation
+    runtime: Runtime = Runtime()
+    report: ReportSettings = ReportSettings()
+
+    def pretraining_settings(self, name: str) -> TrainingSettings:
+        pretraining = self.pretraining[name]
+        return TrainingSettings.model_validate(self._merged(pretraining.training, {"epochs": pretraining.epochs}))
+
+    def training_settings(self, experiment: str) -> TrainingSettings:
+        return TrainingSettings.model_validate(self._merged(self.experiments[experiment].training))
+
+    def _merged(self, *overrides: Mapping[str, Any]) -> dict[str, Any]:
+        return merge(self.training.model_dump(), *overrides)
+
+    def resolved(self, experiment: str) -> dict[str, Any]:
+        """Everything that determines an experiment's results, except its seed, with defaults filled in and overrides applied."""
+        entry = self.experiments[experiment]
+        pretraining = self.pretraining[entry.pretraining]
+        settings = self.pretraining_settings(entry.pretraining)
+        return {
+            "data": self.data.model_dump(exclude={"path", "root", "label"}),
+            "model": self.model.model_dump(),
+            "pretraining": {"method": pretraining.method, **settings.model_dump()} if pretraining.epochs else {"epochs": 0},
+            "method": entry.method,
+            "training": self.training_settings(experiment).model_dump(),
+            "evaluation": self.evaluation.model_dump(),
+        }
+
+    def params_hash(self, experiment: str, seed: int) -> str:
+        return digest(self.resolved(experiment), seed)[:16]
+
+
+def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged key by key; the later one wins."""
+    result = dict(base)
+    for override in overrides:
+        for key, value in override.items():
+            below = result.get(key)
+            result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """ "training.epochs=3" -> {"training": {"epochs": 3}}."""
+    path, _, value = text.partition("=")
+    result: Any = yaml.safe_load(value)
+    for key in reversed(path.split(".")):
+        result = {key: result}
+    return cast(dict[str, Any], result)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error (plain YAML keeps the last silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The profile and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
+    layers = []
+    for item in [str(path), *overrides]:
+        if "=" in item:
+            name, content = f"override {item!r}", None
+            try:
+                content = parse_assignment(item)
+            except yaml.YAMLError as error:
+                raise ParamsError(f"{name}: the value is not YAML: {error}") from error
+        else:
+            name = item
+            try:
+                content = yaml.load(Path(item).read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+            except FileNotFoundError as error:
+                beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml"))
+                raise ParamsError(f"{item}: there is no such file; {nearest(Path(item).stem, beside)}") from error
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ParamsError(f"{item}: not a YAML file: {error}") from error
+        if not isinstance(content, dict):
+            raise ParamsError(f"{name}: a mapping of settings is allowed, found {type(content).__name__}")
+        layers.append((name, content))
+    return layers
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
+    """Read and check a profile with its overrides. Raises ParamsError that lists every problem."""
+    layers = read_layers(path, overrides)
+    raw = merge({}, *(content for _, content in layers))
+    problems = list(dict.fromkeys(_problems(raw)))
+    if problems:
+        lines = [f"{_origin(layers, where)}: {'.'.join(map(str, where)) or 'top level'}: {what}" for where, what in problems]
+        raise ParamsError(f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in the settings:\n  " + "\n  ".join(lines))
+    return Profile.model_validate(raw)
+
+
+Problem = tuple[tuple[str | int, ...], str]
+
+
+def _problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every problem of the raw settings: each section by itself first, then what sections say of each other."""
+    yield from _invalid(Profile, raw, ())
+    sections = {name: _section(name, raw) for name in ("data", "evaluation")}
+    training = raw.get("training")
+    if isinstance(training, Mapping) and not list(_invalid(TrainingSettings, training, ())):
+        yield from _training_problems(raw, training, cast(DataSettings | None, sections["data"]))
+    yield from _reference_problems(raw)
+    data, evaluation = cast(DataSettings | None, sections["data"]), cast(Evaluation | None, sections["evaluation"])
+    if data and evaluation:
+        yield from _evaluation_problems(raw, data, evaluation)
+
+
+def _section(name: str, raw: Mapping[str, Any]) -> BaseModel | None:
+    model = cast(type[BaseModel], Profile.model_fields[name].annotation)
+    try:
+        return model.model_validate(raw.get(name))
+    except ValidationError:
+        return None
+
+
+def _entries(raw: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
+    entries = raw.get(section)
+    return {k: v for k, v in entries.items() if isinstance(v, Mapping)} if isinstance(entries, Mapping) else {}
+
+
+def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data: DataSettings | None) -> Iterator[Problem]:
+    """Problems of each training after its overrides, and of its size against the data."""
+    size = data.training_size() if data else None
+    trainings: list[tuple[tuple[str | int, ...], Mapping[str, Any]]] = [(("training",), training)]
+    for section in ("pretraining", "experiments"):
+        for name, entry in _entries(raw, section).items():
+            override = entry.get("training", {})
+            if isinstance(override, Mapping):
+                own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
+                trainings.append(((section, name, "training"), merge(training, override, own)))
+    for where, settings in trainings:
+        found = list(_invalid(TrainingSettings, settings, where))
+        yield from found
+        batch = settings.get("batch_size")
+        if not found and size is not None and isinstance(batch, int) and batch > size:
+            yield (*where, "batch_size"), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
+
+
+def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    pretrainings = _entries(raw, "pretraining")
+    for name, entry in _entries(raw, "experiments").items():
+        wanted = entry.get("pretraining")
+        if isinstance(wanted, str) and wanted not in pretrainings:
+            yield ("experiments", name, "pretraining"), f"{wanted!r} is not under `pretraining`; {nearest(wanted, list(pretrainings))}"
+    first: dict[str, str] = {}
+    for name, entry in pretrainings.items():
+        content = {"epochs": 0} if entry.get("epochs") == 0 else {"method": "classifier", **entry}
+        twin = first.setdefault(repr(sorted(content.items())), name)
+        if twin != name:
+            yield ("pretraining", name), f"the same settings as pretraining.{twin}; name that one, so that its checkpoint is shared"
+    seeds = raw.get("seeds")
+    if isinstance(seeds, list) and len(set(map(repr, seeds))) < len(seeds):
+        yield ("seeds",), "each seed may stand once"
+
+
+def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation: Evaluation) -> Iterator[Problem]:
+    test = data.test or KNOWN_SIZES.get(data.source, (0, 0))[1] or None
+    test = min(filter(None, (test, data.n_test)), default=None)
+    n = evaluation.attack.autoattack.n
+    if test and n > test:
+        yield ("evaluation", "attack", "autoattack", "n"), f"{n} is more than the test split has; allowed: 0 to {test}"
+    if evaluation.energy.n and test and evaluation.energy.n > test:
+        yield ("evaluation", "energy", "n"), f"{evaluation.energy.n} is more than the test split has; allowed: 1 to {test}"
+    if evaluation.attack.pgd.step_size > 2 * evaluation.attack.eps:
+        yield (
+            ("evaluation", "attack", "pgd", "step_size"),
+            f"{evaluation.attack.pgd.step_size:.4g} is more than the diameter 2 eps = {2 * evaluation.attack.eps:.4g}",
+        )
+    generate = evaluation.generate
+    if generate.extractor == "inception" and data.source == "digits":
+        yield ("evaluation", "generate", "extractor"), "Inception is for natural images; allowed for digits: reference"
+    if generate.extractor != "inception":
+        experiments = _entries(raw, "experiments")
+        where = ("evaluation", "generate", "reference")
+        if generate.reference.experiment not in experiments:
+            yield (
+                (*where, "experiment"),
+                f"{generate.reference.experiment!r} is not an experiment of this profile; "
+                + nearest(generate.reference.experiment, list(experiments)),
+            )
+        if isinstance(raw.get("seeds"), list) and generate.reference.seed not in raw["seeds"]:
+            yield (*where, "seed"), f"{generate.reference.seed} is not one of the profile's seeds {raw['seeds']}"
+
+
+def _invalid(model: type[BaseModel], raw: Any, prefix: tuple[str | int, ...]) -> Iterator[Problem]:
+    try:
+        model.model_validate(raw)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            where = tuple(part for part in one["loc"] if part != "[key]")
+            if one["type"] == "extra_forbidden":
+                what = f"unknown key; {nearest(str(where[-1]), _fields_at(model, where[:-1]))}"
+            elif one["type"] == "missing":
+                what = "is missing"
+            elif one["type"] == "value_error":
+                what = str(one["ctx"]["error"])
+            else:
+                what = f"{one['msg'][0].lower()}{one['msg'][1:]}, found {one['input']!r}"
+            yield (*prefix, *where), what
+
+
+def _fields_at(model: type[BaseModel], where: Sequence[str | int]) -> list[str]:
+    """Field names of the settings class that lies at `where` below `model`."""
+    for part in where:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a name in a mapping such as `experiments`: stay at the class of its values
+            continue
+        for candidate in (field.annotation, *_all_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return list(model.model_fields)
+
+
+def _all_args(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        yield argument
+        yield from _all_args(argument)
+
+
+def _origin(layers: Sequence[tuple[str, Mapping[str, Any]]], where: Sequence[str | int]) -> str:
+    """The last layer that says something at `where`, else the profile itself."""
+    for name, content in reversed(layers):
+        value: Any = content
+        for part in where:
+            value = value.get(part) if isinstance(value, Mapping) else None
+            if value is None:
+                break
+        if value is not None:
+            return name
+    return layers[0][0]

@@ -1,0 +1,56 @@
+"""The only place that converts pixel ranges and perturbation budgets.
+
+Stored images are uint8. Users, attacks and results speak of the unit range [0, 1]. Networks, chains and training work in
+the JEM family's internal range [-1, 1] (x_internal = 2 * x_unit - 1), so an L-infinity or L2 budget doubles on the way in.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
+
+if TYPE_CHECKING:  # settings use this module too, and must not wait for torch
+    from torch import Tensor
+
+INTERNAL = (-1.0, 1.0)
+UNIT = (0.0, 1.0)
+
+
+def parse_budget(value: Any) -> float:
+    """A number in [0, 1] pixels from 0.03, "0.03" or "8/255". Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError('a number or a fraction such as "8/255" is allowed')
+    try:
+        return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f'{value!r} is not a number; a number or a fraction such as "8/255" is allowed') from error
+
+
+Budget = Annotated[float, BeforeValidator(parse_budget)]
+
+
+def unit_from_uint8(x: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [0, 1]."""
+    return x.float() / 255
+
+
+def uint8_from_unit(x: Tensor) -> Tensor:
+    """float [0, 1] -> uint8, rounded to nearest; values outside are clamped."""
+    return (x.clamp(0, 1) * 255).round().byte()
+
+
+def internal_from_unit(x: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]."""
+    return x * 2 - 1
+
+
+def unit_from_internal(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]."""
+    return (x + 1) / 2
+
+
+def internal_distance(unit_distance: float) -> float:
+    """A distance or step (eps, step size) of the unit range, in the internal range."""
+    return unit_distance * 2

@@ -1,0 +1,1 @@
+"""Chains, replay buffer and projected gradients: everything that moves images, never weights."""

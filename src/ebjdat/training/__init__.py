@@ -1,0 +1,1 @@
+"""The loop, its updates and schedules, resumable state and checkpoints."""
