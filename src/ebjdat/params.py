@@ -20,6 +20,7 @@ from ebjdat.files import digest
 from ebjdat.pixels import Budget
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
 KNOWN_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
@@ -209,11 +210,6 @@ class Experiment(Settings):
     note: str | None = None  # shown in the report
 
 
-class PgdSettings(Settings):
-    steps: Count = 20
-    step_size: Epsilon
-
-
 class AutoAttackSettings(Settings):
     n: CountOrZero  # first n test examples; 0: not run
     batch_size: Count = 250
@@ -222,7 +218,7 @@ class AutoAttackSettings(Settings):
 class AttackSettings(Settings):
     norm: Norm = "Linf"
     eps: Epsilon
-    pgd: PgdSettings
+    pgd20_step: Epsilon  # step size of PGD-20
     autoattack: AutoAttackSettings
     seed: CountOrZero = 0
     batch_size: Count = 250
@@ -279,14 +275,17 @@ class Profile(Settings):
     report: ReportSettings = ReportSettings()
 
     def pretraining_settings(self, name: str) -> TrainingSettings:
-        pretraining = self.pretraining[name]
-        return TrainingSettings.model_validate(self._merged(pretraining.training, {"epochs": pretraining.epochs}))
+        entry = self.pretraining[name]
+        return self._training(entry.method, entry.training, {"epochs": entry.epochs})
 
     def training_settings(self, experiment: str) -> TrainingSettings:
-        return TrainingSettings.model_validate(self._merged(self.experiments[experiment].training))
+        entry = self.experiments[experiment]
+        return self._training(entry.method, entry.training)
 
-    def _merged(self, *overrides: Mapping[str, Any]) -> dict[str, Any]:
-        return merge(self.training.model_dump(), *overrides)
+    def _training(self, method: str, *overrides: Mapping[str, Any]) -> TrainingSettings:
+        """The profile's defaults, under the method's, under the overrides."""
+        defaults = registry.METHODS[method].defaults
+        return TrainingSettings.model_validate(merge(self.training.model_dump(), defaults, *overrides))
 
     def resolved(self, experiment: str) -> dict[str, Any]:
         """Everything that determines an experiment's results, except its seed, with defaults filled in and overrides applied."""
@@ -412,7 +411,8 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
             override = entry.get("training", {})
             if isinstance(override, Mapping):
                 own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
-                trainings.append(((section, name, "training"), merge(training, override, own)))
+                method = registry.METHODS.get(str(entry.get("method")))
+                trainings.append(((section, name, "training"), merge(training, method.defaults if method else {}, override, own)))
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
@@ -424,6 +424,8 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
 def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
     pretrainings = _entries(raw, "pretraining")
     for name, entry in _entries(raw, "experiments").items():
+        if name == RESERVED:
+            yield ("experiments", name), "this name is kept for the shared pretrainings' folder; use another"
         wanted = entry.get("pretraining")
         if isinstance(wanted, str) and wanted not in pretrainings:
             yield ("experiments", name, "pretraining"), f"{wanted!r} is not under `pretraining`; {nearest(wanted, list(pretrainings))}"
@@ -446,10 +448,10 @@ def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation:
         yield ("evaluation", "attack", "autoattack", "n"), f"{n} is more than the test split has; allowed: 0 to {test}"
     if evaluation.energy.n and test and evaluation.energy.n > test:
         yield ("evaluation", "energy", "n"), f"{evaluation.energy.n} is more than the test split has; allowed: 1 to {test}"
-    if evaluation.attack.pgd.step_size > 2 * evaluation.attack.eps:
+    if evaluation.attack.pgd20_step > 2 * evaluation.attack.eps:
         yield (
-            ("evaluation", "attack", "pgd", "step_size"),
-            f"{evaluation.attack.pgd.step_size:.4g} is more than the diameter 2 eps = {2 * evaluation.attack.eps:.4g}",
+            ("evaluation", "attack", "pgd20_step"),
+            f"{evaluation.attack.pgd20_step:.4g} is more than the diameter 2 eps = {2 * evaluation.attack.eps:.4g}",
         )
     generate = evaluation.generate
     if generate.extractor == "inception" and data.source == "digits":
@@ -514,3 +516,13 @@ def _origin(layers: Sequence[tuple[str, Mapping[str, Any]]], where: Sequence[str
         if value is not None:
             return name
     return layers[0][0]
+
+
+def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
+    """Name of results, checkpoints and MLflow experiment: the profile's, plus what it is overridden by.
+
+    An overridden run so never mixes with the profile's own: "digits+ci", or "digits+1a2b3c" for key=value overrides.
+    """
+    files = [Path(item).stem for item in overrides if "=" not in item]
+    values = [item for item in overrides if "=" in item]
+    return "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,10 +26,12 @@ class Method(Entry):
 
     draws: names in DRAWS that are made once per step, before the loss.
     selection: the validation score that picks the checkpoint unless the settings say otherwise.
+    defaults: training settings that belong to the method; an experiment's own overrides win over them.
     """
 
     draws: tuple[str, ...] = ()
     selection: str = "clean"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS: Mapping[str, Method] = {
@@ -50,6 +52,7 @@ METHODS: Mapping[str, Method] = {
         "EB-JDAT, arXiv 2505.19459, paper's form",
         draws=("negatives", "adversarial"),
         selection="clean_and_robust",
+        defaults={"adversary": {"score": "energy"}},
     ),
 }
 

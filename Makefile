@@ -1,0 +1,60 @@
+# make reproduce [PROFILE=cifar10] [OVERRIDES="params/overrides/ci.yaml data.path=images.zip"]
+PROFILE ?= digits
+OVERRIDES ?=
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SNAKEMAKE := snakemake --cores all --config profile=$(PROFILE) $(if $(OVERRIDES),overrides='$(OVERRIDES)')
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test lint format ui lock unlock clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PROFILE=$(PROFILE)  OVERRIDES=$(OVERRIDES)  (profiles: $(basename $(notdir $(wildcard params/*.yaml))))"
+
+install: .venv/.installed ## create .venv with the pinned versions (Python >= 3.11)
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.12, for example."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --editable .
+	@touch $@
+
+reproduce: install ## run the profile's whole chain, then show its table
+	$(SNAKEMAKE)
+	@$(BIN)/ebjdat show --params params/$(PROFILE).yaml $(foreach item,$(OVERRIDES),--override $(item))
+
+test: install ## run the tests
+	$(BIN)/python -m pytest
+
+lint: install ## ruff, mypy, import rules, workflow lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy src
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: install ## format Python and Snakemake files
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/snakefmt Snakefile workflow
+
+ui: install ## MLflow UI with all runs on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+unlock: install ## after a kill -9: release Snakemake's lock
+	$(SNAKEMAKE) --unlock
+
+lock: ## resolve requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --no-header \
+	  --quiet --upgrade pyproject.toml --output-file requirements.lock
+
+clean: ## delete results, checkpoints and tracking (not .venv, not DVC's cache)
+	rm -rf data checkpoints results state logs benchmarks mlflow.db* mlartifacts .snakemake

@@ -1,0 +1,26 @@
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+include: "workflow/rules/record.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+localrules:
+    all,
+    record,
+
+
+rule all:
+    default_target: True
+    input:
+        REPORT.values(),
+        RECORDED if RECORD else [],

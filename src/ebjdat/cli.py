@@ -1,0 +1,251 @@
+"""`ebjdat`: one thin command per stage. Each reads the files it is given and writes the files it is told to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ebjdat.params import ParamsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="Profile, e.g. params/digits.yaml.")]
+Overrides = Annotated[list[str], typer.Option("--override", help="A YAML file laid over the profile, or key.path=value; repeatable.")]
+Seed = Annotated[int, typer.Option(help="Seed of the run.", min=0)]
+Name = Annotated[str, typer.Option("--experiment", help="An experiment of the profile.")]
+Data = Annotated[Path, typer.Option(help="Prepared data (npz).")]
+Weights = Annotated[Path, typer.Option(help="Checkpoint (safetensors).")]
+Out = Annotated[Path, typer.Option(help="Where the result goes (JSON).")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: the profile's runtime.threads.", min=1)]
+NO_OVERRIDES: list[str] = []
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Expected errors end with their message and exit code 1; Ctrl-C says that what was done is kept."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from ebjdat.data.sources import DataError
+
+        expected: tuple[type[BaseException], ...] = (ParamsError, DataError)
+        if "torch" in sys.modules or command.__name__ not in ("check", "report"):
+            from ebjdat.evaluation.frechet import ExtractorError
+            from ebjdat.training.checkpoint import CheckpointError
+            from ebjdat.training.loop import TrainingError
+
+            expected += (CheckpointError, TrainingError, ExtractorError)
+        try:
+            command(*args, **kwargs)
+        except expected as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.secho("stopped; run the same command again to continue from the last checkpoint", fg="yellow", err=True)
+            raise typer.Exit(130) from None
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            typer.secho(f"error: {error}; nothing was left half-written, run again when it is mended", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@friendly
+def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
+    """Check a profile; list everything that is wrong with it."""
+    from ebjdat.params import load
+
+    profile = load(params, override)
+    typer.echo(f"{params}: fine; {len(profile.experiments)} experiments x {len(profile.seeds)} seeds on {profile.data.name}")
+
+
+@app.command()
+@friendly
+def prepare(
+    params: ParamsFile,
+    out: Annotated[Path, typer.Option(help="Prepared arrays (npz).")],
+    card: Annotated[Path, typer.Option(help="Data card (JSON).")],
+    override: Overrides = NO_OVERRIDES,
+) -> None:
+    """Read the source, fix the splits, write arrays and data card."""
+    from ebjdat.params import load
+    from ebjdat.stages import prepare as stage
+
+    stage.run(load(params, override), out, card)
+
+
+@app.command()
+@friendly
+def pretrain(
+    params: ParamsFile,
+    pretraining: Annotated[str, typer.Option(help="A pretraining of the profile.")],
+    seed: Seed,
+    data: Data,
+    out: Weights,
+    metrics: Out,
+    curve: Annotated[Path, typer.Option(help="One line per epoch (CSV).")],
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Make the checkpoint that several experiments start from."""
+    from ebjdat.stages import train
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    train.pretrain(context, _known(pretraining, context.profile.pretraining), seed, data, train.Outputs(out, metrics, curve), threads)
+
+
+@app.command()
+@friendly
+def finetune(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    initial: Annotated[Path, typer.Option(help="Checkpoint of the experiment's pretraining.")],
+    out: Weights,
+    metrics: Out,
+    curve: Annotated[Path, typer.Option(help="One line per epoch (CSV).")],
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Train an experiment from its pretraining."""
+    from ebjdat.stages import train
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    outputs = train.Outputs(out, metrics, curve)
+    train.finetune(context, _known(experiment, context.profile.experiments), seed, data, initial, outputs, threads)
+
+
+@app.command()
+@friendly
+def attack(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    weights: Weights,
+    out: Out,
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Clean accuracy, PGD-20, AutoAttack standard."""
+    from ebjdat.stages import evaluate
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    evaluate.attack(context, _known(experiment, context.profile.experiments), seed, data, weights, out, threads)
+
+
+@app.command()
+@friendly
+def generate(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    weights: Weights,
+    reference: Annotated[Path, typer.Option(help="Checkpoint of the reference classifier.")],
+    out: Out,
+    samples: Annotated[Path, typer.Option(help="The fresh chains' images (npz).")],
+    grid: Annotated[Path, typer.Option(help="Picture of samples (PNG).")],
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Run fresh chains; measure them and the replay buffer."""
+    from ebjdat.stages import evaluate
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    name = _known(experiment, context.profile.experiments)
+    evaluate.generate(context, name, seed, data, weights, reference, out, samples, grid, threads)
+
+
+@app.command()
+@friendly
+def energy(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    weights: Weights,
+    samples: Annotated[Path, typer.Option(help="Fresh chains of `generate` (npz).")],
+    out: Out,
+    values: Annotated[Path, typer.Option(help="Every energy (npz).")],
+    figure: Annotated[Path, typer.Option(help="Histograms (PNG).")],
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Energies of clean, adversarial and generated images, and their gaps."""
+    from ebjdat.stages import evaluate
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    name = _known(experiment, context.profile.experiments)
+    evaluate.energy(context, name, seed, data, weights, samples, out, values, figure, threads)
+
+
+@app.command()
+@friendly
+def report(
+    params: ParamsFile,
+    results: Annotated[Path, typer.Option(help="Folder of the profile's results.")],
+    card: Annotated[Path, typer.Option(help="Data card (JSON).")],
+    summary: Annotated[Path, typer.Option(help="summary.csv, a row per experiment and seed.")],
+    table_csv: Annotated[Path, typer.Option(help="The table with intervals (CSV).")],
+    table_md: Annotated[Path, typer.Option(help="The table (Markdown).")],
+    html: Annotated[Path, typer.Option(help="The page.")],
+    override: Overrides = NO_OVERRIDES,
+) -> None:
+    """Tables and the HTML page from the result files."""
+    from ebjdat.stages import report as stage
+    from ebjdat.stages.context import Context
+
+    stage.run(Context.load(params, override), results, card, stage.Outputs(summary, table_csv, table_md, html))
+
+
+@app.command()
+@friendly
+def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
+    """Print a finished profile's table, and where its report and the MLflow UI are."""
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+    from ebjdat.params import load, run_name
+    from ebjdat.report.tables import METRICS, cell, header
+
+    load(params, override)
+    results = Path("results") / run_name(params, override)
+    try:
+        frame = pd.read_csv(results / "table.csv")
+    except FileNotFoundError:
+        raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it") from None
+    table = Table("experiment", *(header(m, frame) for m in METRICS), title=results.name, title_justify="left")
+    for _, record in frame.iterrows():
+        table.add_row(record["experiment"], *(cell(record, m) for m in METRICS))
+    console = Console()
+    console.print(table)
+    console.print(f"report:    {results / 'report.html'} (open in a browser; needs no network)", highlight=False)
+    console.print(f"for programs: {results / 'summary.csv'}", highlight=False)
+    console.print("all runs:  make ui, then http://127.0.0.1:5000", highlight=False)
+
+
+def _known(name: str, names: dict[str, Any]) -> str:
+    from ebjdat.params import nearest
+
+    if name not in names:
+        raise ParamsError(f"{name!r} is not in this profile; {nearest(name, list(names))}")
+    return name
+
+
+if __name__ == "__main__":
+    app()

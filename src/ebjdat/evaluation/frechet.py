@@ -1,0 +1,99 @@
+"""Fréchet distance between sets of images under a named feature extractor. Only Inception's is called FID."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebjdat.models.wrn import WideResNet
+from ebjdat.params import GenerateSettings
+from ebjdat.pixels import internal_from_unit, unit_from_uint8
+
+Features = Callable[[Tensor], NDArray[np.float64]]  # uint8 (N, C, H, W) -> (N, F)
+
+
+class ExtractorError(RuntimeError):
+    """The features cannot be computed here; says what is missing."""
+
+
+def reference_features(network: WideResNet, settings: GenerateSettings, device: torch.device) -> Features:
+    """Penultimate features (before the head) of the profile's reference classifier, in eval mode."""
+    network = network.to(device).eval()
+
+    @torch.no_grad()
+    def features(images: Tensor) -> NDArray[np.float64]:
+        parts = [
+            network.features(internal_from_unit(unit_from_uint8(part.to(device)))).double().cpu()
+            for part in images.split(settings.batch_size)
+        ]
+        return torch.cat(parts).numpy()
+
+    return features
+
+
+def inception_features(network: WideResNet | None, settings: GenerateSettings, device: torch.device) -> Features:
+    """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID.
+
+    Weights: the file `settings.inception_weights`, else torch-fidelity's own download. Raises ExtractorError when they
+    are not to be had. A file is first read with weights_only, since torch-fidelity itself would unpickle anything.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
+
+    path = settings.inception_weights
+    try:
+        if path is not None:
+            torch.load(Path(path), map_location="cpu", weights_only=True)
+        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+    except Exception as error:  # urllib, zip, pickle and key errors all mean the same to the user
+        where = f"in {path}" if path else "by download"
+        raise ExtractorError(
+            f"the weights of Inception cannot be had {where} ({type(error).__name__}: {error}). Set "
+            "evaluation.generate.inception_weights to a file of them, or the extractor to 'reference'."
+        ) from error
+    extractor = extractor.to(device).eval()
+
+    @torch.no_grad()
+    def features(images: Tensor) -> NDArray[np.float64]:
+        parts = []
+        for part in images.split(settings.batch_size):
+            rgb = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
+            parts.append(extractor(rgb.to(device))[0].double().cpu())
+        return torch.cat(parts).numpy()
+
+    return features
+
+
+def choose_extractor(
+    network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int
+) -> tuple[str, Features]:
+    """(name, features) of the settings' extractor. "auto": Inception for RGB images when its weights can be had."""
+    if settings.extractor == "reference" or (settings.extractor == "auto" and channels != 3):
+        return "reference", reference_features(network, settings, device)
+    try:
+        return "inception", inception_features(network, settings, device)
+    except ExtractorError as error:
+        if settings.extractor == "inception":
+            raise
+        print(f"WARNING: {error}\nWARNING: the distance below is under the reference classifier's features; it is no FID.", flush=True)
+        return "reference", reference_features(network, settings, device)
+
+
+def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, F), at least 2 rows each.
+
+    Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6; torch-fidelity's implementation. Biased upward for small N: only
+    compare distances of the same N.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    statistics: list[Any] = [fid_features_to_statistics(torch.from_numpy(part)) for part in (a, b)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])

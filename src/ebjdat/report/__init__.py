@@ -1,0 +1,1 @@
+"""Tables, figures and one HTML page, from result files only. Never imports torch."""

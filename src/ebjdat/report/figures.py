@@ -1,0 +1,154 @@
+"""Figures from plain arrays. Colours are the Okabe-Ito set, which colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+COLOURS = {"clean": "#0072B2", "adversarial": "#D55E00", "generated": "#009E73"}
+INK = "#333333"
+Images = NDArray[np.uint8]
+Values = NDArray[np.float64]
+
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#999999",
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "figure.dpi": 110,
+    }
+)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def png(figure: Figure) -> bytes:
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return memory.getvalue()
+
+
+def sample_grids(panels: Mapping[str, tuple[Images, NDArray[np.int64]]], classes: Sequence[str], per_class: int) -> Figure:
+    """Side by side, per panel the first `per_class` images of each class (one row a class, its name before it)."""
+    first = next(iter(panels.values()))[0]
+    rows = min(len(classes), 20)
+    pixels, gap = first.shape[-1], 1
+    inches = max(0.28, min(0.45, 4.5 / rows))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=((per_class * inches + 1.0) * len(panels), rows * inches + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis, (title, (images, labels)) in zip(axes[0], panels.items(), strict=True):
+        side = pixels + gap
+        canvas = np.full((rows * side - gap, per_class * side - gap, 3), 255, np.uint8)
+        for k in range(rows):
+            for column, image in enumerate(images[labels == k][:per_class]):
+                tile = np.broadcast_to(image.transpose(1, 2, 0), (pixels, pixels, 3))
+                canvas[k * side : k * side + pixels, column * side : column * side + pixels] = tile
+        axis.imshow(canvas, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([k * side + pixels / 2 for k in range(rows)], classes[:rows])
+        axis.tick_params(length=0)
+        axis.set_title(title, fontsize=9)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mapping[str, Mapping[str, Values]]) -> Figure:
+    """A row per title, E(x) left and E(x, y) right: clean, adversarial and generated images on one axis."""
+    figure, axes = plt.subplots(
+        len(marginal), 2, figsize=(9, 2.3 * len(marginal) + 0.4), squeeze=False, layout="constrained", sharex=False
+    )
+    for row, title in enumerate(marginal):
+        for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
+            together = np.concatenate(list(groups.values()))
+            low, high = np.quantile(together, [0.002, 0.998])
+            edges = np.linspace(low, high if high > low else low + 1, 50)
+            for name, values in groups.items():
+                axis.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, alpha=0.45, color=COLOURS[name], label=name)
+                axis.axvline(values.mean(), color=COLOURS[name], linewidth=1.2)
+            axis.set_title(f"{title}: {label}", fontsize=9, loc="left")
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def trilemma(table: pd.DataFrame, metrics: Sequence[Any], heads: Mapping[str, str]) -> Figure:
+    """Accuracy, robustness and generation side by side: a row per experiment, 95 % intervals, the paper's numbers hollow."""
+    panels = [m for m in metrics if m.name in ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet") and m.name in table]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 0.42 * len(table) + 1.1), sharey=True, layout="constrained", squeeze=False
+    )
+    y = np.arange(len(table))
+    for axis, metric in zip(axes[0], panels, strict=True):
+        scale = 100 if metric.percent else 1
+        values = table[metric.name].to_numpy(float) * scale
+        axis.hlines(y, 0, values, color="#DDDDDD", linewidth=1.5, zorder=1)
+        if f"{metric.name}_low" in table:
+            low, high = (table[f"{metric.name}_{end}"].to_numpy(float) * scale for end in ("low", "high"))
+            axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", ecolor="#777777", capsize=3, zorder=2)
+        axis.scatter(values, y, s=42, color=COLOURS["generated" if metric.name == "frechet" else "clean"], zorder=3)
+        if f"{metric.name}_paper" in table:
+            axis.scatter(table[f"{metric.name}_paper"] * scale, y, s=42, facecolors="none", edgecolors=INK, zorder=3)
+        for at, value in zip(y, values, strict=True):
+            if np.isfinite(value):
+                text = f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+                axis.annotate(text, (value, at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+        arrow = "better →" if metric.better == "higher" else "← better"
+        axis.set_title(f"{heads[metric.name]}\n{arrow}", fontsize=9)
+        if metric.percent:
+            axis.set_xlim(0, 104)
+        else:
+            axis.set_xlim(0, np.nanmax(values) * 1.12)
+    axes[0, 0].set_yticks(y, table["experiment"])
+    axes[0, 0].set_ylim(len(table) - 0.4, -0.6)
+    return figure
+
+
+def training_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Per experiment: loss, and what validation said after each epoch."""
+    figure, axes = plt.subplots(
+        2, len(curves), figsize=(2.7 * len(curves) + 0.6, 4), squeeze=False, layout="constrained", sharey="row"
+    )
+    shown = {"validation_acc_clean": ("clean", "validation, clean"), "validation_acc_robust": ("adversarial", "validation, PGD")}
+    energies = {"energy_clean": "clean", "energy_adversarial": "adversarial", "energy_generated": "generated"}
+    for column, (title, frame) in enumerate(curves.items()):
+        for name, (colour, label) in shown.items():
+            if name in frame and len(frame):
+                axes[0, column].plot(frame["epoch"], 100 * frame[name], color=COLOURS[colour], label=label)
+        for name, colour in energies.items():
+            if name in frame and len(frame):
+                axes[1, column].plot(frame["epoch"], frame[name], color=COLOURS[colour], label=colour)
+        axes[0, column].set_title(title, fontsize=9)
+        axes[1, column].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("accuracy, %")
+    axes[0, 0].set_ylim(0, 102)
+    axes[1, 0].set_ylabel("mean energy of the batch")
+    for row in axes:
+        handles: dict[str, Any] = {}
+        for axis in row:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        row[-1].legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+    return figure

@@ -1,0 +1,225 @@
+"""Result files -> one row per experiment and seed (summary.csv), one row per experiment (table), with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy import stats
+
+from ebjdat.files import read_json, write_text
+from ebjdat.params import Profile
+
+# The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
+SUMMARY_COLUMNS = (
+    "experiment",
+    "method",
+    "seed",
+    "n_test",
+    "clean_acc",
+    "pgd20_acc",
+    "n_attack",
+    "autoattack_acc",
+    "frechet",
+    "frechet_extractor",
+    "n_samples",
+    "energy_gap_adversarial",
+    "energy_gap_generated",
+    "train_seconds",
+    "params_hash",
+    "data_hash",
+    "git_commit",
+)
+STAGES = ("finetune", "attack", "generate", "energy")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """One experiment and seed. metrics: everything its stages measured, by name."""
+
+    experiment: str
+    method: str
+    seed: int
+    params_hash: str
+    data_hash: str
+    git_commit: str
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table. correct: the count it is a fraction of `n` from; se: its standard error, for the interval."""
+
+    name: str
+    label: str
+    percent: bool
+    n: str
+    better: str  # "higher" or "lower"
+    correct: str | None = None
+    se: str | None = None
+    paper: str | None = None  # its name among the paper's numbers
+
+
+METRICS = (
+    Metric("clean_acc", "clean %", True, "n_test", "higher", "clean_correct", paper="clean"),
+    Metric("pgd20_acc", "PGD-20 %", True, "n_test", "higher", "pgd20_correct", paper="pgd20"),
+    Metric("autoattack_acc", "AutoAttack %", True, "n_attack", "higher", "autoattack_correct", paper="autoattack"),
+    Metric("frechet", "Fréchet", False, "n_samples", "lower", paper="fid"),
+    Metric("energy_gap_adversarial", "gap adv.", False, "n_energy_clean", "lower", se="energy_gap_adversarial_se"),
+    Metric("energy_gap_generated", "gap gen.", False, "n_energy_generated", "lower", se="energy_gap_generated_se"),
+    Metric("train_seconds", "train s", False, "", "lower"),
+)
+
+
+def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
+    """Rows of all experiments and seeds, from `results/<experiment>/seed<k>/<stage>.json`.
+
+    train_seconds is the experiment's fine-tuning plus its (shared) pretraining.
+    """
+    rows = []
+    for name, experiment in profile.experiments.items():
+        for seed in profile.seeds:
+            folder = results / name / f"seed{seed}"
+            parts = {stage: read_json(folder / f"{stage}.json") for stage in STAGES}
+            before = read_json(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json")
+            metrics: dict[str, Any] = {}
+            for part in parts.values():
+                metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
+            metrics["finetune_seconds"] = metrics["train_seconds"]
+            metrics["train_seconds"] = round(metrics["train_seconds"] + before["train_seconds"], 3)
+            commit = parts["finetune"]["git_commit"]
+            rows.append(Row(name, experiment.method, seed, profile.params_hash(name, seed), data_hash, commit, metrics))
+    return rows
+
+
+def write_summary(rows: Sequence[Row], path: Path) -> None:
+    """summary.csv: accuracies as fractions; a value that was not measured is empty."""
+    frame = pd.DataFrame([{**row.metrics, **vars(row)} for row in rows]).reindex(columns=list(SUMMARY_COLUMNS))
+    write_text(path, frame.to_csv(index=False))
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Wilson score interval of a fraction at 95 %."""
+    interval = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Student t interval of the mean over seeds at 95 %."""
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """95 % interval: over seeds when there are several; else Wilson over examples, or normal from a standard error."""
+    values = [m[metric.name] for m in metrics]
+    if len(values) > 1:
+        return over_seeds(values)
+    if metric.correct and metrics[0].get(metric.correct) is not None:
+        return wilson(metrics[0][metric.correct], metrics[0][metric.n])
+    if metric.se:
+        half = stats.norm.ppf((1 + CONFIDENCE) / 2) * metrics[0][metric.se]
+        return values[0] - float(half), values[0] + float(half)
+    return None
+
+
+def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
+    """One row per experiment: mean over seeds, 95 % interval, standard deviation over seeds, n, and the paper's number."""
+    paper = paper_numbers(profile)
+    records = []
+    for name, experiment in profile.experiments.items():
+        mine = [row.metrics for row in rows if row.experiment == name]
+        record: dict[str, Any] = {"experiment": name, "method": experiment.method, "seeds": len(mine)}
+        for metric in METRICS:
+            values = [m.get(metric.name) for m in mine]
+            if any(v is None for v in values):
+                continue
+            record[metric.name] = float(np.mean(values))
+            interval = interval_of(metric, mine)
+            if interval:
+                record[f"{metric.name}_low"], record[f"{metric.name}_high"] = interval
+            if len(mine) > 1:
+                record[f"{metric.name}_sd"] = float(np.std(values, ddof=1))
+            if metric.n:
+                record[f"{metric.name}_n"] = int(mine[0][metric.n])
+            theirs = paper.get(experiment.method, {}).get(metric.paper or "")
+            if theirs is not None:
+                record[f"{metric.name}_paper"] = theirs / 100 if metric.percent else theirs
+        record["frechet_extractor"] = mine[0]["frechet_extractor"]
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def paper_numbers(profile: Profile) -> dict[str, dict[str, float]]:
+    """The paper's numbers by our method names, when the profile's data set is the paper's; else nothing."""
+    if profile.report.paper is None:
+        return {}
+    everything = yaml.safe_load(resources.files("ebjdat.report").joinpath("paper.yaml").read_text(encoding="utf-8"))
+    rows = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
+    rows["eb_jdat"] = rows.get("eb_jdat_jempp", {})
+    return rows
+
+
+def cell(record: pd.Series, metric: Metric) -> str:
+    """A value with its spread (several seeds: +- sd; one: its interval) and the paper's number, as text."""
+    value = record.get(metric.name)
+    if value is None or pd.isna(value):
+        return "–"
+    scale, digits = (100, 1) if metric.percent else (1, 2 if abs(value) < 100 else 0)
+    text = f"{value * scale:.{digits}f}"
+    sd, low, high = (record.get(f"{metric.name}_{part}") for part in ("sd", "low", "high"))
+    if sd is not None and not pd.isna(sd):
+        text += f" ± {sd * scale:.{digits}f}"
+    elif low is not None and not pd.isna(low):
+        text += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+    paper = record.get(f"{metric.name}_paper")
+    if paper is not None and not pd.isna(paper):
+        text += f" (paper {paper * scale:.{digits}f})"
+    return text
+
+
+def header(metric: Metric, table: pd.DataFrame) -> str:
+    """Column title with n, and for the Fréchet distance its extractor."""
+    label = metric.label
+    if metric.name == "frechet":
+        names = sorted(set(table["frechet_extractor"]))
+        label = "FID" if names == ["inception"] else f"Fréchet ({', '.join(names)})"
+    n = f"{metric.name}_n"
+    if n in table and table[n].notna().any():
+        counts = sorted({int(v) for v in table[n].dropna()})
+        label += f", n={'/'.join(map(str, counts))}"
+    return label
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    write_text(path, table.to_csv(index=False, float_format="%.6g"))
+
+
+def write_markdown(table: pd.DataFrame, profile: Profile, card: dict[str, Any], path: Path) -> None:
+    heads = ["experiment", *(header(m, table) for m in METRICS)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for _, record in table.iterrows():
+        lines.append("| " + " | ".join([record["experiment"], *(cell(record, m) for m in METRICS)]) + " |")
+    write_text(path, "\n".join([*lines, "", protocol(profile, card), ""]))
+
+
+def protocol(profile: Profile, card: dict[str, Any]) -> str:
+    """What the numbers mean, in a paragraph."""
+    attack, generate = profile.evaluation.attack, profile.evaluation.generate
+    spread = "± standard deviation over seeds" if len(profile.seeds) > 1 else "brackets: 95 % intervals (accuracies: Wilson)"
+    aa = f"AutoAttack standard on the first {attack.autoattack.n} of them" if attack.autoattack.n else "AutoAttack not run"
+    return (
+        f"Data {card['name']} ({card['data_hash']}), test split, {len(profile.seeds)} seed(s), {spread}. "
+        f"{attack.norm} eps = {attack.eps:.4g} in [0, 1] pixels, no noise, eval mode; PGD-20 with step {attack.pgd20_step:.4g} on all "
+        f"test examples, {aa}. Fréchet distance of {generate.n} fresh chains, none discarded, to the training split; it is "
+        "called FID only with Inception's features, and is biased in n. Gaps: mean |E(x) - E(adversarial)| over pairs; "
+        "|mean E(x) - mean E(generated)|."
+    )

@@ -1,0 +1,123 @@
+"""Stages `attack`, `generate` and `energy`: checkpoint -> measurements, samples, figures.
+
+matplotlib and scipy take a second each to import, so only the stages that use them do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ebjdat.data import prepared
+from ebjdat.data.batches import DeviceData
+from ebjdat.evaluation import frechet, robust
+from ebjdat.evaluation import generate as generation
+from ebjdat.files import git_commit, write_atomic, write_json
+from ebjdat.models.modes import UnitRange
+from ebjdat.samplers.starts import StartPool
+from ebjdat.stages.context import Context
+from ebjdat.training import checkpoint
+
+
+def attack(context: Context, experiment: str, seed: int, data_path: Path, weights: Path, out: Path, threads: int | None) -> None:
+    data = prepared.load(data_path)
+    device = context.device(threads)
+    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    with context.track_result(experiment, seed, "attack", data.data_hash) as tracker:
+        model = UnitRange(loaded.network(device)).eval()
+        settings = context.profile.evaluation.attack
+        result = robust.attack(model, DeviceData(data, "test", device), settings, f"{experiment}/seed{seed}")
+        write_json(out, {**result, "git_commit": git_commit()})
+        tracker.final(result)
+
+
+def generate(
+    context: Context,
+    experiment: str,
+    seed: int,
+    data_path: Path,
+    weights: Path,
+    reference: Path,
+    out: Path,
+    samples_out: Path,
+    grid_out: Path,
+    threads: int | None,
+) -> None:
+    from ebjdat.report import figures
+
+    data = prepared.load(data_path)
+    device = context.device(threads)
+    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    settings = context.profile.evaluation.generate
+    train = DeviceData(data, "train", device)
+    with context.track_result(experiment, seed, "generate", data.data_hash) as tracker:
+        model = loaded.network(device)
+        pool = StartPool.of(train, torch.from_numpy(data.class_mean))
+        fresh = generation.fresh_chains(model, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}")
+        buffer = None
+        if loaded.buffer is not None and loaded.buffer_labels is not None:
+            buffer = generation.Samples(loaded.buffer, loaded.buffer_labels)
+        ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
+        name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])
+        result = generation.measure(model, fresh, buffer, train, name, features, settings.batch_size)
+
+        def write_samples(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, images=fresh.images.cpu().numpy(), labels=fresh.labels.cpu().numpy())
+
+        write_atomic(samples_out, write_samples)
+        panels = {f"fresh chains of {experiment}, seed {seed}": (fresh.images.cpu().numpy(), fresh.labels.cpu().numpy())}
+        if buffer is not None:
+            panels["its replay buffer"] = (buffer.images.numpy(), buffer.labels.numpy())
+        write_atomic(grid_out, lambda path: figures.save(figures.sample_grids(panels, data.classes, settings.grid), path))
+        write_json(out, {**result, "git_commit": git_commit()})
+        tracker.final(result)
+        tracker.artifact(grid_out)
+
+
+def energy(
+    context: Context,
+    experiment: str,
+    seed: int,
+    data_path: Path,
+    weights: Path,
+    samples: Path,
+    out: Path,
+    values_out: Path,
+    figure_out: Path,
+    threads: int | None,
+) -> None:
+    from ebjdat.evaluation import energy as energy_landscape
+    from ebjdat.report import figures
+
+    data = prepared.load(data_path)
+    device = context.device(threads)
+    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    settings, attack_settings = context.profile.evaluation.energy, context.profile.evaluation.attack
+    with context.track_result(experiment, seed, "energy", data.data_hash) as tracker:
+        model = UnitRange(loaded.network(device)).eval()
+        test = DeviceData(data, "test", device, settings.n)
+        x, y = test.unit(), test.labels
+        moved = robust.pgd_examples(model, x, y, attack_settings)
+        with np.load(samples, allow_pickle=False) as file:
+            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+        generated = images.to(device).float() / 255
+        groups = {"clean": (x, y), "adversarial": (moved, y), "generated": (generated, labels.to(device))}
+        marginal, joint = {}, {}
+        for name, (points, classes) in groups.items():
+            marginal[name], joint[name] = energy_landscape.energies(model, points, classes, settings.batch_size)
+        result = energy_landscape.landscape(**marginal)
+        result |= {f"joint_{k}": v for k, v in energy_landscape.landscape(**joint).items() if k.startswith("energy_gap")}
+
+        def write_values(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **marginal, **{f"joint_{k}": v for k, v in joint.items()})
+
+        write_atomic(values_out, write_values)
+        title = f"{experiment}, seed {seed}"
+        write_atomic(figure_out, lambda path: figures.save(figures.energy_histograms({title: marginal}, {title: joint}), path))
+        write_json(out, {**result, "git_commit": git_commit()})
+        tracker.final(result)
+        tracker.artifact(figure_out)

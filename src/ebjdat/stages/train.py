@@ -1,0 +1,125 @@
+"""Stages `pretrain` and `finetune`: data (and a checkpoint) -> checkpoint, metrics, curves."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ebjdat
+from ebjdat.data import prepared
+from ebjdat.data.batches import DeviceData
+from ebjdat.data.prepared import Prepared
+from ebjdat.files import digest, git_commit, write_json, write_text
+from ebjdat.models import wrn
+from ebjdat.params import TrainingSettings
+from ebjdat.stages.context import Context
+from ebjdat.tracking.runs import Subject, Tracker
+from ebjdat.training import checkpoint
+from ebjdat.training.checkpoint import Checkpoint, Header
+from ebjdat.training.loop import Job, Trained, train
+
+# What a resumed training depends on beside its inputs; an edit there starts it again.
+CODE = ("params.py", "pixels.py", "data", "models", "samplers", "objectives", "training")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    checkpoint: Path
+    metrics: Path
+    curve: Path
+
+
+def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outputs, threads: int | None) -> None:
+    """Train (or, for 0 epochs, only initialise) the checkpoint that several experiments start from."""
+    entry, settings = context.profile.pretraining[name], context.profile.pretraining_settings(name)
+    data = prepared.load(data_path)
+    subject = Subject(context.run, name, seed, "pretrain", kind="pretraining")
+    described = {
+        "model": context.profile.model.model_dump(),
+        "method": entry.method,
+        "training": settings.model_dump(),
+        "seed": seed,
+    }
+    hashes = {"method": entry.method, "data_hash": data.data_hash, "params_hash": digest(described)[:16]}
+    with context.track(subject, described, hashes) as tracker:
+        job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
+        _train(context, job, data, None, f"pretraining/{name}/seed{seed}", out, tracker, threads)
+
+
+def finetune(
+    context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None
+) -> None:
+    """Train an experiment from its pretraining's checkpoint."""
+    entry, settings = context.profile.experiments[experiment], context.profile.training_settings(experiment)
+    data = prepared.load(data_path)
+    with context.track_result(experiment, seed, "finetune", data.data_hash) as tracker:
+        job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
+        _train(context, job, data, initial, f"{experiment}/seed{seed}", out, tracker, threads)
+
+
+def _train(
+    context: Context, job: Job, data: Prepared, initial: Path | None, place: str, out: Outputs, tracker: Tracker, threads: int | None
+) -> None:
+    device = context.device(threads)
+    settings, model_settings = job.settings, context.profile.model
+    model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
+    if initial is not None:
+        model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, data.data_hash, *([initial] if initial else []), *_code())
+    state = Path("state") / context.run / place / made_from[:16]
+    job = replace(job, state_file=state / "training.pt")
+    train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
+    result = train(
+        model,
+        job,
+        train_data,
+        validation,
+        torch.from_numpy(data.class_mean),
+        lambda row: tracker.metrics(row, int(row["epoch"])),
+    )
+    _write(job, settings, model_settings, data, result, out, tracker)
+    shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
+
+
+def _write(
+    job: Job, settings: TrainingSettings, model_settings: Any, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
+) -> None:
+    selected = result.selected
+    metrics = {
+        "train_seconds": round(result.seconds, 3),
+        "selected_epoch": selected.epoch,
+        "selection_score": selected.score,
+        "epochs": settings.epochs,
+        "n_validation": len(data.validation),
+        "n_train": len(data.train),
+    }
+    header = Header(
+        title=job.title,
+        method=job.method,
+        seed=job.seed,
+        model=model_settings,
+        training=settings,
+        image_shape=data.image_shape,
+        classes=data.classes,
+        data_hash=data.data_hash,
+        git_commit=git_commit(),
+        metrics=metrics,
+    )
+    checkpoint.save(Checkpoint(header, selected.weights, selected.buffer, selected.buffer_labels), out.checkpoint)
+    columns = list(dict.fromkeys(name for row in result.rows for name in row)) or ["epoch"]
+    lines = [",".join(columns), *(",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in result.rows)]
+    write_text(out.curve, "\n".join(lines) + "\n")
+    write_json(out.metrics, {**metrics, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
+    tracker.final(metrics)
+    tracker.artifact(out.curve)
+
+
+def _code() -> list[Path]:
+    root = Path(ebjdat.__file__).parent
+    return [file for name in CODE for file in sorted([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]

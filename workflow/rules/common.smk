@@ -1,0 +1,91 @@
+"""Names, settings and code lists that every rule uses. `--config profile=NAME` picks params/NAME.yaml;
+`overrides=` takes YAML files and key.path=value words, separated by spaces."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from ebjdat import params as settings
+
+
+config.setdefault("profile", "digits")
+config.setdefault("overrides", "")
+
+PARAMS = f"params/{config['profile']}.yaml"
+OVERRIDES = shlex.split(str(config["overrides"] or ""))
+try:
+    PROFILE = settings.load(PARAMS, OVERRIDES)
+except settings.ParamsError as error:
+    raise WorkflowError(str(error)) from None
+RUN = settings.run_name(PARAMS, OVERRIDES)
+RAW = settings.merge({}, *(layer for _, layer in settings.read_layers(PARAMS, OVERRIDES)))
+SETTINGS = shlex.join(["--params", PARAMS, *(w for o in OVERRIDES for w in ("--override", o))])
+
+EXPERIMENTS = list(PROFILE.experiments)
+SEEDS = list(PROFILE.seeds)
+THREADS = PROFILE.runtime.threads
+# GPU jobs run one at a time (profiles/default/config.yaml), CPU jobs side by side.
+GPU = int(PROFILE.runtime.device == "cuda" or (PROFILE.runtime.device == "auto" and shutil.which("nvidia-smi") is not None))
+
+DATA = f"data/{RUN}/data.npz"
+CARD = f"data/{RUN}/card.json"
+CHECKPOINTS = f"checkpoints/{RUN}"
+RESULTS = f"results/{RUN}"
+LOGS = f"logs/{RUN}"
+BENCHMARKS = f"benchmarks/{RUN}"
+REFERENCE = PROFILE.evaluation.generate.reference
+REPORT = {
+    "summary": f"{RESULTS}/summary.csv",
+    "table_csv": f"{RESULTS}/table.csv",
+    "table_md": f"{RESULTS}/table.md",
+    "html": f"{RESULTS}/report.html",
+}
+
+
+def package(*parts):
+    """Source files of these modules and packages, sorted: their change reruns a rule. dvc.yaml names the same."""
+    root = Path("src/ebjdat")
+    found = []
+    for part in parts:
+        path = root / part
+        found += [path] if path.suffix == ".py" else path.rglob("*.py")
+    return sorted(str(p) for p in found)
+
+
+BASE = ("params.py", "registry.py", "pixels.py", "files.py")
+CODE = {
+    "prepare": package(*BASE, "data/sources.py", "data/prepared.py", "stages/prepare.py"),
+    "train": package(*BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"),
+    "evaluate": package(*BASE, "data", "models", "samplers", "evaluation", "training/checkpoint.py", "stages/evaluate.py"),
+    "report": [*package("params.py", "registry.py", "report", "stages/report.py"), "src/ebjdat/report/page.html.j2", "src/ebjdat/report/paper.yaml"],
+}
+
+
+def sections(*paths):
+    """A `params:` function: these sections of the profile as canonical JSON, so that key order means nothing.
+
+    "{name}" in a path is the rule's wildcard. dvc.yaml names the same sections.
+    """
+
+    def get(wildcards):
+        found = {}
+        for path in paths:
+            path = path.format(**wildcards)
+            value = RAW
+            for key in path.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            found[path] = value
+        return json.dumps(found, sort_keys=True)
+
+    return get
+
+
+wildcard_constraints:
+    experiment="|".join(map(re.escape, EXPERIMENTS)),
+    pretraining="|".join(map(re.escape, PROFILE.pretraining)),
+    seed="|".join(map(str, SEEDS)),

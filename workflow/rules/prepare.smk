@@ -1,0 +1,17 @@
+rule prepare:
+    """Source -> uint8 arrays, fixed splits, class means, data card."""
+    input:
+        code=CODE["prepare"],
+    output:
+        data=DATA,
+        card=CARD,
+    log:
+        f"{LOGS}/prepare.log",
+    benchmark:
+        f"{BENCHMARKS}/prepare.tsv"
+    conda:
+        "../envs/ebjdat.yaml"
+    params:
+        sections=sections("data"),
+    shell:
+        "ebjdat prepare {SETTINGS} --out {output.data} --card {output.card} 2>&1 | tee {log}"

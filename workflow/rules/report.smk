@@ -1,0 +1,46 @@
+def per_result(*files):
+    return expand(
+        f"{RESULTS}/{{experiment}}/seed{{seed}}/{{file}}",
+        experiment=EXPERIMENTS,
+        seed=SEEDS,
+        file=files,
+    )
+
+
+rule report:
+    """summary.csv, the table, and one HTML page."""
+    input:
+        card=CARD,
+        results=per_result(
+            "finetune.json",
+            "finetune_curve.csv",
+            "attack.json",
+            "generate.json",
+            "samples.png",
+            "energy.json",
+            "energy.npz",
+        ),
+        pretraining=sorted(
+            f"{RESULTS}/pretraining/{e.pretraining}/seed{seed}/pretrain.json"
+            for e in PROFILE.experiments.values()
+            for seed in SEEDS
+            if e.pretraining
+        ),
+        code=CODE["report"],
+    output:
+        summary=REPORT["summary"],
+        table_csv=REPORT["table_csv"],
+        table_md=report(REPORT["table_md"], caption="../report/table.rst", category="Summary"),
+        html=report(REPORT["html"], caption="../report/page.rst", category="Summary"),
+    log:
+        f"{LOGS}/report.log",
+    benchmark:
+        f"{BENCHMARKS}/report.tsv"
+    conda:
+        "../envs/ebjdat.yaml"
+    params:
+        sections=sections("experiments", "seeds", "evaluation", "report"),
+    shell:
+        "ebjdat report {SETTINGS} --results {RESULTS} --card {input.card} --summary {output.summary}"
+        " --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
+        " > {log} 2>&1"

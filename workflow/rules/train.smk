@@ -1,0 +1,59 @@
+rule pretrain:
+    """A checkpoint that several experiments start from; 0 epochs: the fresh initialisation."""
+    input:
+        data=DATA,
+        code=CODE["train"],
+    output:
+        checkpoint=f"{CHECKPOINTS}/pretraining/{{pretraining}}/seed{{seed}}.safetensors",
+        metrics=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain.json",
+        curve=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain_curve.csv",
+    log:
+        f"{LOGS}/pretraining/{{pretraining}}/seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/pretraining/{{pretraining}}/seed{{seed}}.tsv"
+    conda:
+        "../envs/ebjdat.yaml"
+    priority: 2  # before attacks, so that the longest chain starts early
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        sections=sections("data", "model", "training", "pretraining.{pretraining}"),
+    shell:
+        "ebjdat pretrain {SETTINGS} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
+        " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
+        " 2>&1 | tee {log}"
+
+
+def initial_checkpoint(wildcards):
+    name = PROFILE.experiments[wildcards.experiment].pretraining
+    return f"{CHECKPOINTS}/pretraining/{name}/seed{wildcards.seed}.safetensors"
+
+
+rule finetune:
+    """An experiment's training, from its pretraining's checkpoint."""
+    input:
+        data=DATA,
+        initial=initial_checkpoint,
+        code=CODE["train"],
+    output:
+        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
+        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune.json",
+        curve=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune_curve.csv",
+    log:
+        f"{LOGS}/{{experiment}}/seed{{seed}}/finetune.log",
+    benchmark:
+        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/finetune.tsv"
+    conda:
+        "../envs/ebjdat.yaml"
+    priority: 2  # before attacks, so that the longest chain starts early
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        sections=sections("data", "model", "training", "experiments.{experiment}"),
+    shell:
+        "ebjdat finetune {SETTINGS} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        " --data {input.data} --initial {input.initial}"
+        " --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
+        " 2>&1 | tee {log}"
