@@ -27,7 +27,7 @@ def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """x: images of the p(y|x) terms; x_density: images of the p(x) term (with noise); both (B, C, H, W) in [-1, 1]. y: (B,)."""
+    """x: images of the p(y|x) terms; x_density: images of the p(x) term (with noise; x itself without); both (B, C, H, W) in [-1, 1]. y: (B,)."""
 
     x: Tensor
     x_density: Tensor
@@ -69,7 +69,7 @@ def epoch_batches(
         index = order[step * batch_size : (step + 1) * batch_size]
         noise = generator(data.device, "augment", seed, epoch, step)
         x = internal_from_unit(unit_from_uint8(random_crop_flip(data.images[index], augment, noise)))
-        x_density = x + augment.noise * torch.randn(x.shape, generator=noise, device=x.device)
+        x_density = x + augment.noise * torch.randn(x.shape, generator=noise, device=x.device) if augment.noise else x
         yield Batch(x, x_density, data.labels[index])
 
 

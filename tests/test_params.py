@@ -1,0 +1,171 @@
+"""Settings: what is accepted, and that every problem of a file is reported at once and where it is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebjdat import params, registry
+from ebjdat.params import ParamsError, merge, run_name
+from ebjdat.pixels import parse_budget
+
+from .conftest import ROOT
+
+PROFILES = sorted((ROOT / "params").glob("*.yaml"))
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "params/digits.yaml").read_text())
+    return content
+
+
+def problems(tmp_path: Path, raw: dict[str, Any]) -> str:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ParamsError) as caught:
+        params.load(file)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
+def test_shipped_profiles_are_valid(path: Path) -> None:
+    assert params.load(path).experiments
+
+
+def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["epocs"] = 3
+    raw["training"]["batch_size"] = "many"
+    raw["evaluation"]["attack"]["eps"] = -0.1
+    raw["experiments"]["pgd_at"]["method"] = "pgdat"
+    raw["experiments"]["jempp"]["pretraining"] = "claen"
+    raw["experiments"]["eb_jdat"]["training"] = {"adversary": {"eps": 1.5}}
+    text = problems(tmp_path, raw)
+    assert "training.epocs: unknown key; did you mean 'epochs'?" in text
+    assert "training.batch_size: " in text and "found 'many'" in text
+    assert "evaluation.attack.eps: input should be greater than 0, found -0.1" in text
+    assert "experiments.pgd_at.method: 'pgdat' is unknown; did you mean 'pgd_at'?" in text
+    assert "experiments.jempp.pretraining: 'claen' is not under `pretraining`; did you mean 'clean'?" in text
+    assert all(line.strip().startswith(str(tmp_path / "mine.yaml")) for line in text.splitlines()[1:])
+
+
+def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["experiments"]["eb_jdat"]["training"] = {"adversary": {"eps": 1.5, "stepz": 3}, "schedule": {"name": "cosine"}}
+    text = problems(tmp_path, raw)
+    assert "experiments.eb_jdat.training.adversary.eps: input should be less than or equal to 1, found 1.5" in text
+    assert "experiments.eb_jdat.training.adversary.stepz: unknown key; did you mean 'step" in text
+    assert "experiments.eb_jdat.training.schedule.name: 'cosine' is unknown; " in text
+    assert text.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("training.batch_size", 5000, "training.batch_size: 5000 is larger than the training split (1170 images)"),
+        ("evaluation.attack.eps", 0, "evaluation.attack.eps: input should be greater than 0"),
+        ("evaluation.attack.eps", "300/255", "evaluation.attack.eps: input should be less than or equal to 1"),
+        ("evaluation.attack.eps", "8/0", "a number or a fraction such as"),
+        ("evaluation.attack.eps", True, "a number or a fraction such as"),
+        ("evaluation.attack.autoattack.n", 498, "more than the test split has; allowed: 0 to 497"),
+        ("evaluation.attack.pgd20_step", 0.31, "more than the diameter"),
+        ("evaluation.generate.extractor", "inception", "Inception is for natural images"),
+        ("evaluation.generate.reference.experiment", "nobody", "not an experiment of this profile"),
+        ("evaluation.generate.reference.seed", 7, "not one of the profile's seeds"),
+        ("model.depth", 12, "6 n + 4"),
+        ("data.validation", 1300, "leave no training images"),
+        ("data.test", None, "needs `test`"),
+        ("data.source", "folder", "needs `path`"),
+        ("data.source", "mnist", "'mnist' is unknown"),
+        ("seeds", [0, 0], "each seed may stand once"),
+        ("seeds", [-1], "greater than or equal to 0"),
+        ("seeds", [], "at least 1 item"),
+        ("training.epochs", True, "not true/false"),
+        ("training.optimizer.lr", float("nan"), "finite"),
+        ("pretraining.other", {"method": "pgd_at", "epochs": 0}, "the same settings as pretraining."),
+        ("experiments.pretraining", {"method": "classifier", "pretraining": "scratch"}, "kept for the shared"),
+        ("experiments.a/b", {"method": "classifier", "pretraining": "scratch"}, "should match pattern"),
+        ("training.schedule", {"name": "multistep", "milestones": [20]}, "at or after the last epoch"),
+    ],
+)
+def test_impossible_values(tmp_path: Path, raw: dict[str, Any], path: str, value: Any, expected: str) -> None:
+    content: dict[str, Any] = {}
+    inner = content
+    *parents, last = path.split(".")
+    for key in parents:
+        inner = inner.setdefault(key, {})
+    inner[last] = value
+    assert expected in problems(tmp_path, merge(raw, content))
+
+
+def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("seeds: [0]\nseeds: [1]\n")
+    with pytest.raises(ParamsError, match="'seeds' stands twice"):
+        params.load(tmp_path / "p.yaml")
+
+
+def test_missing_profile_names_the_nearest() -> None:
+    with pytest.raises(ParamsError, match="did you mean 'digits'"):
+        params.load(ROOT / "params/digts.yaml")
+
+
+def test_problem_names_the_override_it_comes_from() -> None:
+    with pytest.raises(ParamsError, match=r"override 'training.epochs=-1': training.epochs: "):
+        params.load(ROOT / "params/digits.yaml", ["training.epochs=-1"])
+
+
+def test_overrides_and_method_defaults_reach_the_training() -> None:
+    profile = params.load(ROOT / "params/digits.yaml", ["training.epochs=7", "experiments.pgd_at.training.epochs=3"])
+    assert profile.training_settings("eb_jdat").epochs == 7
+    assert profile.training_settings("pgd_at").epochs == 3
+    assert profile.training_settings("eb_jdat").adversary.score == "energy"
+    assert profile.training_settings("pgd_at").adversary.score == "ce"
+    own = params.load(ROOT / "params/digits.yaml", ["experiments.eb_jdat.training.adversary.score=ce"])
+    assert own.training_settings("eb_jdat").adversary.score == "ce"
+
+
+def test_params_hash_follows_what_determines_the_result() -> None:
+    base = params.load(ROOT / "params/digits.yaml")
+
+    def changed(*overrides: str) -> set[str]:
+        other = params.load(ROOT / "params/digits.yaml", overrides)
+        return {e for e in base.experiments if other.params_hash(e, 0) != base.params_hash(e, 0)}
+
+    assert changed("runtime.threads=2", "runtime.device=auto", "report.paper=null") == set()
+    assert changed("experiments.eb_jdat.training.epochs=2") == {"eb_jdat"}
+    assert changed("pretraining.clean.epochs=2") == {"pgd_at", "jempp", "eb_jdat"}
+    assert changed("evaluation.attack.eps=0.1") == set(base.experiments)
+    assert base.params_hash("eb_jdat", 0) != base.params_hash("eb_jdat", 1)
+
+
+def test_run_names_keep_overridden_results_apart() -> None:
+    assert run_name("params/digits.yaml") == "digits"
+    assert run_name("params/digits.yaml", ["params/overrides/ci.yaml"]) == "digits+ci"
+    assert run_name("params/digits.yaml", ["a.b=1"]) != run_name("params/digits.yaml", ["a.b=2"])
+
+
+def test_every_registered_strategy_can_be_imported() -> None:
+    registries = [v for k, v in vars(registry).items() if k.isupper()]
+    assert len(registries) >= 9
+    for entries in registries:
+        for name, entry in entries.items():
+            assert callable(registry.load(entries, name)), name
+            assert entry.source
+
+
+@given(st.integers(0, 255), st.integers(1, 255))
+def test_budgets_as_fractions(a: int, b: int) -> None:
+    assert parse_budget(f"{a}/{b}") == a / b == parse_budget(f" {a} / {b} ")
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers() | st.dictionaries(st.sampled_from("abc"), st.integers())))
+def test_merge_leaves_its_arguments_alone(content: dict[str, Any]) -> None:
+    before = copy.deepcopy(content)
+    merged = merge(content, {"a": {"b": 1}})
+    assert content == before
+    assert merged["a"]["b"] == 1

@@ -1,0 +1,183 @@
+"""Samplers against slow, obvious versions; projections as properties; chain starts against numpy's covariance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ebjdat.data.batches import DeviceData
+from ebjdat.data.prepared import Prepared
+from ebjdat.models.modes import moving_images
+from ebjdat.models.wrn import WideResNet
+from ebjdat.params import ChainSettings
+from ebjdat.samplers.buffer import ReplayBuffer
+from ebjdat.samplers.pgd import cross_entropy_score, joint_energy_score, project, projected_gradient, random_point
+from ebjdat.samplers.pyld import pyld
+from ebjdat.samplers.starts import StartPool, class_gaussians, uniform
+
+
+@pytest.fixture(scope="module")
+def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
+    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
+
+
+def slow_pyld(model: WideResNet, x: Tensor, spec: ChainSettings) -> Tensor:
+    """PYLD one image at a time; the inner gradient as the stem's transposed convolution, written out by pixel."""
+    weight = model.stem.weight.detach()  # (16, 1, 3, 3)
+    for _ in range(spec.steps):
+        h = model.stem(x).detach().requires_grad_(True)
+        model.trunk(h).logsumexp(1).sum().backward()
+        p = h.grad
+        assert p is not None
+        gradient = torch.zeros_like(x)
+        for i in range(8):
+            for j in range(8):
+                for di in (-1, 0, 1):
+                    for dj in (-1, 0, 1):
+                        if 0 <= i + di < 8 and 0 <= j + dj < 8:
+                            gradient[:, 0, i + di, j + dj] += p[:, :, i, j] @ weight[:, 0, 1 + di, 1 + dj]
+        for _ in range(spec.inner_steps):  # the stem is linear: the same gradient at every inner step
+            x = x + spec.step_size * (gradient if spec.clamp is None else gradient.clamp(-spec.clamp, spec.clamp))
+    return x.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.01])
+def test_pyld_matches_a_slow_loop(clamp: float | None, network: WideResNet, rng: torch.Generator) -> None:
+    spec = ChainSettings(steps=3, inner_steps=2, step_size=0.05, clamp=clamp, noise=0.0)
+    x = torch.rand(3, 1, 8, 8, generator=rng) - 0.5
+    with moving_images(network, "eval"):
+        fast, slow = pyld(network, x, spec, rng), slow_pyld(network, x, spec)
+    assert (fast - x).abs().max() > 1e-3
+    assert torch.allclose(fast, slow, atol=1e-5)  # float32 sums in another order
+
+
+def test_pyld_goes_down_the_energy_and_stays_an_image(network: WideResNet, rng: torch.Generator) -> None:
+    x = torch.rand(64, 1, 8, 8, generator=rng) * 2 - 1
+    with moving_images(network, "eval"):
+        moved = pyld(network, x, ChainSettings(steps=5, step_size=0.02), rng)
+        assert (network(moved).logsumexp(1) > network(x).logsumexp(1)).all()
+    assert moved.abs().max() <= 1
+    assert not moved.requires_grad
+
+
+def test_pyld_noise_is_per_inner_step(network: WideResNet) -> None:
+    """With steps too small to matter, what remains is the sum of steps x inner_steps independent draws."""
+    spec = ChainSettings(steps=2, inner_steps=3, step_size=1e-9, noise=0.01)
+    x = torch.zeros(64, 1, 8, 8)
+    with moving_images(network, "eval"):
+        moved = pyld(network, x, spec, torch.Generator().manual_seed(1))
+    assert moved.std() == pytest.approx(0.01 * 6**0.5, rel=0.05)  # 4096 draws: standard error 1 %
+
+
+images = st.integers(0, 2**31 - 1).map(lambda seed: torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed)))
+
+
+@given(images, st.floats(0.001, 1.0), st.sampled_from(["Linf", "L2"]), st.floats(0, 3), st.integers(0, 1000))
+@hypothesis_settings(deadline=None)
+def test_projection_stays_in_ball_and_bounds(x: Tensor, eps: float, norm: str, far: float, seed: int) -> None:
+    moved = x + far * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    found = project(moved, x, eps, norm, (0.0, 1.0))
+    size = (found - x).abs().amax() if norm == "Linf" else (found - x).flatten(1).norm(dim=1).max()
+    assert size <= eps + 1e-6
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert torch.allclose(project(found, x, eps, norm, (0.0, 1.0)), found, atol=1e-6)
+    start = random_point(x, eps, norm, (0.0, 1.0), torch.Generator().manual_seed(seed))
+    assert torch.allclose(project(start, x, eps, norm, (0.0, 1.0)), start, atol=1e-6)
+
+
+def test_random_points_fill_the_ball() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.full((4000, 1, 1, 2), 0.5)
+    box = random_point(x, 0.2, "Linf", (0.0, 1.0), rng) - x
+    assert box.std() == pytest.approx(0.2 / 3**0.5, rel=0.03)  # uniform; 8000 draws
+    disc = (random_point(x, 0.2, "L2", (0.0, 1.0), rng) - x).flatten(1).norm(dim=1)
+    assert (disc < 0.1).float().mean() == pytest.approx(0.25, abs=0.03)  # area of the half radius
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_projected_gradient_on_a_linear_score_has_a_closed_form(norm: str, rng: torch.Generator) -> None:
+    """max <w, x'> over the ball is x + eps sign(w), or x + eps w / |w|, where the bounds do not bind."""
+    w = torch.randn(1, 1, 4, 4, generator=rng)
+    x = torch.rand(5, 1, 4, 4, generator=rng) * 0.2 + 0.4
+    found = projected_gradient(
+        lambda z: (z * w).flatten(1).sum(1), x, eps=0.1, step_size=0.03, steps=20, norm=norm, bounds=(0.0, 1.0), generator=rng
+    )
+    best = x + 0.1 * (w.sign() if norm == "Linf" else w / w.norm())
+    assert torch.allclose(found, best, atol=1e-3)
+
+
+def test_scores_move_images_the_way_they_say(network: WideResNet, rng: torch.Generator) -> None:
+    x = torch.rand(16, 1, 8, 8, generator=rng) * 2 - 1
+    y = torch.arange(16) % 10
+    attack = {"eps": 0.1, "step_size": 0.02, "steps": 5, "norm": "Linf", "bounds": (-1.0, 1.0), "generator": None}
+    with moving_images(network, "eval"):
+        up = projected_gradient(joint_energy_score(network, y), x, **attack)  # type: ignore[arg-type]
+        assert (network(up)[range(16), y] < network(x)[range(16), y]).all()  # E(x, y) = -f(x)[y] went up
+        wrong = projected_gradient(cross_entropy_score(network, y), x, **attack)  # type: ignore[arg-type]
+        assert (network(wrong).log_softmax(1)[range(16), y] < network(x).log_softmax(1)[range(16), y]).all()
+    assert (up - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_class_gaussians_have_the_training_images_mean_and_covariance() -> None:
+    """Against numpy's covariance in [-1, 1], on correlated mid-grey images that clamping cannot reach."""
+    source = np.random.default_rng(0)
+    mixed = source.normal(size=(60, 16)) @ source.normal(size=(16, 16)) * 3 + 128
+    labels = np.arange(60) % 2
+    images = mixed.clip(0, 255).round().astype(np.uint8).reshape(60, 1, 4, 4)
+    index = np.arange(60)
+    mean = np.stack([images[labels == k].mean(0) / 255 for k in range(2)]).astype(np.float32)
+    data = DeviceData(Prepared(images, labels, index, index, index, mean, ("a", "b"), ""), "train", torch.device("cpu"))
+    n = 40_000
+    rng = torch.Generator().manual_seed(0)
+    drawn = class_gaussians(StartPool.of(data, torch.from_numpy(mean)), torch.ones(n, dtype=torch.long), rng).flatten(1).numpy()
+    x = images[labels == 1].reshape(-1, 16) / 255 * 2 - 1
+    expected = np.cov(x.T) + 1e-4 * np.eye(16)
+    spread = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
+    # standard error of a covariance is at most spread * sqrt(2 / n) = 0.7 %; the floor alone is 1 to 2 % of a variance
+    assert np.abs((np.cov(drawn.T) - expected) / spread).max() < 0.03
+    assert np.abs((drawn.mean(0) - x.mean(0)) / x.std(0)).max() < 5 / n**0.5
+    assert 1e-4 / expected.diagonal().max() > 0.001
+
+
+def test_class_gaussians_follow_their_labels(digits: Prepared, pool: StartPool, rng: torch.Generator) -> None:
+    labels = torch.arange(300) % 10
+    drawn = class_gaussians(pool, labels, rng)
+    distance = ((drawn[:, None] - pool.mean[None]) ** 2).flatten(2).sum(2)
+    assert (distance.argmin(1) == labels).float().mean() > 0.8
+
+
+def test_uniform_starts(pool: StartPool, rng: torch.Generator) -> None:
+    x = uniform(pool, torch.zeros(500, dtype=torch.long), rng)
+    assert x.shape == (500, 1, 8, 8)
+    assert x.abs().max() <= 1
+    assert x.var() == pytest.approx(1 / 3, rel=0.02)  # of a uniform on [-1, 1]
+
+
+def test_buffer_keeps_chains_and_restarts_some(rng: torch.Generator) -> None:
+    calls: list[int] = []
+
+    def start(labels: Tensor, generator: torch.Generator) -> Tensor:
+        calls.append(len(labels))
+        return -labels.float().view(-1, 1, 1, 1)  # recognisable: minus the class
+
+    buffer = ReplayBuffer.fresh(1000, 10, start, torch.device("cpu"), rng)
+    assert torch.equal(buffer.images.flatten(), -buffer.labels.float())
+    buffer.images.fill_(5.0)
+    slots, x = buffer.draw(400, 0.25, start, rng)
+    assert len(slots.unique()) == 400
+    fresh = x.flatten() != 5.0
+    assert fresh.sum() == calls[-1]
+    assert 70 <= fresh.sum() <= 130  # 100 expected, standard deviation 8.7
+    assert torch.equal(x.flatten()[fresh], -buffer.labels[slots][fresh].float())
+    buffer.put(slots, x + 1)
+    assert torch.equal(buffer.images[slots], x + 1)
+    untouched = torch.ones(1000, dtype=torch.bool)
+    untouched[slots] = False
+    assert (buffer.images[untouched] == 5.0).all()
+    assert len(buffer.draw(2500, 0.0, start, rng)[0]) == 2500
