@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import errno
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ebjdat.errors import UserError
 from ebjdat.params import ParamsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -30,25 +31,16 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from ebjdat.data.sources import DataError
-
-        expected: tuple[type[BaseException], ...] = (ParamsError, DataError)
-        if "torch" in sys.modules or command.__name__ not in ("check", "report"):
-            from ebjdat.evaluation.frechet import ExtractorError
-            from ebjdat.training.checkpoint import CheckpointError
-            from ebjdat.training.loop import TrainingError
-
-            expected += (CheckpointError, TrainingError, ExtractorError)
         try:
             command(*args, **kwargs)
-        except expected as error:
+        except UserError as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.secho("stopped; run the same command again to continue from the last checkpoint", fg="yellow", err=True)
             raise typer.Exit(130) from None
         except OSError as error:
-            if error.filename is None and error.errno is None:
+            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                 raise
             typer.secho(f"error: {error}; nothing was left half-written, run again when it is mended", fg="red", err=True)
             raise typer.Exit(1) from None

@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ebjdat import registry
+from ebjdat.errors import UserError
 from ebjdat.files import digest
 from ebjdat.pixels import Budget
 
@@ -27,7 +28,7 @@ KNOWN_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn"
 DIGITS_SIZE = 1_797
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError):
     """Everything that is wrong with a profile, one problem per line."""
 
 

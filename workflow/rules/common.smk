@@ -57,7 +57,7 @@ def package(*parts):
     return sorted(str(p) for p in found)
 
 
-BASE = ("params.py", "registry.py", "pixels.py", "files.py")
+BASE = ("errors.py", "params.py", "registry.py", "pixels.py", "files.py")
 CODE = {
     "prepare": package(*BASE, "data/sources.py", "data/prepared.py", "stages/prepare.py"),
     "train": package(*BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"),

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ebjdat.errors import UserError
 from ebjdat.params import DataSettings
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -24,7 +25,7 @@ MEMBER_LIMIT = 64 * 2**20  # bytes; no image file is that large, a decompression
 SPLITS = ("train", "test")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used; says what is wrong, where, and what to do."""
 
 

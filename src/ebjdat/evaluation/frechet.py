@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebjdat.errors import UserError
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import GenerateSettings
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
@@ -18,7 +19,7 @@ from ebjdat.pixels import internal_from_unit, unit_from_uint8
 Features = Callable[[Tensor], NDArray[np.float64]]  # uint8 (N, C, H, W) -> (N, F)
 
 
-class ExtractorError(RuntimeError):
+class ExtractorError(UserError):
     """The features cannot be computed here; says what is missing."""
 
 
@@ -54,9 +55,10 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
             torch.load(Path(path), map_location="cpu", weights_only=True)
         extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except Exception as error:  # urllib, zip, pickle and key errors all mean the same to the user
-        where = f"in {path}" if path else "by download"
+        where = f"from {path}" if path else "by download"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise ExtractorError(
-            f"the weights of Inception cannot be had {where} ({type(error).__name__}: {error}). Set "
+            f"the weights of Inception cannot be had {where} ({reason}). Set "
             "evaluation.generate.inception_weights to a file of them, or the extractor to 'reference'."
         ) from error
     extractor = extractor.to(device).eval()

@@ -30,24 +30,35 @@ class Samples:
 
 def fresh_chains(
     model: WideResNet, pool: StartPool, chain: ChainSettings, settings: GenerateSettings, title: str = "generate"
-) -> Samples:
-    """settings.n chains from the method's own start, settings.steps full gradients each, classes in turn, none discarded."""
+) -> tuple[Samples, Samples]:
+    """settings.n chains from the method's own start, settings.steps full gradients each, classes in turn, none discarded.
+
+    Returns where they end, and where they started: what the chain itself adds is the difference.
+    """
     device = pool.mean.device
     spec = chain.model_copy(update={"steps": settings.steps})
     start, sampler = registry.load(registry.STARTS, spec.start), registry.load(registry.SAMPLERS, spec.sampler)
     labels = torch.arange(settings.n, device=device) % len(pool.mean)
-    images = []
+    starts, ends = [], []
     with Bar(f"{title}: fresh chains", settings.n) as bar, moving_images(model, spec.mode):
         for part in batches(settings.n, settings.batch_size):
             noise = generator(device, "generate", settings.seed, part.start)
-            x = sampler(model, start(pool, labels[part], noise), spec, noise)
-            images.append(uint8_from_unit(unit_from_internal(x)))
+            x = start(pool, labels[part], noise)
+            starts.append(uint8_from_unit(unit_from_internal(x)))
+            ends.append(uint8_from_unit(unit_from_internal(sampler(model, x, spec, noise))))
             bar.advance(part.stop - part.start)
-    return Samples(torch.cat(images), labels)
+    return Samples(torch.cat(ends), labels), Samples(torch.cat(starts), labels)
 
 
 def measure(
-    model: WideResNet, fresh: Samples, buffer: Samples | None, train: DeviceData, extractor: str, features: Features, batch_size: int
+    model: WideResNet,
+    fresh: Samples,
+    starts: Samples,
+    buffer: Samples | None,
+    train: DeviceData,
+    extractor: str,
+    features: Features,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Fréchet distances to the training images, and how often the network gives a fresh chain the class it started from."""
     reference = features(train.images)
@@ -60,6 +71,7 @@ def measure(
         "n_samples": len(fresh.images),
         "n_reference": len(train),
         "class_agreement": float(agree.float().mean()),
+        "frechet_start": frechet_distance(features(starts.images), reference),
         "frechet_buffer": None if buffer is None else frechet_distance(features(buffer.images), reference),
         "n_buffer": 0 if buffer is None else len(buffer.images),
     }

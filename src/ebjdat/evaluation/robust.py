@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.data.batches import DeviceData, generator
+from ebjdat.errors import UserError
 from ebjdat.models.modes import moving_images
 from ebjdat.params import AttackSettings
 from ebjdat.pixels import UNIT
@@ -19,6 +20,11 @@ from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient
 
 
 PGD_STEPS = 20
+FEWEST_CLASSES = 4  # below, the targeted DLR loss is not defined
+
+
+class AttackError(UserError):
+    """An attack cannot be run, or what it returned must not be reported."""
 
 
 def batches(n: int, size: int) -> Iterator[slice]:
@@ -60,9 +66,15 @@ def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: Attack
     """AutoAttack standard (Croce & Hein 2020, arXiv 2003.01690) through pyautoattack: APGD-CE, APGD-T, FAB-T, Square.
 
     Targeted attacks aim at 9 classes, or at all others when there are fewer. Returns adversarial images in [0, 1] and
-    the warnings that the ensemble's own checks gave (randomised output, vanishing gradients, ...).
+    the warnings that the ensemble's own checks gave (randomised output, vanishing gradients, ...). Raises AttackError
+    below 4 classes.
     """
     from pyautoattack import AutoAttack
+
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    if classes < FEWEST_CLASSES:
+        raise AttackError(f"AutoAttack standard needs at least {FEWEST_CLASSES} classes, here are {classes}; set evaluation.attack.autoattack.n to 0")
 
     log = logging.getLogger("auto-attack")
     heard = _Collect()
@@ -75,9 +87,7 @@ def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: Attack
             attack = AutoAttack(
                 model, norm=settings.norm, eps=settings.eps, seed=settings.seed, version="standard", device=x.device
             )
-            with torch.no_grad():
-                targets = min(9, model(x[:1]).shape[1] - 1)
-            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
             adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=settings.autoattack.batch_size)
     finally:
         log.removeHandler(heard)
@@ -112,7 +122,7 @@ def within(adversarial: Tensor, x: Tensor, settings: AttackSettings, slack: floa
 def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: str = "attack") -> dict[str, Any]:
     """Clean accuracy and PGD-20 on all of `data`, AutoAttack standard on its first n; counts beside every fraction.
 
-    Raises ValueError when an attack returned images outside its budget: such a number must not be reported.
+    Raises AttackError when an attack returned images outside its budget: such a number must not be reported.
     """
     x, y = data.unit(), data.labels
     with Bar(f"{title}: PGD-{PGD_STEPS}", len(x)) as bar:
@@ -150,4 +160,4 @@ def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: 
 
 def _require(held: bool, name: str) -> None:
     if not held:
-        raise ValueError(f"{name} returned images outside its budget or outside [0, 1]; its accuracy is not reported")
+        raise AttackError(f"{name} returned images outside its budget or outside [0, 1]; its accuracy is not reported")

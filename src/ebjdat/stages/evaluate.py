@@ -55,13 +55,13 @@ def generate(
     with context.track_result(experiment, seed, "generate", data.data_hash) as tracker:
         model = loaded.network(device)
         pool = StartPool.of(train, torch.from_numpy(data.class_mean))
-        fresh = generation.fresh_chains(model, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}")
+        fresh, starts = generation.fresh_chains(model, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}")
         buffer = None
         if loaded.buffer is not None and loaded.buffer_labels is not None:
             buffer = generation.Samples(loaded.buffer, loaded.buffer_labels)
         ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
         name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])
-        result = generation.measure(model, fresh, buffer, train, name, features, settings.batch_size)
+        result = generation.measure(model, fresh, starts, buffer, train, name, features, settings.batch_size)
 
         def write_samples(path: Path) -> None:
             with path.open("wb") as file:

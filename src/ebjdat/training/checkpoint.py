@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ebjdat import __version__
+from ebjdat.errors import UserError
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ModelSettings, TrainingSettings
@@ -20,7 +21,7 @@ from ebjdat.params import ModelSettings, TrainingSettings
 HEADER = "ebjdat"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """The checkpoint cannot be used here; says what differs."""
 
 

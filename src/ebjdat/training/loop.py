@@ -15,6 +15,7 @@ from torch import Tensor
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
 from ebjdat.data.sources import DataError
+from ebjdat.errors import UserError
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.draws import DrawState, neighbours
@@ -28,7 +29,7 @@ SHOWN = ("loss", "batch_acc_clean", "batch_acc_robust", "energy_clean", "energy_
 VALIDATION_BATCH = 250
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; says why and what to change."""
 
 

@@ -1,0 +1,5 @@
+"""The base of every error that a user can mend: its message says what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Shown by the commands as a message, without a traceback."""

@@ -1,0 +1,184 @@
+"""Tables from result files: the contract's columns, intervals against closed forms, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from ebjdat import params
+from ebjdat.files import write_json
+from ebjdat.params import Profile
+from ebjdat.report import page, tables
+from ebjdat.report.figures import png, save, sample_grids
+from ebjdat.report.tables import METRICS, aggregate, collect, wilson
+
+from .conftest import ROOT
+
+CONTRACT = (
+    "experiment,method,seed,n_test,clean_acc,pgd20_acc,n_attack,autoattack_acc,frechet,frechet_extractor,n_samples,"
+    "energy_gap_adversarial,energy_gap_generated,train_seconds,params_hash,data_hash,git_commit"
+)
+CARD: dict[str, Any] = {
+    "name": "digits",
+    "data_hash": "d1",
+    "image_shape": [1, 8, 8],
+    "sizes": {"train": 10, "validation": 5, "test": 100},
+}
+
+
+def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
+    """Result files as the stages write them, with values that say where they are from."""
+    for i, (name, experiment) in enumerate(profile.experiments.items()):
+        for seed in profile.seeds:
+            folder = results / name / f"seed{seed}"
+            correct = 90 - i - seed
+            write_json(
+                folder / "finetune.json",
+                {"train_seconds": 10.0 + seed, "selected_epoch": 3, "epochs": 4, "method": experiment.method, "git_commit": "abc", "data_hash": "d1"},
+            )
+            attack = {"n_test": 100, "clean_acc": correct / 100, "clean_correct": correct, "pgd20_acc": 0.5, "pgd20_correct": 50, "n_attack": 20}
+            if autoattack:
+                attack |= {"autoattack_acc": 0.45, "autoattack_correct": 9}
+            write_json(folder / "attack.json", {**attack, "git_commit": "abc"})
+            write_json(
+                folder / "generate.json",
+                {"frechet": 12.5 + i, "frechet_start": 9.0, "frechet_buffer": None, "frechet_extractor": "reference", "n_samples": 200,
+                 "n_buffer": 0, "class_agreement": 0.9, "git_commit": "abc"},
+            )
+            energies = {f"energy_{k}": float(i) for k in (
+                "clean", "adversarial", "generated", "overlap_adversarial", "overlap_generated", "wasserstein_adversarial", "wasserstein_generated")}
+            gaps = {"energy_gap_adversarial": 2.0 + i, "energy_gap_adversarial_se": 0.1, "energy_gap_generated": 1.0, "energy_gap_generated_se": 0.2}
+            write_json(folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"})
+            groups = ("clean", "adversarial", "generated")
+            np.savez(folder / "energy.npz", **{p + g: np.random.default_rng(i).normal(size=50) for g in groups for p in ("", "joint_")})
+            pd.DataFrame({"epoch": [1, 2], "validation_acc_clean": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(folder / "finetune_curve.csv")
+            figure = sample_grids({"fresh": (np.zeros((20, 1, 8, 8), np.uint8), np.arange(20) % 10)}, tuple("0123456789"), 2)
+            save(figure, folder / "samples.png")
+    for name in profile.pretraining:
+        for seed in profile.seeds:
+            write_json(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"train_seconds": 5.0})
+
+
+@pytest.fixture
+def filled(profile: Profile, tmp_path: Path) -> Path:
+    fill(profile, tmp_path)
+    return tmp_path
+
+
+def test_summary_is_the_contract(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    tables.write_summary(rows, filled / "summary.csv")
+    lines = (filled / "summary.csv").read_text().splitlines()
+    assert lines[0] == CONTRACT
+    found = list(csv.DictReader(lines))
+    assert [(r["experiment"], r["seed"]) for r in found] == [(e, str(s)) for e in profile.experiments for s in profile.seeds]
+    first = found[0]
+    assert float(first["clean_acc"]) == 0.9  # a fraction
+    assert float(first["train_seconds"]) == 15.0  # with its pretraining
+    assert first["params_hash"] == profile.params_hash("classifier", 0)
+    assert (first["data_hash"], first["git_commit"], first["frechet_extractor"]) == ("d1", "abc", "reference")
+    documented = (ROOT / "docs/results-format.md").read_text()
+    assert all(f"`{column}`" in documented for column in CONTRACT.split(","))
+
+
+def test_what_was_not_measured_is_empty(profile: Profile, tmp_path: Path) -> None:
+    fill(profile, tmp_path, autoattack=False)
+    rows = collect(profile, tmp_path, "d1")
+    tables.write_summary(rows, tmp_path / "summary.csv")
+    assert next(csv.DictReader((tmp_path / "summary.csv").open()))["autoattack_acc"] == ""
+    table = aggregate(profile, rows)
+    assert tables.cell(table.iloc[0], next(m for m in METRICS if m.name == "autoattack_acc")) == "–"
+    page.write(profile, "digits", tmp_path, CARD, rows, table, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (7, 10), (10, 10), (450, 497)])
+def test_wilson_by_its_formula(correct: int, n: int) -> None:
+    """Wilson 1927: the roots of (p - f)^2 = z^2 p (1 - p) / n."""
+    z, f = 1.959963984540054, correct / n
+    centre, half = (f + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * (f * (1 - f) / n + z * z / (4 * n * n)) ** 0.5
+    assert wilson(correct, n) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def test_one_seed_has_intervals_over_examples(profile: Profile, filled: Path) -> None:
+    table = aggregate(profile, collect(profile, filled, "d1"))
+    record = table.iloc[0]
+    assert (record["clean_acc_low"], record["clean_acc_high"]) == pytest.approx(wilson(90, 100))
+    assert record["energy_gap_adversarial_high"] == pytest.approx(2.0 + 1.959964 * 0.1, abs=1e-5)
+    assert record["autoattack_acc_n"] == 20
+    clean = next(m for m in METRICS if m.name == "clean_acc")
+    assert tables.cell(record, clean) == "90.0 [82.6, 94.5]"
+    assert tables.header(clean, table) == "clean %, n=100"
+    fid = next(m for m in METRICS if m.name == "frechet")
+    assert tables.header(fid, table) == "Fréchet (reference), n=200"
+    assert tables.header(fid, table.assign(frechet_extractor="inception")) == "FID, n=200"
+
+
+def test_several_seeds_have_spread_and_student_intervals(tmp_path: Path) -> None:
+    profile = params.load(ROOT / "params/digits.yaml", ["seeds=[0, 1, 2]"])
+    fill(profile, tmp_path)
+    table = aggregate(profile, collect(profile, tmp_path, "d1"))
+    record, values = table.iloc[0], [0.90, 0.89, 0.88]
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert record["clean_acc"] == pytest.approx(0.89)
+    assert record["clean_acc_sd"] == pytest.approx(0.01)
+    assert (record["clean_acc_low"], record["clean_acc_high"]) == pytest.approx((expected.low, expected.high))
+    assert tables.cell(record, METRICS[0]) == "89.0 ± 1.0"
+
+
+def test_the_papers_numbers_stand_beside_only_where_asked(profile: Profile, filled: Path) -> None:
+    assert not any(c.endswith("_paper") for c in aggregate(profile, collect(profile, filled, "d1")))
+    asked = profile.model_copy(update={"report": params.ReportSettings(paper="cifar10")})
+    table = aggregate(asked, collect(profile, filled, "d1")).set_index("experiment")
+    assert table.loc["eb_jdat", "autoattack_acc_paper"] == pytest.approx(0.6478)
+    assert table.loc["jempp", "frechet_paper"] == pytest.approx(37.12)
+    assert np.isnan(table.loc["pgd_at", "clean_acc_paper"])
+    assert "(paper 90.3)" in tables.cell(table.loc["eb_jdat"], METRICS[0])
+
+
+def test_the_page_is_self_contained(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    table = aggregate(profile, rows)
+    page.write(profile, "digits", filled, CARD, rows, table, filled / "report.html")
+    html = (filled / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", html)
+    assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
+    assert "<script" not in html
+    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", html)
+    assert len(pictures) == 3 + len(profile.experiments)
+    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
+    for name in profile.experiments:
+        assert name in html
+    tables.write_markdown(table, profile, CARD, filled / "table.md")
+    assert "| eb_jdat | 87.0 [79.0, 92.2] |" in (filled / "table.md").read_text()
+
+
+def test_names_cannot_inject_markup(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    card = {**CARD, "name": "<script>alert(1)</script>"}
+    page.write(profile, "digits", filled, card, rows, aggregate(profile, rows), filled / "report.html")
+    assert "<script" not in (filled / "report.html").read_text()
+
+
+def test_grids_show_the_first_images_of_each_class_in_its_row() -> None:
+    images = np.zeros((6, 1, 8, 8), np.uint8)
+    images[:, 0] = np.array([10, 20, 30, 40, 50, 60])[:, None, None]
+    figure = sample_grids({"p": (images, np.array([0, 1, 0, 1, 0, 1]))}, ("a", "b"), 2)
+    canvas = figure.axes[0].get_images()[0].get_array()
+    assert canvas.shape == (17, 17, 3)
+    assert [canvas[0, 0, 0], canvas[0, 9, 0], canvas[9, 0, 0], canvas[9, 9, 0]] == [10, 30, 20, 40]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_reports_never_import_torch() -> None:
+    code = "import sys, ebjdat.report.page, ebjdat.report.tables, ebjdat.report.figures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,254 @@
+"""The loop: schedules against torch's, resuming after SIGKILL bit for bit, selection by validation, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ebjdat.data import prepared
+from ebjdat.data.batches import DeviceData
+from ebjdat.data.prepared import Prepared
+from ebjdat.models.wrn import WideResNet, build
+from ebjdat.params import ModelSettings, OptimizerSettings, Profile, ScheduleSettings, TrainingSettings, merge
+from ebjdat.training import checkpoint, loop, schedules, updates
+from ebjdat.training.checkpoint import Checkpoint, CheckpointError, Header
+from ebjdat.training.loop import Job, Trained, TrainingError, train
+
+from .conftest import ROOT
+
+
+def test_multistep_matches_torch() -> None:
+    """Against torch's LinearLR and MultiStepLR chained by hand: 100 steps per epoch."""
+    settings = ScheduleSettings(name="multistep", warmup=50, milestones=(2, 3), factor=0.2)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 1.0)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 50, 1.0, 49)
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [200, 300], 0.2)
+    for step in range(400):
+        assert schedules.multistep(settings, step, 100, 4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        warm.step()
+        steps.step()
+
+
+def test_onecycle_is_a_triangle() -> None:
+    settings = ScheduleSettings(name="onecycle", peak=0.25)
+    factors = [schedules.onecycle(settings, step, 10, 4) for step in range(40)]
+    x = (np.arange(40) + 0.5) / 40
+    assert np.allclose(factors, np.interp(x, [0, 0.25, 1], [0, 1, 0]))
+    assert schedules.constant(ScheduleSettings(name="constant", warmup=4), 1, 10, 4) == 0.5
+
+
+def test_plain_update_is_one_sgd_step_by_hand() -> None:
+    """Two steps of SGD with momentum and weight decay on a quadratic, written out."""
+    w = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = updates.sgd([w], OptimizerSettings(lr=0.1, momentum=0.9, weight_decay=0.5))
+    expected, velocity = 3.0, 0.0
+    for _ in range(2):
+        terms = updates.plain(optimizer, lambda: {"loss": (w**2).sum()})
+        assert float(terms["loss"].detach()) == pytest.approx(expected**2)
+        gradient = 2 * expected + 0.5 * expected
+        velocity = 0.9 * velocity + gradient
+        expected -= 0.1 * velocity
+        assert w.item() == pytest.approx(expected, rel=1e-6)
+
+
+def run(digits: Prepared, settings: TrainingSettings, state: Path, method: str = "eb_jdat", minutes: float = 1e9) -> tuple[WideResNet, Trained]:
+    cpu = torch.device("cpu")
+    model = build(ModelSettings(depth=10, width=1), 1, 10, 0)
+    job = Job("test", method, settings, 0, state, minutes)
+    data, validation = DeviceData(digits, "train", cpu, 256), DeviceData(digits, "validation", cpu)
+    return model, train(model, job, data, validation, torch.from_numpy(digits.class_mean))
+
+
+def test_same_seed_same_weights(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
+    first, second = (run(digits, settings, tmp_path / name)[1] for name in ("a", "b"))
+    assert all(torch.equal(first.selected.weights[k], second.selected.weights[k]) for k in first.selected.weights)
+    assert torch.equal(first.selected.buffer, second.selected.buffer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["classifier", "pgd_at", "jempp", "eb_jdat"])
+def test_every_method_trains_and_logs_what_it_has(method: str, profile: Profile, digits: Prepared, tmp_path: Path) -> None:
+    settings = profile.training_settings(method)
+    before = build(ModelSettings(depth=10, width=1), 1, 10, 0).state_dict()
+    _, result = run(digits, settings, tmp_path / "state", method)
+    assert not torch.equal(before["stem.weight"], result.selected.weights["stem.weight"])
+    logged = set(result.rows[0])
+    assert {"loss", "lr", "epoch", "seconds", "validation_acc_clean"} <= logged
+    assert ("validation_acc_robust" in logged) == (method in ("pgd_at", "eb_jdat"))
+    assert ("energy_generated" in logged) == (method in ("jempp", "eb_jdat")) == (result.selected.buffer is not None)
+
+
+def test_an_interrupted_epoch_continues_bit_for_bit(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every single step in turn; also the rows' running means and the buffer are restored."""
+    settings = TrainingSettings.model_validate(merge(settings.model_dump(), {"epochs": 2}))
+    _, whole = run(digits, settings, tmp_path / "whole")
+    state, saves = tmp_path / "cut", 0
+    save = loop.Progress.save
+
+    def save_and_stop(self: loop.Progress, *arguments: object) -> None:
+        nonlocal saves
+        save(self, *arguments)  # type: ignore[arg-type]
+        saves += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Progress, "save", save_and_stop)
+    for _ in range(30):
+        try:
+            _, result = run(digits, settings, state, minutes=0.0)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert saves == 2 * (4 + 1)  # after each of 4 steps, and at the end of the epoch
+    assert all(torch.equal(whole.selected.weights[k], result.selected.weights[k]) for k in whole.selected.weights)
+    assert torch.equal(whole.selected.buffer, result.selected.buffer)  # type: ignore[arg-type]
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert strip(whole.rows) == strip(result.rows)
+
+
+def command(folder: Path, name: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ebjdat.cli", "finetune", "--params", str(ROOT / "params/digits.yaml")),
+        *("--override", str(ROOT / "params/overrides/ci.yaml"), "--override", "experiments.eb_jdat.training.epochs=4"),
+        *("--override", "runtime.checkpoint_minutes=0.0001", "--experiment", "eb_jdat", "--seed", "0"),
+        *("--data", str(folder / "data.npz"), "--initial", str(folder / "initial.safetensors")),
+        *("--out", f"{name}.safetensors", "--metrics", f"{name}.json", "--curve", f"{name}.csv"),
+    ]
+
+
+def test_sigkill_anywhere_and_again_gives_the_same_weights(digits: Prepared, profile: Profile, tmp_path: Path) -> None:
+    """The real command, killed twice while it trains, then left alone; against one that was never killed."""
+    data, card = prepared.prepare(profile.data)
+    prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
+    model = build(profile.model, 1, 10, 0)
+    header = Header("t", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8), data.classes, data.data_hash, "x", {})
+    checkpoint.save(Checkpoint(header, model.state_dict(), None, None), tmp_path / "initial.safetensors")
+    environment = {**os.environ, "EBJDAT_TRACKING": "0", "OMP_NUM_THREADS": "1"}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    subprocess.run(command(tmp_path, "out"), cwd=tmp_path / "whole", env=environment, check=True, capture_output=True)
+
+    for wait in (0.2, 0.7, None):  # seconds after the first state of this try was seen
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed/state").rglob("training.pt")}
+        process = subprocess.Popen(command(tmp_path, "out"), cwd=tmp_path / "killed", env=environment, stderr=subprocess.PIPE)
+        while wait and process.poll() is None:
+            now = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed/state").rglob("training.pt")}
+            if now and now != before:
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        _, errors = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if wait else 0), errors.decode()
+        assert bool(list((tmp_path / "killed").glob("out*"))) == (wait is None)
+    assert b"continues at epoch" in errors
+    whole, killed = (load_file(tmp_path / name / "out.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert "buffer.images" in whole
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+    assert not list((tmp_path / "killed/state").rglob("training.pt"))
+
+
+def test_selection_uses_validation_and_a_later_epoch_wins_ties(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.5, 0.7, 0.7, 0.6])
+    weights = []
+
+    def validate(model: WideResNet, *_: object) -> float:
+        weights.append(model.state_dict()["head.bias"].clone())
+        return next(scores)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    changed = merge(settings.model_dump(), {"epochs": 5, "selection": {"after": 0.2}})
+    _, result = run(digits, TrainingSettings.model_validate(changed), tmp_path / "state")
+    assert result.selected.epoch == 4  # the first epoch lies before `after`; 3 and 4 tie
+    assert torch.equal(result.selected.weights["head.bias"], weights[3])
+
+
+def test_validation_never_sees_the_test_split(digits: Prepared, settings: TrainingSettings, network: WideResNet) -> None:
+    """validate() against a count by hand on the validation images."""
+    network.eval()
+    images, labels = digits.split("validation")
+    with torch.no_grad():
+        correct = (network(torch.from_numpy(images).float() / 127.5 - 1).argmax(1).numpy() == labels).mean()
+    row: dict[str, float] = {}
+    job = Job("t", "eb_jdat", settings, 0, Path())
+    score = loop.validate(network, job, DeviceData(digits, "validation", torch.device("cpu")), row)
+    assert row["validation_acc_clean"] == pytest.approx(correct)
+    assert row["validation_acc_robust"] <= row["validation_acc_clean"]
+    assert score == pytest.approx((row["validation_acc_clean"] + row["validation_acc_robust"]) / 2)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path
+) -> None:
+    changed = merge(settings.model_dump(), {"optimizer": {"lr": 1e20}, "schedule": {"name": "constant"}})
+    with pytest.raises(TrainingError, match=r"not finite.*Lower optimizer\.lr"):
+        run(digits, TrainingSettings.model_validate(changed), tmp_path / "state")
+
+
+@pytest.fixture
+def saved(tmp_path: Path, network: WideResNet, settings: TrainingSettings) -> Path:
+    header = Header(
+        "eb_jdat/seed0", "eb_jdat", 0, ModelSettings(depth=10, width=1), settings, (1, 8, 8), tuple("0123456789"), "data1", "abc", {"x": 1.0}
+    )
+    buffer = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    checkpoint.save(Checkpoint(header, network.state_dict(), buffer, torch.arange(6)), tmp_path / "c.safetensors")
+    return tmp_path / "c.safetensors"
+
+
+def test_checkpoint_round_trip(saved: Path, network: WideResNet) -> None:
+    loaded = checkpoint.load(saved, data_hash="data1", model=ModelSettings(depth=10, width=1))
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.allclose(loaded.network(torch.device("cpu"))(x), network.eval()(x), atol=1e-5)  # another memory format
+    assert loaded.buffer is not None
+    assert loaded.buffer.shape == (6, 1, 8, 8)
+    assert loaded.header.training.adversary.score == "energy"
+
+
+def test_checkpoints_that_do_not_fit_say_what_differs(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="trained on data data1, this is data data2"):
+        checkpoint.load(saved, data_hash="data2")
+    with pytest.raises(CheckpointError, match=r"width 1 \(settings: 2\)"):
+        checkpoint.load(saved, model=ModelSettings(depth=10, width=2))
+    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+        checkpoint.load(tmp_path / "none.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(saved.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        checkpoint.load(cut)
+    save_file({"a": torch.zeros(1)}, cut)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this package"):
+        checkpoint.load(cut)
+    tensors, header = load_file(saved), checkpoint.load(saved).header
+    tensors["model.head.bias"] = torch.zeros(3)
+    save_file(tensors, cut, {"ebjdat": header.dump()})
+    with pytest.raises(CheckpointError, match=r"do not fit its own header: head\.bias"):
+        checkpoint.load(cut)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    from ebjdat.files import write_atomic
+
+    target = tmp_path / "result.json"
+    target.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(target, fail)
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
