@@ -9,10 +9,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SNAKEMAKE := snakemake --cores all --config profile=$(PROFILE) $(if $(OVERRIDES),overrides='$(OVERRIDES)')
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lint format ui lock unlock clean
+.PHONY: dvc.yaml help install reproduce test lint format ui lock unlock clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=$(PROFILE)  OVERRIDES=$(OVERRIDES)  (profiles: $(basename $(notdir $(wildcard params/*.yaml))))"
 
 install: .venv/.installed ## create .venv with the pinned versions (Python >= 3.11)
@@ -48,6 +48,9 @@ format: install ## format Python and Snakemake files
 
 ui: install ## MLflow UI with all runs on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment
+	$(BIN)/python workflow/scripts/dvc_stages.py
 
 unlock: install ## after a kill -9: release Snakemake's lock
 	$(SNAKEMAKE) --unlock

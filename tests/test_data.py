@@ -200,7 +200,9 @@ def test_nothing_is_left_half_written(tmp_path: Path, files: Files) -> None:
 
 def test_digits_are_scikit_learns(digits: Prepared) -> None:
     """Every image is one of the bundled ones with its label, all are used once, and the range is [0, 1] in 1/16 steps."""
-    bundled = {(image * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for image, y in zip(*load_digits(return_X_y=True), strict=True)}
+    bundled = {
+        (image * 255 / 16).round().astype(np.uint8).tobytes(): int(y) for image, y in zip(*load_digits(return_X_y=True), strict=True)
+    }
     found = [(image.tobytes(), int(y)) for image, y in zip(digits.images, digits.labels, strict=True)]
     assert all(bundled[image] == y for image, y in found)
     assert len(found) == 1797

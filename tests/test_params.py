@@ -48,7 +48,8 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(tmp_path: P
     raw["experiments"]["eb_jdat"]["training"] = {"adversary": {"eps": 1.5}}
     text = problems(tmp_path, raw)
     assert "training.epocs: unknown key; did you mean 'epochs'?" in text
-    assert "training.batch_size: " in text and "found 'many'" in text
+    assert "training.batch_size: " in text
+    assert "found 'many'" in text
     assert "evaluation.attack.eps: input should be greater than 0, found -0.1" in text
     assert "experiments.pgd_at.method: 'pgdat' is unknown; did you mean 'pgd_at'?" in text
     assert "experiments.jempp.pretraining: 'claen' is not under `pretraining`; did you mean 'clean'?" in text

@@ -19,7 +19,7 @@ from ebjdat import params
 from ebjdat.files import write_json
 from ebjdat.params import Profile
 from ebjdat.report import page, tables
-from ebjdat.report.figures import png, save, sample_grids
+from ebjdat.report.figures import png, sample_grids, save
 from ebjdat.report.tables import METRICS, aggregate, collect, wilson
 
 from .conftest import ROOT
@@ -44,24 +44,63 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
             correct = 90 - i - seed
             write_json(
                 folder / "finetune.json",
-                {"train_seconds": 10.0 + seed, "selected_epoch": 3, "epochs": 4, "method": experiment.method, "git_commit": "abc", "data_hash": "d1"},
+                {
+                    "train_seconds": 10.0 + seed,
+                    "selected_epoch": 3,
+                    "epochs": 4,
+                    "method": experiment.method,
+                    "git_commit": "abc",
+                    "data_hash": "d1",
+                },
             )
-            attack = {"n_test": 100, "clean_acc": correct / 100, "clean_correct": correct, "pgd20_acc": 0.5, "pgd20_correct": 50, "n_attack": 20}
+            attack = {
+                "n_test": 100,
+                "clean_acc": correct / 100,
+                "clean_correct": correct,
+                "pgd20_acc": 0.5,
+                "pgd20_correct": 50,
+                "n_attack": 20,
+            }
             if autoattack:
                 attack |= {"autoattack_acc": 0.45, "autoattack_correct": 9}
             write_json(folder / "attack.json", {**attack, "git_commit": "abc"})
             write_json(
                 folder / "generate.json",
-                {"frechet": 12.5 + i, "frechet_start": 9.0, "frechet_buffer": None, "frechet_extractor": "reference", "n_samples": 200,
-                 "n_buffer": 0, "class_agreement": 0.9, "git_commit": "abc"},
+                {
+                    "frechet": 12.5 + i,
+                    "frechet_start": 9.0,
+                    "frechet_buffer": None,
+                    "frechet_extractor": "reference",
+                    "n_samples": 200,
+                    "n_buffer": 0,
+                    "class_agreement": 0.9,
+                    "git_commit": "abc",
+                },
             )
-            energies = {f"energy_{k}": float(i) for k in (
-                "clean", "adversarial", "generated", "overlap_adversarial", "overlap_generated", "wasserstein_adversarial", "wasserstein_generated")}
-            gaps = {"energy_gap_adversarial": 2.0 + i, "energy_gap_adversarial_se": 0.1, "energy_gap_generated": 1.0, "energy_gap_generated_se": 0.2}
+            energies = {
+                f"energy_{k}": float(i)
+                for k in (
+                    "clean",
+                    "adversarial",
+                    "generated",
+                    "overlap_adversarial",
+                    "overlap_generated",
+                    "wasserstein_adversarial",
+                    "wasserstein_generated",
+                )
+            }
+            gaps = {
+                "energy_gap_adversarial": 2.0 + i,
+                "energy_gap_adversarial_se": 0.1,
+                "energy_gap_generated": 1.0,
+                "energy_gap_generated_se": 0.2,
+            }
             write_json(folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"})
             groups = ("clean", "adversarial", "generated")
             np.savez(folder / "energy.npz", **{p + g: np.random.default_rng(i).normal(size=50) for g in groups for p in ("", "joint_")})
-            pd.DataFrame({"epoch": [1, 2], "validation_acc_clean": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(folder / "finetune_curve.csv")
+            pd.DataFrame({"epoch": [1, 2], "validation_acc_clean": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(
+                folder / "finetune_curve.csv"
+            )
             figure = sample_grids({"fresh": (np.zeros((20, 1, 8, 8), np.uint8), np.arange(20) % 10)}, tuple("0123456789"), 2)
             save(figure, folder / "samples.png")
     for name in profile.pretraining:

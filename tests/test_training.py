@@ -62,7 +62,9 @@ def test_plain_update_is_one_sgd_step_by_hand() -> None:
         assert w.item() == pytest.approx(expected, rel=1e-6)
 
 
-def run(digits: Prepared, settings: TrainingSettings, state: Path, method: str = "eb_jdat", minutes: float = 1e9) -> tuple[WideResNet, Trained]:
+def run(
+    digits: Prepared, settings: TrainingSettings, state: Path, method: str = "eb_jdat", minutes: float = 1e9
+) -> tuple[WideResNet, Trained]:
     cpu = torch.device("cpu")
     model = build(ModelSettings(depth=10, width=1), 1, 10, 0)
     job = Job("test", method, settings, 0, state, minutes)
@@ -132,7 +134,9 @@ def test_sigkill_anywhere_and_again_gives_the_same_weights(digits: Prepared, pro
     data, card = prepared.prepare(profile.data)
     prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
     model = build(profile.model, 1, 10, 0)
-    header = Header("t", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8), data.classes, data.data_hash, "x", {})
+    header = Header(
+        "t", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8), data.classes, data.data_hash, "x", {}
+    )
     checkpoint.save(Checkpoint(header, model.state_dict(), None, None), tmp_path / "initial.safetensors")
     environment = {**os.environ, "EBJDAT_TRACKING": "0", "OMP_NUM_THREADS": "1"}
     for name in ("whole", "killed"):
@@ -190,9 +194,7 @@ def test_validation_never_sees_the_test_split(digits: Prepared, settings: Traini
     assert score == pytest.approx((row["validation_acc_clean"] + row["validation_acc_robust"]) / 2)
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(
-    digits: Prepared, settings: TrainingSettings, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_with_advice(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
     changed = merge(settings.model_dump(), {"optimizer": {"lr": 1e20}, "schedule": {"name": "constant"}})
     with pytest.raises(TrainingError, match=r"not finite.*Lower optimizer\.lr"):
         run(digits, TrainingSettings.model_validate(changed), tmp_path / "state")
@@ -201,7 +203,16 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
 @pytest.fixture
 def saved(tmp_path: Path, network: WideResNet, settings: TrainingSettings) -> Path:
     header = Header(
-        "eb_jdat/seed0", "eb_jdat", 0, ModelSettings(depth=10, width=1), settings, (1, 8, 8), tuple("0123456789"), "data1", "abc", {"x": 1.0}
+        "eb_jdat/seed0",
+        "eb_jdat",
+        0,
+        ModelSettings(depth=10, width=1),
+        settings,
+        (1, 8, 8),
+        tuple("0123456789"),
+        "data1",
+        "abc",
+        {"x": 1.0},
     )
     buffer = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
     checkpoint.save(Checkpoint(header, network.state_dict(), buffer, torch.arange(6)), tmp_path / "c.safetensors")

@@ -189,9 +189,10 @@ def energy(
 @friendly
 def report(
     params: ParamsFile,
-    results: Annotated[Path, typer.Option(help="Folder of the profile's results.")],
     card: Annotated[Path, typer.Option(help="Data card (JSON).")],
-    summary: Annotated[Path, typer.Option(help="summary.csv, a row per experiment and seed.")],
+    summary: Annotated[
+        Path, typer.Option(help="summary.csv, a row per experiment and seed; the stages' results are read from its folder.")
+    ],
     table_csv: Annotated[Path, typer.Option(help="The table with intervals (CSV).")],
     table_md: Annotated[Path, typer.Option(help="The table (Markdown).")],
     html: Annotated[Path, typer.Option(help="The page.")],
@@ -201,7 +202,7 @@ def report(
     from ebjdat.stages import report as stage
     from ebjdat.stages.context import Context
 
-    stage.run(Context.load(params, override), results, card, stage.Outputs(summary, table_csv, table_md, html))
+    stage.run(Context.load(params, override), summary.parent, card, stage.Outputs(summary, table_csv, table_md, html))
 
 
 @app.command()

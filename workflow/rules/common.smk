@@ -12,7 +12,6 @@ from snakemake.exceptions import WorkflowError
 
 from ebjdat import params as settings
 
-
 config.setdefault("profile", "digits")
 config.setdefault("overrides", "")
 
@@ -23,14 +22,21 @@ try:
 except settings.ParamsError as error:
     raise WorkflowError(str(error)) from None
 RUN = settings.run_name(PARAMS, OVERRIDES)
-RAW = settings.merge({}, *(layer for _, layer in settings.read_layers(PARAMS, OVERRIDES)))
-SETTINGS = shlex.join(["--params", PARAMS, *(w for o in OVERRIDES for w in ("--override", o))])
+RAW = settings.merge(
+    {}, *(layer for _, layer in settings.read_layers(PARAMS, OVERRIDES))
+)
+SETTINGS = shlex.join(
+    ["--params", PARAMS, *(w for o in OVERRIDES for w in ("--override", o))]
+)
 
 EXPERIMENTS = list(PROFILE.experiments)
 SEEDS = list(PROFILE.seeds)
 THREADS = PROFILE.runtime.threads
 # GPU jobs run one at a time (profiles/default/config.yaml), CPU jobs side by side.
-GPU = int(PROFILE.runtime.device == "cuda" or (PROFILE.runtime.device == "auto" and shutil.which("nvidia-smi") is not None))
+GPU = int(
+    PROFILE.runtime.device == "cuda"
+    or (PROFILE.runtime.device == "auto" and shutil.which("nvidia-smi") is not None)
+)
 
 DATA = f"data/{RUN}/data.npz"
 CARD = f"data/{RUN}/card.json"
@@ -58,11 +64,28 @@ def package(*parts):
 
 
 BASE = ("errors.py", "params.py", "registry.py", "pixels.py", "files.py")
+EVALUATION = (
+    *BASE,
+    "data",
+    "models",
+    "samplers",
+    "evaluation",
+    "training/checkpoint.py",
+)
 CODE = {
-    "prepare": package(*BASE, "data/sources.py", "data/prepared.py", "stages/prepare.py"),
-    "train": package(*BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"),
-    "evaluate": package(*BASE, "data", "models", "samplers", "evaluation", "training/checkpoint.py", "stages/evaluate.py"),
-    "report": [*package("params.py", "registry.py", "report", "stages/report.py"), "src/ebjdat/report/page.html.j2", "src/ebjdat/report/paper.yaml"],
+    "prepare": package(
+        *BASE, "data/sources.py", "data/prepared.py", "stages/prepare.py"
+    ),
+    "train": package(
+        *BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"
+    ),
+    "attack": package(*EVALUATION, "stages/evaluate.py"),
+    "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
+    "report": [
+        *package("params.py", "registry.py", "report", "stages/report.py"),
+        "src/ebjdat/report/page.html.j2",
+        "src/ebjdat/report/paper.yaml",
+    ],
 }
 
 
@@ -83,6 +106,20 @@ def sections(*paths):
         return json.dumps(found, sort_keys=True)
 
     return get
+
+
+def initial_checkpoint(wildcards):
+    name = PROFILE.experiments[wildcards.experiment].pretraining
+    return f"{CHECKPOINTS}/pretraining/{name}/seed{wildcards.seed}.safetensors"
+
+
+def per_result(*files):
+    return expand(
+        f"{RESULTS}/{{experiment}}/seed{{seed}}/{{file}}",
+        experiment=EXPERIMENTS,
+        seed=SEEDS,
+        file=files,
+    )
 
 
 wildcard_constraints:

@@ -3,7 +3,7 @@ rule attack:
     input:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        code=CODE["evaluate"],
+        code=CODE["attack"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.json",
     log:
@@ -16,9 +16,10 @@ rule attack:
     resources:
         gpu=GPU,
     params:
+        settings=SETTINGS,
         sections=sections("evaluation.attack"),
     shell:
-        "ebjdat attack {SETTINGS} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --out {output.metrics}"
         " 2>&1 | tee {log}"
 
@@ -29,7 +30,7 @@ rule generate:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
         reference=f"{CHECKPOINTS}/{REFERENCE.experiment}/seed{REFERENCE.seed}.safetensors",
-        code=CODE["evaluate"],
+        code=CODE["draw"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.json",
         samples=f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.npz",
@@ -49,9 +50,10 @@ rule generate:
     resources:
         gpu=GPU,
     params:
+        settings=SETTINGS,
         sections=sections("evaluation.generate"),
     shell:
-        "ebjdat generate {SETTINGS} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --reference {input.reference}"
         " --out {output.metrics} --samples {output.samples} --grid {output.grid}"
         " 2>&1 | tee {log}"
@@ -63,7 +65,7 @@ rule energy:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
         samples=f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.npz",
-        code=CODE["evaluate"],
+        code=CODE["draw"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.json",
         values=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.npz",
@@ -83,9 +85,10 @@ rule energy:
     resources:
         gpu=GPU,
     params:
+        settings=SETTINGS,
         sections=sections("evaluation.energy", "evaluation.attack"),
     shell:
-        "ebjdat energy {SETTINGS} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "ebjdat energy {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --samples {input.samples}"
         " --out {output.metrics} --values {output.values} --figure {output.figure}"
         " 2>&1 | tee {log}"

@@ -12,6 +12,7 @@ rule prepare:
     conda:
         "../envs/ebjdat.yaml"
     params:
+        settings=SETTINGS,
         sections=sections("data"),
     shell:
-        "ebjdat prepare {SETTINGS} --out {output.data} --card {output.card} 2>&1 | tee {log}"
+        "ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee {log}"

@@ -1,11 +1,13 @@
 # The default profile's results are versioned, where the checkout is a DVC repository and DVC itself is not the caller
 # (it sets DVC_STAGE for its commands).
-RECORD = RUN == "digits" and Path(".dvc/config").exists() and "DVC_STAGE" not in os.environ
+RECORD = (
+    RUN == "digits" and Path(".dvc/config").exists() and "DVC_STAGE" not in os.environ
+)
 RECORDED = ".dvc/tmp/recorded"
 
 
 rule record:
-    """Have DVC hash and cache what this workflow made, so that `dvc repro` has nothing to do. Runs no stage."""
+    """Bring dvc.yaml up to date and have DVC cache what this workflow made, so that `dvc repro` has nothing to do."""
     input:
         REPORT.values(),
     output:
@@ -15,4 +17,4 @@ rule record:
     conda:
         "../envs/ebjdat.yaml"
     shell:
-        "dvc commit --force > {log} 2>&1"
+        "(python workflow/scripts/dvc_stages.py && dvc commit --force) > {log} 2>&1"

@@ -1,12 +1,3 @@
-def per_result(*files):
-    return expand(
-        f"{RESULTS}/{{experiment}}/seed{{seed}}/{{file}}",
-        experiment=EXPERIMENTS,
-        seed=SEEDS,
-        file=files,
-    )
-
-
 rule report:
     """summary.csv, the table, and one HTML page."""
     input:
@@ -30,7 +21,9 @@ rule report:
     output:
         summary=REPORT["summary"],
         table_csv=REPORT["table_csv"],
-        table_md=report(REPORT["table_md"], caption="../report/table.rst", category="Summary"),
+        table_md=report(
+            REPORT["table_md"], caption="../report/table.rst", category="Summary"
+        ),
         html=report(REPORT["html"], caption="../report/page.rst", category="Summary"),
     log:
         f"{LOGS}/report.log",
@@ -39,8 +32,9 @@ rule report:
     conda:
         "../envs/ebjdat.yaml"
     params:
+        settings=SETTINGS,
         sections=sections("experiments", "seeds", "evaluation", "report"),
     shell:
-        "ebjdat report {SETTINGS} --results {RESULTS} --card {input.card} --summary {output.summary}"
+        "ebjdat report {params.settings} --card {input.card} --summary {output.summary}"
         " --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
         " > {log} 2>&1"

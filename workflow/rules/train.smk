@@ -11,23 +11,19 @@ rule pretrain:
         f"{LOGS}/pretraining/{{pretraining}}/seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/pretraining/{{pretraining}}/seed{{seed}}.tsv"
+    priority: 2  # before attacks, so that the longest chain starts early
     conda:
         "../envs/ebjdat.yaml"
-    priority: 2  # before attacks, so that the longest chain starts early
     threads: THREADS
     resources:
         gpu=GPU,
     params:
+        settings=SETTINGS,
         sections=sections("data", "model", "training", "pretraining.{pretraining}"),
     shell:
-        "ebjdat pretrain {SETTINGS} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
+        "ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
         " 2>&1 | tee {log}"
-
-
-def initial_checkpoint(wildcards):
-    name = PROFILE.experiments[wildcards.experiment].pretraining
-    return f"{CHECKPOINTS}/pretraining/{name}/seed{wildcards.seed}.safetensors"
 
 
 rule finetune:
@@ -44,16 +40,17 @@ rule finetune:
         f"{LOGS}/{{experiment}}/seed{{seed}}/finetune.log",
     benchmark:
         f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/finetune.tsv"
+    priority: 2  # before attacks, so that the longest chain starts early
     conda:
         "../envs/ebjdat.yaml"
-    priority: 2  # before attacks, so that the longest chain starts early
     threads: THREADS
     resources:
         gpu=GPU,
     params:
+        settings=SETTINGS,
         sections=sections("data", "model", "training", "experiments.{experiment}"),
     shell:
-        "ebjdat finetune {SETTINGS} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --initial {input.initial}"
         " --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
         " 2>&1 | tee {log}"

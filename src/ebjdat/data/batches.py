@@ -27,7 +27,10 @@ def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """x: images of the p(y|x) terms; x_density: images of the p(x) term (with noise; x itself without); both (B, C, H, W) in [-1, 1]. y: (B,)."""
+    """x: images of the p(y|x) terms; x_density: of the p(x) term, with noise (x itself where there is none); y: labels (B,).
+
+    Images are (B, C, H, W) in [-1, 1].
+    """
 
     x: Tensor
     x_density: Tensor
@@ -60,9 +63,7 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return n // batch_size
 
 
-def epoch_batches(
-    data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int
-) -> Iterator[Batch]:
+def epoch_batches(data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int) -> Iterator[Batch]:
     """Shuffled, augmented batches of one epoch."""
     order = torch.randperm(len(data), generator=generator(torch.device("cpu"), "order", seed, epoch)).to(data.device)
     for step in range(steps_per_epoch(len(data), batch_size)):

@@ -62,9 +62,7 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
             f"and at least 2 training images per class (the smallest class has {smallest})"
         )
     seed = settings.split_seed
-    train, validation = train_test_split(
-        official, test_size=settings.validation, stratify=raw.labels[official], random_state=seed
-    )
+    train, validation = train_test_split(official, test_size=settings.validation, stratify=raw.labels[official], random_state=seed)
     if settings.n_train is not None:
         if settings.n_train > len(train):
             raise DataError(f"data.n_train is {settings.n_train}, but the training split has {len(train)} images")
@@ -124,6 +122,7 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
         with temporary.open("wb") as file:
             np.savez(
                 file,
+                allow_pickle=False,
                 images=prepared.images,
                 labels=prepared.labels,
                 train=prepared.train,

@@ -48,9 +48,7 @@ def digits(settings: DataSettings) -> Raw:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = bunch.target.astype(np.int64)
-    _, test_index = train_test_split(
-        np.arange(len(labels)), test_size=settings.test, stratify=labels, random_state=settings.split_seed
-    )
+    _, test_index = train_test_split(np.arange(len(labels)), test_size=settings.test, stratify=labels, random_state=settings.split_seed)
     test = np.zeros(len(labels), bool)
     test[test_index] = True
     return Raw(images, labels, test, tuple(str(d) for d in range(10)), ordered=False)
@@ -204,7 +202,9 @@ def _assemble(path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np
     for split in SPLITS:
         empty = [c for c in classes if not images[split].get(c)]
         if empty or not classes:
-            raise DataError(f"{path}: no images in {', '.join(f'{split}/{c}' for c in empty) or split}; every class needs some in train and test")
+            raise DataError(
+                f"{path}: no images in {', '.join(f'{split}/{c}' for c in empty) or split}; every class needs some in train and test"
+            )
     if len(classes) < 2:
         raise DataError(f"{path}: only the class {classes[0]!r}; at least two are needed")
 
@@ -219,7 +219,10 @@ def _assemble(path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np
         raise DataError(f"{path}: images are {_size(usual)}; square ones of at least 8 pixels are allowed")
 
     rows = [
-        (image, index, split == "test") for split in SPLITS for index, c in enumerate(classes) for _, image in sorted(images[split][c], key=lambda x: x[0])
+        (image, index, split == "test")
+        for split in SPLITS
+        for index, c in enumerate(classes)
+        for _, image in sorted(images[split][c], key=lambda x: x[0])
     ]
     return Raw(
         np.stack([r[0] for r in rows]),

@@ -74,9 +74,7 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
     return features
 
 
-def choose_extractor(
-    network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int
-) -> tuple[str, Features]:
+def choose_extractor(network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int) -> tuple[str, Features]:
     """(name, features) of the settings' extractor. "auto": Inception for RGB images when its weights can be had."""
     if settings.extractor == "reference" or (settings.extractor == "auto" and channels != 3):
         return "reference", reference_features(network, settings, device)

@@ -18,7 +18,6 @@ from ebjdat.pixels import UNIT
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient
 
-
 PGD_STEPS = 20
 FEWEST_CLASSES = 4  # below, the targeted DLR loss is not defined
 
@@ -74,7 +73,9 @@ def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: Attack
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
     if classes < FEWEST_CLASSES:
-        raise AttackError(f"AutoAttack standard needs at least {FEWEST_CLASSES} classes, here are {classes}; set evaluation.attack.autoattack.n to 0")
+        raise AttackError(
+            f"AutoAttack standard needs at least {FEWEST_CLASSES} classes, here are {classes}; set evaluation.attack.autoattack.n to 0"
+        )
 
     log = logging.getLogger("auto-attack")
     heard = _Collect()
@@ -84,9 +85,7 @@ def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: Attack
     try:
         with moving_images(model, "eval"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attack = AutoAttack(
-                model, norm=settings.norm, eps=settings.eps, seed=settings.seed, version="standard", device=x.device
-            )
+            attack = AutoAttack(model, norm=settings.norm, eps=settings.eps, seed=settings.seed, version="standard", device=x.device)
             attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
             adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=settings.autoattack.batch_size)
     finally:

@@ -47,9 +47,7 @@ def adversarial(model: WideResNet, batch: Batch, state: DrawState, generator: to
     return neighbours(model, batch.x, batch.y, state.settings.adversary, generator)
 
 
-def neighbours(
-    model: WideResNet, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator
-) -> Tensor:
+def neighbours(model: WideResNet, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
     """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels."""
     with moving_images(model, spec.mode):
         return projected_gradient(

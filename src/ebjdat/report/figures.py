@@ -77,9 +77,7 @@ def sample_grids(panels: Mapping[str, tuple[Images, NDArray[np.int64]]], classes
 
 def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mapping[str, Mapping[str, Values]]) -> Figure:
     """A row per title, E(x) left and E(x, y) right: clean, adversarial and generated images on one axis."""
-    figure, axes = plt.subplots(
-        len(marginal), 2, figsize=(9, 2.3 * len(marginal) + 0.4), squeeze=False, layout="constrained", sharex=False
-    )
+    figure, axes = plt.subplots(len(marginal), 2, figsize=(9, 2.3 * len(marginal) + 0.4), squeeze=False, layout="constrained", sharex=False)
     for row, title in enumerate(marginal):
         for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
             together = np.concatenate(list(groups.values()))
@@ -129,9 +127,7 @@ def trilemma(table: pd.DataFrame, metrics: Sequence[Any], heads: Mapping[str, st
 
 def training_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
     """Per experiment: loss, and what validation said after each epoch."""
-    figure, axes = plt.subplots(
-        2, len(curves), figsize=(2.7 * len(curves) + 0.6, 4), squeeze=False, layout="constrained", sharey="row"
-    )
+    figure, axes = plt.subplots(2, len(curves), figsize=(2.7 * len(curves) + 0.6, 4), squeeze=False, layout="constrained", sharey="row")
     shown = {"validation_acc_clean": ("clean", "validation, clean"), "validation_acc_robust": ("adversarial", "validation, PGD")}
     energies = {"energy_clean": "clean", "energy_adversarial": "adversarial", "energy_generated": "generated"}
     for column, (title, frame) in enumerate(curves.items()):

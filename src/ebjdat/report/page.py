@@ -23,9 +23,7 @@ def embed(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def write(
-    profile: Profile, run: str, results: Path, card: dict[str, Any], rows: Sequence[Row], table: pd.DataFrame, out: Path
-) -> None:
+def write(profile: Profile, run: str, results: Path, card: dict[str, Any], rows: Sequence[Row], table: pd.DataFrame, out: Path) -> None:
     """Write the page. Figures of experiments with several seeds show the first seed, and say so."""
     heads = {m.name: header(m, table) for m in METRICS}
     seed = profile.seeds[0]
@@ -67,9 +65,7 @@ def write(
             ),
             curves=embed(figures.png(figures.training_curves(curves))),
             grids={name: embed((folder / "samples.png").read_bytes()) for name, folder in folders.items()},
-            details={
-                row.experiment: row.metrics for row in rows if row.seed == seed
-            },
+            details={row.experiment: row.metrics for row in rows if row.seed == seed},
             eps=profile.evaluation.attack.eps,
         ),
     )

@@ -139,8 +139,8 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
         mine = [row.metrics for row in rows if row.experiment == name]
         record: dict[str, Any] = {"experiment": name, "method": experiment.method, "seeds": len(mine)}
         for metric in METRICS:
-            values = [m.get(metric.name) for m in mine]
-            if any(v is None for v in values):
+            values = [m[metric.name] for m in mine if m.get(metric.name) is not None]
+            if len(values) < len(mine):
                 continue
             record[metric.name] = float(np.mean(values))
             interval = interval_of(metric, mine)

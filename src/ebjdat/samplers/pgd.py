@@ -23,6 +23,11 @@ def joint_energy_score(model: nn.Module, y: Tensor) -> Score:
     return lambda x: joint_energy(model(x), y)
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """Each image of (B, C, H, W) divided by its L2 length."""
+    return x / x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+
 def project(x: Tensor, centre: Tensor, eps: float, norm: str, bounds: tuple[float, float]) -> Tensor:
     """Nearest point of the eps-ball around `centre`, then clamped into `bounds` (which keeps it in the ball)."""
     delta = x - centre
@@ -40,9 +45,8 @@ def random_point(x: Tensor, eps: float, norm: str, bounds: tuple[float, float], 
         noise = (torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1) * eps
     else:
         direction = torch.randn(x.shape, generator=generator, device=x.device)
-        direction = direction / direction.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) ** (1 / x[0].numel())
-        noise = direction * radius * eps
+        noise = unit_vectors(direction) * radius * eps
     return project(x + noise, x, eps, norm, bounds)
 
 
@@ -68,9 +72,6 @@ def projected_gradient(
         moved = moved.detach().requires_grad_(True)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(score(moved).sum(), moved)
-        if norm == "Linf":
-            step = gradient.sign()
-        else:
-            step = gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        step = gradient.sign() if norm == "Linf" else unit_vectors(gradient)
         moved = project(moved.detach() + step_size * step, x, eps, norm, bounds)
     return moved.detach()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ebjdat.data.batches import DeviceData
-from ebjdat.pixels import INTERNAL, internal_from_unit, internal_distance
+from ebjdat.pixels import INTERNAL, internal_distance, internal_from_unit
 
 COVARIANCE_FLOOR = 1e-4  # added to the diagonal of each class covariance, internal range
 

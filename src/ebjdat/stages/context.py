@@ -40,9 +40,7 @@ class Context:
             torch.backends.cudnn.benchmark = False
         return torch.device(wanted)
 
-    def track(
-        self, subject: Subject, settings: Mapping[str, Any], hashes: Mapping[str, str]
-    ) -> AbstractContextManager[Tracker]:
+    def track(self, subject: Subject, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> AbstractContextManager[Tracker]:
         return track(subject, settings, {"git_commit": git_commit(), **hashes})
 
     def track_result(self, experiment: str, seed: int, stage: str | None, data_hash: str) -> AbstractContextManager[Tracker]:

@@ -65,7 +65,7 @@ def generate(
 
         def write_samples(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, images=fresh.images.cpu().numpy(), labels=fresh.labels.cpu().numpy())
+                np.savez(file, allow_pickle=False, images=fresh.images.cpu().numpy(), labels=fresh.labels.cpu().numpy())
 
         write_atomic(samples_out, write_samples)
         panels = {f"fresh chains of {experiment}, seed {seed}": (fresh.images.cpu().numpy(), fresh.labels.cpu().numpy())}
@@ -113,7 +113,7 @@ def energy(
 
         def write_values(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, **marginal, **{f"joint_{k}": v for k, v in joint.items()})
+                np.savez(file, allow_pickle=False, **marginal, **{f"joint_{k}": v for k, v in joint.items()})
 
         write_atomic(values_out, write_values)
         title = f"{experiment}, seed {seed}"

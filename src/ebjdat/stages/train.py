@@ -50,9 +50,7 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
         _train(context, job, data, None, f"pretraining/{name}/seed{seed}", out, tracker, threads)
 
 
-def finetune(
-    context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None
-) -> None:
+def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
     """Train an experiment from its pretraining's checkpoint."""
     entry, settings = context.profile.experiments[experiment], context.profile.training_settings(experiment)
     data = prepared.load(data_path)
@@ -71,7 +69,9 @@ def _train(
         model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, data.data_hash, *([initial] if initial else []), *_code())
+    made_from = digest(
+        job.method, settings.model_dump(), model_settings.model_dump(), job.seed, data.data_hash, *([initial] if initial else []), *_code()
+    )
     state = Path("state") / context.run / place / made_from[:16]
     job = replace(job, state_file=state / "training.pt")
     train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)

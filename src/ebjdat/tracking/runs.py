@@ -188,7 +188,8 @@ def _search(client: Any, experiment: str, subject: Subject, kind: str, more: str
     return list(
         client.search_runs(
             [experiment],
-            f"tags.kind = '{kind}' and tags.experiment = '{subject.name}' and tags.seed = '{subject.seed}' and tags.superseded = 'false'{more}",
+            f"tags.kind = '{kind}' and tags.experiment = '{subject.name}' and tags.seed = '{subject.seed}'"
+            f" and tags.superseded = 'false'{more}",
         )
     )
 

@@ -73,7 +73,7 @@ class Checkpoint:
         channels = self.header.image_shape[0]
         model = WideResNet(self.header.model, channels, len(self.header.classes))
         model.load_state_dict(self.weights)
-        return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+        return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

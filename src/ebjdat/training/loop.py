@@ -213,9 +213,7 @@ class Progress:
     def unsaved_minutes(self) -> float:
         return (time.monotonic() - self._saved) / 60
 
-    def save(
-        self, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None
-    ) -> None:
+    def save(self, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None) -> None:
         content: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -231,9 +229,7 @@ class Progress:
         self._saved = time.monotonic()
 
     @classmethod
-    def restore(
-        cls, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None
-    ) -> Progress:
+    def restore(cls, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None) -> Progress:
         """The saved progress, loaded into model, optimizer and buffer; a fresh one when nothing was saved."""
         progress = cls()
         if not path.exists():

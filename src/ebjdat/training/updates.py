@@ -15,9 +15,7 @@ def sgd(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -
 
 
 def adam(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.Adam(
-        parameters, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
-    )
+    return torch.optim.Adam(parameters, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
 
 
 def plain(optimizer: torch.optim.Optimizer, closure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,94 @@
+"""A copy of the project with a tiny profile, in which the real programs run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebjdat.params import merge
+
+from ..conftest import ROOT
+
+TINY = {
+    "data": {"n_train": 130, "n_test": 40},
+    "training": {"batch_size": 32},
+    "evaluation": {"attack": {"autoattack": {"n": 0}}, "generate": {"n": 40}},
+}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A checkout. `run` runs a program of the environment there and returns its output."""
+
+    folder: Path
+
+    def run(self, *command: str, ok: bool = True, **environment: str) -> str:
+        bin_folder = Path(sys.executable).parent
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW"))},
+                "PATH": f"{bin_folder}:{os.environ['PATH']}",
+                "PYTHONPATH": str(self.folder / "src"),
+                "EBJDAT_TRACKING": "0",
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert not ok or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def planned(self) -> dict[str, int]:
+        """Jobs that Snakemake would run, by rule."""
+        text = self.run("snakemake", "--dry-run", "--cores", "2")
+        table = re.search(r"^job +count\n[- ]+\n(.*?)^total", text, re.M | re.S)
+        return {line.split()[0]: int(line.split()[1]) for line in table[1].splitlines()} if table else {}
+
+    def planned_targets(self) -> set[str]:
+        """Outputs of the jobs that Snakemake would run."""
+        text = self.run("snakemake", "--dry-run", "--cores", "2")
+        return {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+
+    def change(self, **content: object) -> None:
+        file = self.folder / "params/digits.yaml"
+        file.write_text(yaml.safe_dump(merge(yaml.safe_load(file.read_text()), content), sort_keys=False))
+
+    def clear(self) -> None:
+        """As after a clone: nothing that a run wrote is left."""
+        for name in ("data", "checkpoints", "results", "state", "logs", "benchmarks", ".snakemake", "dvc.lock", ".dvc/cache", ".dvc/tmp"):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="package")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Two experiments that share nothing but the data; one epoch each; a git and DVC repository of its own."""
+    folder = tmp_path_factory.mktemp("project") / "checkout"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    layers = [yaml.safe_load((ROOT / name).read_text()) for name in ("params/digits.yaml", "params/overrides/ci.yaml")]
+    content = merge({}, *layers, TINY)
+    content["experiments"] = {name: content["experiments"][name] for name in ("classifier", "eb_jdat")}
+    (folder / "params/digits.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    made = Project(folder)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t.example", "commit", "-qm", "start"]):
+        made.run("git", *command)
+    made.run("python", "workflow/scripts/dvc_stages.py")
+    return made

@@ -1,0 +1,120 @@
+"""Snakemake and DVC, the real programs, on one tiny project: whoever ran, the other has nothing to do.
+
+The tests build on each other in this order, because every run costs a minute.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ..conftest import ROOT
+from .conftest import Project
+
+DOWNSTREAM = {"finetune": 1, "attack": 1, "generate": 1, "energy": 1, "report": 1}
+
+
+def ran(text: str) -> set[str]:
+    """Stages that `dvc repro` ran."""
+    return set(re.findall(r"Running stage '([^']+)'", text))
+
+
+def stamps(project: Project) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in (project.folder / "checkpoints").rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def after_snakemake(project: Project) -> Project:
+    project.clear()
+    project.run("snakemake", "--cores", "2")
+    return project
+
+
+def test_dvc_yaml_is_up_to_date_with_the_snakefile() -> None:
+    subprocess.run([sys.executable, "workflow/scripts/dvc_stages.py", "--check"], cwd=ROOT, check=True)
+
+
+def test_after_snakemake_neither_tool_has_anything_to_do(after_snakemake: Project) -> None:
+    before = stamps(after_snakemake)
+    assert len(before) == 4
+    assert (after_snakemake.folder / "results/digits/summary.csv").read_text().count("\n") == 3
+    assert after_snakemake.planned() == {}
+    assert "up to date" in after_snakemake.run("dvc", "status")
+    assert ran(after_snakemake.run("dvc", "repro")) == set()
+    assert after_snakemake.planned() == {}
+    assert stamps(after_snakemake) == before
+
+
+def test_snakemake_reruns_what_a_finetuning_parameter_changes_and_nothing_else(after_snakemake: Project) -> None:
+    after_snakemake.change(experiments={"eb_jdat": {"training": {"optimizer": {"lr": 0.01}}}})
+    planned = after_snakemake.planned()
+    assert {k: v for k, v in planned.items() if k not in ("all", "record")} == DOWNSTREAM
+    touched = {t for t in after_snakemake.planned_targets() if t.startswith(("checkpoints/", "results/digits/"))}
+    single = {t for t in touched if not re.fullmatch(r"results/digits/[a-z.]+", t)}
+    assert single
+    assert all("/eb_jdat/seed0" in t for t in single)
+
+
+def test_dvc_reruns_the_same_and_leaves_nothing_for_snakemake(after_snakemake: Project) -> None:
+    before = stamps(after_snakemake)
+    text = after_snakemake.run("dvc", "repro")
+    assert ran(text) == {"report", *(f"{stage}-eb_jdat-seed0" for stage in ("finetune", "attack", "generate", "energy"))}
+    changed = {name for name, stamp in stamps(after_snakemake).items() if before[name] != stamp}
+    assert [re.sub(".*/checkpoints/", "", name) for name in changed] == ["digits/eb_jdat/seed0.safetensors"]
+    assert after_snakemake.planned() == {}
+    assert ran(after_snakemake.run("dvc", "repro")) == set()
+
+
+def test_key_order_and_comments_of_the_profile_mean_nothing(after_snakemake: Project) -> None:
+    file = after_snakemake.folder / "params/digits.yaml"
+    old = file.read_text()
+    import yaml
+
+    file.write_text("# a comment\n" + yaml.safe_dump(yaml.safe_load(old), sort_keys=True))
+    assert after_snakemake.planned() == {}
+    assert ran(after_snakemake.run("dvc", "repro")) == set()
+    file.write_text(old)
+
+
+def test_a_code_change_reruns_what_reads_it_under_both(after_snakemake: Project) -> None:
+    file = after_snakemake.folder / "src/ebjdat/evaluation/energy.py"
+    old = file.read_text()
+    file.write_text(old + "\n# a change\n")
+    try:
+        planned = after_snakemake.planned()
+        assert {k for k in planned if k not in ("all", "record")} == {"attack", "generate", "energy", "report"}
+        status = after_snakemake.run("dvc", "status")
+        assert set(re.findall(r"^(\S+):$", status, re.M)) == {
+            f"{s}-{e}-seed0" for s in ("attack", "generate", "energy") for e in ("classifier", "eb_jdat")
+        }
+    finally:
+        file.write_text(old)
+    assert "up to date" in after_snakemake.run("dvc", "status")
+
+
+def test_settings_that_cannot_work_stop_before_anything_runs(after_snakemake: Project) -> None:
+    for tool in (["snakemake", "--cores", "1"], ["snakemake", "--lint"]):
+        text = after_snakemake.run(*tool, "--config", "overrides=training.epocs=3 evaluation.attack.eps=0", ok=False)
+        assert "2 problems in the settings" in text
+        assert "did you mean 'epochs'?" in text
+        assert "evaluation.attack.eps: input should be greater than 0" in text
+        assert "Traceback" not in text
+
+
+def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
+    text = after_snakemake.run("snakemake", "--dry-run", "--config", "overrides=training.epochs=2")
+    outputs = {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+    assert outputs
+    assert all(re.match(r"(data|checkpoints|results)/digits\+[0-9a-f]{6}/", name) for name in outputs)
+
+
+def test_after_dvc_repro_from_clean_snakemake_has_nothing_to_do(after_snakemake: Project) -> None:
+    after_snakemake.clear()
+    text = after_snakemake.run("dvc", "repro")
+    assert len(ran(text)) == 1 + 2 + 2 * 4 + 1
+    assert after_snakemake.planned() == {}
+    assert "up to date" in after_snakemake.run("dvc", "status")
+    assert not list((after_snakemake.folder / "state").rglob("*.pt"))
