@@ -56,6 +56,12 @@ def test_pyld_matches_a_slow_loop(clamp: float | None, network: WideResNet, rng:
     assert torch.allclose(fast, slow, atol=1e-5)  # float32 sums in another order
 
 
+def test_stem_gradient_is_autograds(network: WideResNet, rng: torch.Generator) -> None:
+    x, p = torch.randn(2, 1, 9, 9, generator=rng, requires_grad=True), torch.randn(2, 16, 9, 9, generator=rng)
+    (expected,) = torch.autograd.grad((network.stem(x) * p).sum(), x)
+    assert torch.allclose(network.stem_gradient(p), expected, atol=1e-5)  # float32
+
+
 def test_pyld_goes_down_the_energy_and_stays_an_image(network: WideResNet, rng: torch.Generator) -> None:
     x = torch.rand(64, 1, 8, 8, generator=rng) * 2 - 1
     with moving_images(network, "eval"):

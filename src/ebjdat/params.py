@@ -156,7 +156,7 @@ class AdversarySettings(Settings):
     steps: Count = 10
     step_size: Epsilon
     random_start: bool = True
-    mode: Literal["train", "eval"] = "eval"  # batch-norm statistics while attacking
+    mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
 
 
 class WeightSettings(Settings):

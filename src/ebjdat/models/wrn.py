@@ -68,6 +68,10 @@ class WideResNet(nn.Module):
         logits: Tensor = self.head(self.penultimate(h))
         return logits
 
+    def stem_gradient(self, p: Tensor) -> Tensor:
+        """d<stem(x), p>/dx for p (B, 16, H, W), at any x: the stem's transposed convolution, (B, C, H, W)."""
+        return F.conv_transpose2d(p, self.stem.weight, padding=1)
+
     def features(self, x: Tensor) -> Tensor:
         """Images in [-1, 1] -> penultimate features (B, 64 * width)."""
         return self.penultimate(self.stem(x))

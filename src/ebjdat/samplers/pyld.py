@@ -16,19 +16,17 @@ def pyld(model: WideResNet, x: Tensor, spec: ChainSettings, generator: torch.Gen
 
     Each of `spec.steps` outer steps runs the whole network once for the adjoint p = d(-E)/d(stem output); each of
     `spec.inner_steps` inner steps then moves x along d<stem(x), p>/dx, clamped to [-clamp, clamp], through the stem alone.
-    The end point is clamped to [-1, 1], because chains are kept and shown as images.
+    The stem is one convolution, so that gradient is the same wherever x is and is computed once per outer step. The end point is clamped to [-1, 1], because chains are kept and shown as images.
     """
     x = x.detach()
     for _ in range(spec.steps):
         with torch.enable_grad():
             h = model.stem(x).detach().requires_grad_(True)
             (p,) = torch.autograd.grad(-marginal_energy(model.trunk(h)).sum(), h)
+        gradient = model.stem_gradient(p)
+        if spec.clamp is not None:
+            gradient = gradient.clamp(-spec.clamp, spec.clamp)
         for _ in range(spec.inner_steps):
-            with torch.enable_grad():
-                moved = x.detach().requires_grad_(True)
-                (gradient,) = torch.autograd.grad((model.stem(moved) * p).sum(), moved)
-            if spec.clamp is not None:
-                gradient = gradient.clamp(-spec.clamp, spec.clamp)
             x = x + spec.step_size * gradient
             if spec.noise:
                 x = x + spec.noise * torch.randn(x.shape, generator=generator, device=x.device)
