@@ -214,7 +214,7 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     from rich.table import Table
 
     from ebjdat.params import load, run_name
-    from ebjdat.report.tables import METRICS, cell, header
+    from ebjdat.report.tables import METRICS, cell_parts, header_parts
 
     load(params, override)
     results = Path("results") / run_name(params, override)
@@ -222,10 +222,12 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
         frame = pd.read_csv(results / "table.csv")
     except FileNotFoundError:
         raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it") from None
-    table = Table("experiment", *(header(m, frame) for m in METRICS), title=results.name, title_justify="left")
+    heads = ["\n".join(header_parts(m, frame)) for m in METRICS]
+    table = Table("experiment", *heads, title=results.name, title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():
-        table.add_row(record["experiment"], *(cell(record, m) for m in METRICS))
+        table.add_row(record["experiment"], *("\n".join(cell_parts(record, m)) for m in METRICS))
     console = Console()
+    console = console if console.is_terminal else Console(width=120)
     console.print(table)
     console.print(f"report:    {results / 'report.html'} (open in a browser; needs no network)", highlight=False)
     console.print(f"for programs: {results / 'summary.csv'}", highlight=False)

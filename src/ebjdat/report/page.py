@@ -16,7 +16,7 @@ from ebjdat.files import write_text
 from ebjdat.params import Profile
 from ebjdat.registry import METHODS
 from ebjdat.report import figures
-from ebjdat.report.tables import METRICS, Row, cell, header, protocol
+from ebjdat.report.tables import METRICS, Row, cell_parts, header, header_parts, protocol
 
 
 def embed(png: bytes) -> str:
@@ -40,13 +40,13 @@ def write(profile: Profile, run: str, results: Path, card: dict[str, Any], rows:
             card=card,
             seeds=profile.seeds,
             shown_seed=seed,
-            heads=[(m.name, heads[m.name]) for m in METRICS],
+            heads=[header_parts(m, table) for m in METRICS],
             table=[
                 {
                     "experiment": record["experiment"],
                     "source": METHODS[record["method"]].source,
                     "note": profile.experiments[record["experiment"]].note,
-                    "cells": [(cell(record, m), record.get(m.name)) for m in METRICS],
+                    "cells": [cell_parts(record, m) for m in METRICS],
                     "best": [_is_best(table, record, m.name, m.better) for m in METRICS],
                 }
                 for _, record in table.iterrows()

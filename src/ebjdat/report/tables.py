@@ -127,7 +127,7 @@ def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[floa
         return wilson(metrics[0][metric.correct], metrics[0][metric.n])
     if metric.se:
         half = stats.norm.ppf((1 + CONFIDENCE) / 2) * metrics[0][metric.se]
-        return values[0] - float(half), values[0] + float(half)
+        return max(0.0, values[0] - float(half)), values[0] + float(half)  # a gap is not negative
     return None
 
 
@@ -168,35 +168,41 @@ def paper_numbers(profile: Profile) -> dict[str, dict[str, float]]:
     return rows
 
 
-def cell(record: pd.Series, metric: Metric) -> str:
-    """A value with its spread (several seeds: +- sd; one: its interval) and the paper's number, as text."""
+def cell_parts(record: pd.Series, metric: Metric) -> list[str]:
+    """A value, its spread (several seeds: +- sd; one: its interval) and the paper's number, each where there is one."""
     value = record.get(metric.name)
     if value is None or pd.isna(value):
-        return "–"
+        return ["–"]
     scale, digits = (100, 1) if metric.percent else (1, 2 if abs(value) < 100 else 0)
-    text = f"{value * scale:.{digits}f}"
-    sd, low, high = (record.get(f"{metric.name}_{part}") for part in ("sd", "low", "high"))
+    parts = [f"{value * scale:.{digits}f}"]
+    sd, low, high, paper = (record.get(f"{metric.name}_{part}") for part in ("sd", "low", "high", "paper"))
     if sd is not None and not pd.isna(sd):
-        text += f" ± {sd * scale:.{digits}f}"
+        parts.append(f"± {sd * scale:.{digits}f}")
     elif low is not None and not pd.isna(low):
-        text += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
-    paper = record.get(f"{metric.name}_paper")
+        parts.append(f"[{low * scale:.{digits}f}, {high * scale:.{digits}f}]")
     if paper is not None and not pd.isna(paper):
-        text += f" (paper {paper * scale:.{digits}f})"
-    return text
+        parts.append(f"(paper {paper * scale:.{digits}f})")
+    return parts
 
 
-def header(metric: Metric, table: pd.DataFrame) -> str:
-    """Column title with n, and for the Fréchet distance its extractor."""
+def cell(record: pd.Series, metric: Metric) -> str:
+    return " ".join(cell_parts(record, metric))
+
+
+def header_parts(metric: Metric, table: pd.DataFrame) -> list[str]:
+    """Column title (for the Fréchet distance with its extractor), and n."""
     label = metric.label
     if metric.name == "frechet":
         names = sorted(set(table["frechet_extractor"]))
         label = "FID" if names == ["inception"] else f"Fréchet ({', '.join(names)})"
     n = f"{metric.name}_n"
     if n in table and table[n].notna().any():
-        counts = sorted({int(v) for v in table[n].dropna()})
-        label += f", n={'/'.join(map(str, counts))}"
-    return label
+        return [label, f"n={'/'.join(map(str, sorted({int(v) for v in table[n].dropna()})))}"]
+    return [label]
+
+
+def header(metric: Metric, table: pd.DataFrame) -> str:
+    return ", ".join(header_parts(metric, table))
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

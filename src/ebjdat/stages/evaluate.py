@@ -68,7 +68,9 @@ def generate(
                 np.savez(file, allow_pickle=False, images=fresh.images.cpu().numpy(), labels=fresh.labels.cpu().numpy())
 
         write_atomic(samples_out, write_samples)
-        panels = {f"fresh chains of {experiment}, seed {seed}": (fresh.images.cpu().numpy(), fresh.labels.cpu().numpy())}
+        real, real_labels = data.split("train")
+        panels = {"training images": (real, real_labels)}
+        panels |= {f"fresh chains of {experiment}, seed {seed}": (fresh.images.cpu().numpy(), fresh.labels.cpu().numpy())}
         if buffer is not None:
             panels["its replay buffer"] = (buffer.images.numpy(), buffer.labels.numpy())
         write_atomic(grid_out, lambda path: figures.save(figures.sample_grids(panels, data.classes, settings.grid), path))

@@ -164,9 +164,7 @@ def _open_run(subject: Subject, params: Mapping[str, Any], provenance: Mapping[s
         if subject.stage is None and parent:
             return client, parent, None
         for old in _search(client, experiment, subject, f"{subject.kind}-stage", f" and tags.stage = '{subject.stage}'"):
-            client.set_tag(old.info.run_id, "superseded", "true")
-            if old.info.status == "RUNNING":  # its process was killed
-                client.set_terminated(old.info.run_id, "KILLED")
+            _supersede(client, old)
         child_tags = {**tags, "kind": f"{subject.kind}-stage", "stage": subject.stage or "", "superseded": "false"}
         if parent:
             child_tags["mlflow.parentRunId"] = parent
@@ -180,7 +178,17 @@ def _experiment(client: Any, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     local = "MLFLOW_TRACKING_URI" not in os.environ
-    return str(client.create_experiment(name, DEFAULT_ARTIFACTS.resolve().as_uri() if local else None))
+    location = DEFAULT_ARTIFACTS.resolve().as_uri() if local else None
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
+    return str(client.create_experiment(name, location, tags=kind))
+
+
+def _supersede(client: Any, run: Any) -> None:
+    """Mark a run that a newer one replaces; its history stays."""
+    client.set_tag(run.info.run_id, "superseded", "true")
+    client.set_tag(run.info.run_id, "mlflow.runName", f"{run.info.run_name} (superseded)")
+    if run.info.status == "RUNNING":  # its process was killed
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _search(client: Any, experiment: str, subject: Subject, kind: str, more: str = "") -> list[Any]:
@@ -205,7 +213,7 @@ def _parent(client: Any, experiment: str, subject: Subject, params: Mapping[str,
     new = str(run.info.run_id)
     _log_params(client, new, params)
     for old in found:
-        client.set_tag(old.info.run_id, "superseded", "true")
+        _supersede(client, old)
         for child in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{old.info.run_id}' and tags.superseded = 'false'"):
             client.set_tag(child.info.run_id, "mlflow.parentRunId", new)
     return new
