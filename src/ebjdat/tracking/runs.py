@@ -160,11 +160,12 @@ def _open_run(subject: Subject, params: Mapping[str, Any], provenance: Mapping[s
             "mlflow.source.git.commit": provenance.get("git_commit", ""),
         }
         flat_params = {name: str(value) for name, value in flat(params).items()}
+        if subject.stage is not None:
+            for old in _search(client, experiment, subject, f"{subject.kind}-stage", f" and tags.stage = '{subject.stage}'"):
+                _supersede(client, old)
         parent = _parent(client, experiment, subject, flat_params, tags) if subject.kind == "result" else None
         if subject.stage is None and parent:
             return client, parent, None
-        for old in _search(client, experiment, subject, f"{subject.kind}-stage", f" and tags.stage = '{subject.stage}'"):
-            _supersede(client, old)
         child_tags = {**tags, "kind": f"{subject.kind}-stage", "stage": subject.stage or "", "superseded": "false"}
         if parent:
             child_tags["mlflow.parentRunId"] = parent
