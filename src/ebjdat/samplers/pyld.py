@@ -15,8 +15,9 @@ def pyld(model: WideResNet, x: Tensor, spec: ChainSettings, generator: torch.Gen
     """Walk x (B, C, H, W) in [-1, 1] down the marginal energy.
 
     Each of `spec.steps` outer steps runs the whole network once for the adjoint p = d(-E)/d(stem output); each of
-    `spec.inner_steps` inner steps then moves x along d<stem(x), p>/dx, clamped to [-clamp, clamp], through the stem alone.
-    The stem is one convolution, so that gradient is the same wherever x is and is computed once per outer step. The end point is clamped to [-1, 1], because chains are kept and shown as images.
+    `spec.inner_steps` inner steps then moves x along d<stem(x), p>/dx, clamped to [-clamp, clamp], through the stem
+    alone. The stem is one convolution, so that gradient is the same wherever x is and is computed once per outer step.
+    The end point is clamped to [-1, 1], because chains are kept and shown as images.
     """
     x = x.detach()
     for _ in range(spec.steps):
