@@ -163,6 +163,32 @@ def test_sigkill_anywhere_and_again_gives_the_same_weights(digits: Prepared, pro
     assert not list((tmp_path / "killed/state").rglob("training.pt"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_it_is_at(
+    number: signal.Signals, digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal during the second step: that step is finished and saved, and the next try starts at the third."""
+    _, whole = run(digits, settings, tmp_path / "whole")
+    add, calls = loop.Progress.add, 0
+
+    def add_and_signal(self: loop.Progress, terms: dict[str, torch.Tensor]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), number)
+        add(self, terms)
+
+    monkeypatch.setattr(loop.Progress, "add", add_and_signal)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        run(digits, settings, tmp_path / "cut")
+    assert calls == 2
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    _, result = run(digits, settings, tmp_path / "cut")
+    assert calls == 4  # of the epoch's 4 steps, the last two
+    assert all(torch.equal(whole.selected.weights[k], result.selected.weights[k]) for k in whole.selected.weights)
+
+
 def test_selection_uses_validation_and_a_later_epoch_wins_ties(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

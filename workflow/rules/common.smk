@@ -12,6 +12,11 @@ from snakemake.exceptions import WorkflowError
 
 from ebjdat import params as settings
 
+# Jobs run the package of this checkout, whose files the rules name, whatever else is installed.
+shell.prefix(
+    "set -euo pipefail; export PYTHONPATH=$PWD/src${{PYTHONPATH:+:$PYTHONPATH}}; "
+)
+
 config.setdefault("profile", "digits")
 config.setdefault("overrides", "")
 
@@ -38,6 +43,8 @@ GPU = int(
     or (PROFILE.runtime.device == "auto" and shutil.which("nvidia-smi") is not None)
 )
 
+# An archive of images is an input; where it is missing, the command says so better than Snakemake would.
+ARCHIVE = [p for p in [PROFILE.data.path] if p and Path(p).is_file()]
 DATA = f"data/{RUN}/data.npz"
 CARD = f"data/{RUN}/card.json"
 CHECKPOINTS = f"checkpoints/{RUN}"

@@ -19,7 +19,7 @@ rule attack:
         settings=SETTINGS,
         sections=sections("evaluation.attack"),
     shell:
-        "ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "python -m ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --out {output.metrics}"
         " 2>&1 | tee {log}"
 
@@ -53,7 +53,7 @@ rule generate:
         settings=SETTINGS,
         sections=sections("evaluation.generate"),
     shell:
-        "ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "python -m ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --reference {input.reference}"
         " --out {output.metrics} --samples {output.samples} --grid {output.grid}"
         " 2>&1 | tee {log}"
@@ -88,7 +88,7 @@ rule energy:
         settings=SETTINGS,
         sections=sections("evaluation.energy", "evaluation.attack"),
     shell:
-        "ebjdat energy {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "python -m ebjdat energy {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --samples {input.samples}"
         " --out {output.metrics} --values {output.values} --figure {output.figure}"
         " 2>&1 | tee {log}"

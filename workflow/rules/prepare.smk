@@ -1,6 +1,7 @@
 rule prepare:
     """Source -> uint8 arrays, fixed splits, class means, data card."""
     input:
+        source=ARCHIVE,
         code=CODE["prepare"],
     output:
         data=DATA,
@@ -15,4 +16,4 @@ rule prepare:
         settings=SETTINGS,
         sections=sections("data"),
     shell:
-        "ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee {log}"
+        "python -m ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee {log}"

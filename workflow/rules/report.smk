@@ -35,6 +35,6 @@ rule report:
         settings=SETTINGS,
         sections=sections("experiments", "seeds", "evaluation", "report"),
     shell:
-        "ebjdat report {params.settings} --card {input.card} --summary {output.summary}"
+        "python -m ebjdat report {params.settings} --card {input.card} --summary {output.summary}"
         " --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
         " > {log} 2>&1"

@@ -21,7 +21,7 @@ rule pretrain:
         settings=SETTINGS,
         sections=sections("data", "model", "training", "pretraining.{pretraining}"),
     shell:
-        "ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
+        "python -m ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
         " 2>&1 | tee {log}"
 
@@ -50,7 +50,7 @@ rule finetune:
         settings=SETTINGS,
         sections=sections("data", "model", "training", "experiments.{experiment}"),
     shell:
-        "ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        "python -m ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --initial {input.initial}"
         " --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
         " 2>&1 | tee {log}"

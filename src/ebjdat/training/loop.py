@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +66,33 @@ class Job:
     checkpoint_minutes: float = 5.0
 
 
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM only sets `asked`, so that the state can be saved between two steps.
+
+    A second one stops at once. Outside the main thread nothing is changed, since Python allows handlers only there.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+
 @contextmanager
 def evaluating(model: WideResNet) -> Iterator[None]:
     training = model.training
@@ -106,7 +136,8 @@ def train(
     progress = Progress.restore(job.state_file, model, optimizer, state.buffer)
     for row in progress.rows:
         on_epoch(row)
-    with Bar(job.title, settings.epochs * per_epoch, progress.epoch * per_epoch + progress.step) as bar:
+    done = progress.epoch * per_epoch + progress.step
+    with Bar(job.title, settings.epochs * per_epoch, done) as bar, StopRequest() as stop:
         if progress.epoch or progress.step:
             bar.line(f"continues at epoch {progress.epoch + 1}, step {progress.step}")
         model.train()
@@ -127,8 +158,10 @@ def train(
                 bar.advance()
                 if bar.due():
                     bar.show({name: terms[name].item() for name in SHOWN if name in terms})
-                if progress.unsaved_minutes() >= job.checkpoint_minutes:
+                if stop.asked or progress.unsaved_minutes() >= job.checkpoint_minutes:
                     progress.save(job.state_file, model, optimizer, state.buffer)
+                if stop.asked:
+                    raise KeyboardInterrupt
 
             row = progress.epoch_row(optimizer)
             if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
