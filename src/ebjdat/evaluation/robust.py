@@ -131,14 +131,12 @@ def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: 
         _require(within(moved, x, settings), "PGD")
         bar.line(f"clean {clean.float().mean():.1%}, PGD-{PGD_STEPS} {survived.float().mean():.1%} (n = {len(x)})")
     result: dict[str, Any] = {
-        "n_test": len(x),
-        "clean_correct": int(clean.sum()),
-        "clean_acc": float(clean.float().mean()),
-        "pgd20_correct": int((survived & clean).sum()),
-        "pgd20_acc": float((survived & clean).float().mean()),
-        "n_attack": settings.autoattack.n,
         "norm": settings.norm,
         "eps": settings.eps,
+        "n_test": len(x),
+        **_counted("clean", clean),
+        **_counted("pgd20", survived & clean),
+        "n_attack": settings.autoattack.n,
     }
     n = settings.autoattack.n
     if n:
@@ -148,13 +146,15 @@ def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: 
             standing = (predictions(model, moved, settings.batch_size) == y[:n]) & clean[:n]
             bar.advance(n)
             bar.line(f"AutoAttack standard {standing.float().mean():.1%} (n = {n})")
-        result |= {
-            "autoattack_correct": int(standing.sum()),
-            "autoattack_acc": float(standing.float().mean()),
-            "pgd20_acc_first_n": float((survived & clean)[:n].float().mean()),
-            "autoattack_warnings": warned,
-        }
+        result |= _counted("autoattack", standing)
+        result |= {"pgd20_acc_first_n": int((survived & clean)[:n].sum()) / n, "autoattack_warnings": warned}
     return result
+
+
+def _counted(name: str, correct: Tensor) -> dict[str, Any]:
+    """How many of (N,) are correct, and the fraction."""
+    count = int(correct.sum())
+    return {f"{name}_correct": count, f"{name}_acc": count / len(correct)}
 
 
 def _require(held: bool, name: str) -> None:
