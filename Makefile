@@ -47,7 +47,7 @@ format: install ## format Python and Snakemake files
 	$(BIN)/snakefmt Snakefile workflow
 
 ui: install ## MLflow UI with all runs on http://127.0.0.1:5000
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment
 	$(BIN)/python workflow/scripts/dvc_stages.py
@@ -55,7 +55,7 @@ dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment
 unlock: install ## after a kill -9: release Snakemake's lock
 	$(SNAKEMAKE) --unlock
 
-lock: ## resolve requirements.lock anew from pyproject.toml
+lock: install ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --no-header \
 	  --quiet --upgrade pyproject.toml --output-file requirements.lock
 

@@ -226,6 +226,15 @@ def test_limits_keep_classes_and_the_first_test_examples(digits: Prepared) -> No
     small, _ = prepared.prepare(DataSettings(source="digits", test=497, validation=130, n_train=100, n_test=50))
     assert np.bincount(small.labels[small.train]).min() >= 9
     assert np.array_equal(small.split("test")[0], digits.split("test", 50)[0])
+    nearly, _ = prepared.prepare(DataSettings(source="digits", test=497, validation=130, n_train=1165))
+    assert len(nearly.train) == 1165
+    for wrong, message in (
+        ({"n_train": 5}, "n_train is 5; at least one"),
+        ({"n_train": 1200}, "the training split has 1170"),
+        ({"test": 5}, "test is 5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepared.prepare(DataSettings.model_validate({"source": "digits", "test": 497, "validation": 130, **wrong}))
     with pytest.raises(DataError, match="n_test is 600"):
         prepared.prepare(DataSettings(source="digits", test=497, validation=130, n_test=600))
 

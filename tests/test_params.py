@@ -86,7 +86,15 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
         ("seeds", [0, 0], "each seed may stand once"),
         ("seeds", [-1], "greater than or equal to 0"),
         ("seeds", [], "at least 1 item"),
-        ("training.epochs", True, "not true/false"),
+        ("training.epochs", True, "a number is allowed, found True"),
+        ("training.batch_size", "64", "a number is allowed, found '64'"),
+        ("training.augment.flip", 1, "valid boolean"),
+        ("training.adversary.step_size", 0.31, "more than the diameter"),
+        ("experiments.pgd_at.training.batch_size", 5000, "experiments.pgd_at.training.batch_size: 5000 is larger"),
+        ("evaluation.energy.n", 600, "more than the test split has; allowed: 1 to 497"),
+        ("evaluation.generate.n", 1, "greater than or equal to 2"),
+        ("pretraining.clean.training.epochs", 3, "one level too deep; set pretraining.clean.epochs"),
+        ("experiments.a.b", {"method": "classifier", "pretraining": "scratch"}, "unknown key"),
         ("training.optimizer.lr", float("nan"), "finite"),
         ("pretraining.other", {"method": "pgd_at", "epochs": 0}, "the same settings as pretraining."),
         ("experiments.pretraining", {"method": "classifier", "pretraining": "scratch"}, "kept for the shared"),
@@ -140,7 +148,10 @@ def test_params_hash_follows_what_determines_the_result() -> None:
     assert changed("runtime.threads=2", "runtime.device=auto", "report.paper=null") == set()
     assert changed("experiments.eb_jdat.training.epochs=2") == {"eb_jdat"}
     assert changed("pretraining.clean.epochs=2") == {"pgd_at", "jempp", "eb_jdat"}
-    assert changed("evaluation.attack.eps=0.1") == set(base.experiments)
+    assert changed("evaluation.attack.eps=0.1") == changed("model.width=1") == changed("data.split_seed=1") == set(base.experiments)
+    assert changed("data.path=elsewhere", "data.label=mine") == set()
+    assert changed("experiments.jempp.method=eb_jdat") == {"jempp"}
+    assert changed("pretraining.clean.method=pgd_at") == {"pgd_at", "jempp", "eb_jdat"}
     assert base.params_hash("eb_jdat", 0) != base.params_hash("eb_jdat", 1)
 
 

@@ -37,7 +37,11 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.secho("stopped; run the same command again to continue from the last checkpoint", fg="yellow", err=True)
+            typer.secho(
+                "stopped; nothing is half-written, and training continues where it was when the same command runs again",
+                fg="yellow",
+                err=True,
+            )
             raise typer.Exit(130) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from ebjdat import registry
 from ebjdat.errors import UserError
 from ebjdat.files import digest
 from ebjdat.pixels import Budget
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
@@ -47,9 +47,9 @@ def known(names: Mapping[str, object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is allowed, not true/false")
+def refuse_non_number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError(f"a number is allowed, found {value!r}")
     return value
 
 
@@ -57,12 +57,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-NotBool = BeforeValidator(refuse_bool)
-Count = Annotated[int, NotBool, Field(ge=1)]
-CountOrZero = Annotated[int, NotBool, Field(ge=0)]
-Positive = Annotated[float, NotBool, Field(gt=0)]
-NotNegative = Annotated[float, NotBool, Field(ge=0)]
-Fraction01 = Annotated[float, NotBool, Field(ge=0, le=1)]
+Number = BeforeValidator(refuse_non_number)
+Count = Annotated[int, Number, Field(ge=1)]
+TwoOrMore = Annotated[int, Number, Field(ge=2)]  # a spread needs two
+CountOrZero = Annotated[int, Number, Field(ge=0)]
+Positive = Annotated[float, Number, Field(gt=0)]
+NotNegative = Annotated[float, Number, Field(ge=0)]
+Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
 Norm = Literal["Linf", "L2"]
 
@@ -155,8 +156,14 @@ class AdversarySettings(Settings):
     eps: Epsilon
     steps: Count = 10
     step_size: Epsilon
-    random_start: bool = True
+    random_start: StrictBool = True
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
+
+    @model_validator(mode="after")
+    def step_within(self) -> Self:
+        if self.step_size > 2 * self.eps:
+            raise ValueError(f"step_size {self.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
+        return self
 
 
 class WeightSettings(Settings):
@@ -167,7 +174,7 @@ class WeightSettings(Settings):
 
 class AugmentSettings(Settings):
     pad: CountOrZero = 4  # reflect-pad, then crop at random
-    flip: bool = False
+    flip: StrictBool = False
     noise: NotNegative = 0.03  # on the images of the p(x) term, internal range
 
 
@@ -231,7 +238,7 @@ class ReferenceSettings(Settings):
 
 
 class GenerateSettings(Settings):
-    n: Count  # fresh chains
+    n: TwoOrMore  # fresh chains
     steps: Count  # full gradients per fresh chain
     extractor: Literal["inception", "reference", "auto"] = "reference"
     inception_weights: str | None = None  # a file; None: torch-fidelity's own download
@@ -242,7 +249,7 @@ class GenerateSettings(Settings):
 
 
 class EnergySettings(Settings):
-    n: Count | None = None  # first n test images; None: all
+    n: TwoOrMore | None = None  # first n test images; None: all
     batch_size: Count = 250
 
 
@@ -331,6 +338,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue  # `<<` may stand twice; what is no scalar is refused later
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
@@ -432,7 +441,9 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
             yield ("experiments", name, "pretraining"), f"{wanted!r} is not under `pretraining`; {nearest(wanted, list(pretrainings))}"
     first: dict[str, str] = {}
     for name, entry in pretrainings.items():
-        content = {"epochs": 0} if entry.get("epochs") == 0 else {"method": "classifier", **entry}
+        if isinstance(entry.get("training"), Mapping) and "epochs" in entry["training"]:
+            yield ("pretraining", name, "training", "epochs"), f"stands one level too deep; set pretraining.{name}.epochs"
+        content = {"epochs": 0} if entry.get("epochs") == 0 else {"method": "classifier", "training": {}, **entry}
         twin = first.setdefault(repr(sorted(content.items())), name)
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; name that one, so that its checkpoint is shared"

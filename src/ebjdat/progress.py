@@ -11,7 +11,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-REFRESH_SECONDS = 0.5
+REFRESH_SECONDS = 0.5  # on a terminal
+LOG_SECONDS = 30.0  # in a log file
 
 
 class Bar:
@@ -20,7 +21,7 @@ class Bar:
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.title = title
         self.live = sys.stderr.isatty()
-        self._shown = 0.0
+        self._shown = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,6 +44,10 @@ class Bar:
 
     def advance(self, n: int = 1) -> None:
         self._progress.advance(self._task, n)
+        if not self.live and time.monotonic() - self._shown > LOG_SECONDS:
+            self._shown = time.monotonic()
+            task = self._progress.tasks[0]
+            self.line(f"{task.completed:.0f} of {task.total:.0f}, {task.completed / (task.total or 1):.0%}")
 
     def due(self) -> bool:
         """Whether values would be seen if shown now; reading them from a GPU costs a wait, so ask first."""

@@ -95,6 +95,12 @@ def test_a_code_change_reruns_what_reads_it_under_both(after_snakemake: Project)
     assert "up to date" in after_snakemake.run("dvc", "status")
 
 
+def test_nothing_is_recorded_when_settings_or_code_changed_while_it_ran(after_snakemake: Project) -> None:
+    """`record` was handed the digest of the run's start; another one now means old results under new settings."""
+    text = after_snakemake.run("python", "workflow/scripts/dvc_stages.py", "--inputs", "0123456789abcdef", ok=False)
+    assert "settings or code changed while this ran: nothing is recorded" in text
+
+
 def test_settings_that_cannot_work_stop_before_anything_runs(after_snakemake: Project) -> None:
     for tool in (["snakemake", "--cores", "1"], ["snakemake", "--lint"]):
         text = after_snakemake.run(*tool, "--config", "overrides=training.epocs=3 evaluation.attack.eps=0", ok=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from ebjdat import params as settings
+from ebjdat.files import digest
 
 # Jobs run the package of this checkout, whose files the rules name, whatever else is installed.
 shell.prefix(
@@ -70,7 +71,14 @@ def package(*parts):
     return sorted(str(p) for p in found)
 
 
-BASE = ("errors.py", "params.py", "registry.py", "pixels.py", "files.py")
+BASE = (
+    "errors.py",
+    "params.py",
+    "registry.py",
+    "pixels.py",
+    "files.py",
+    "stages/context.py",
+)
 EVALUATION = (
     *BASE,
     "data",
@@ -89,7 +97,7 @@ CODE = {
     "attack": package(*EVALUATION, "stages/evaluate.py"),
     "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
     "report": [
-        *package("params.py", "registry.py", "report", "stages/report.py"),
+        *package(*BASE, "report", "stages/report.py"),
         "src/ebjdat/report/page.html.j2",
         "src/ebjdat/report/paper.yaml",
     ],
@@ -113,6 +121,12 @@ def sections(*paths):
         return json.dumps(found, sort_keys=True)
 
     return get
+
+
+def inputs_digest():
+    """Settings and code as they are now: `record` refuses when they are others at the end than at the start of a run."""
+    files = sorted({Path(f) for group in CODE.values() for f in group})
+    return digest(RAW, *files)[:16]
 
 
 def initial_checkpoint(wildcards):

@@ -1,7 +1,10 @@
 # The default profile's results are versioned, where the checkout is a DVC repository and DVC itself is not the caller
 # (it sets DVC_STAGE for its commands).
 RECORD = (
-    RUN == "digits" and Path(".dvc/config").exists() and "DVC_STAGE" not in os.environ
+    RUN == "digits"
+    and Path(".dvc/config").exists()
+    and Path(".git").exists()
+    and "DVC_STAGE" not in os.environ
 )
 RECORDED = ".dvc/tmp/recorded"
 
@@ -16,5 +19,7 @@ rule record:
         f"{LOGS}/record.log",
     conda:
         "../envs/ebjdat.yaml"
+    params:
+        inputs=inputs_digest(),
     shell:
-        "(python workflow/scripts/dvc_stages.py && dvc commit --force) > {log} 2>&1"
+        "(python workflow/scripts/dvc_stages.py --inputs {params.inputs} && dvc commit --force) 2>&1 | tee {log}"

@@ -1,9 +1,10 @@
 """Write dvc.yaml from Snakemake's own graph: one stage per job, with the job's files and sections of the profile.
 
-    python workflow/scripts/dvc_stages.py [--check]
+    python workflow/scripts/dvc_stages.py [--check | --inputs DIGEST]
 
 The Snakefile is the only description of the pipeline. This asks it for every job (a forced dry run), so a stage names
-exactly what its rule names. `--check` writes nothing and exits 1 when dvc.yaml is out of date.
+exactly what its rule names. `--check` writes nothing and exits 1 when dvc.yaml is out of date. `--inputs` exits 1 when
+settings or code are no longer those of DIGEST, which the rule `record` took when its run began: then DVC must not record.
 """
 
 from __future__ import annotations
@@ -28,17 +29,28 @@ METRICS = re.compile(r"/(finetune|pretrain|attack|generate|energy)\.json$")
 CURVES = re.compile(r"_curve\.csv$")
 
 
+def dry_run(*arguments: str, record: bool = False) -> str:
+    """Snakemake's plan of everything, with or without `record`."""
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "DVC_STAGE"} | ({} if record else {"DVC_STAGE": "none"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"snakemake cannot plan the default profile:\n{done.stdout}")
+    return done.stdout
+
+
+def current_inputs() -> str:
+    """The digest that a Snakemake run that started now would hand to `record`."""
+    found = re.search(r"dvc_stages\.py --inputs (\w+)", dry_run("--printshellcmds", record=True))
+    assert found
+    return found[1]
+
+
 def jobs() -> list[dict[str, Any]]:
     """Every job of the default profile: rule, wildcards, inputs, outputs, sections of the params file."""
-    text = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "DVC_STAGE": "none"},  # leaves `record` out of the graph
-    )
+    text = dry_run()
     found = []
-    for block in re.split(r"^(?=(?:local)?rule \w+:$)", text.stdout + text.stderr, flags=re.M)[1:]:
+    for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.M)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)
         assert rule
         fields = dict(re.findall(r"^    (input|output|wildcards): (.*)$", block, re.M))
@@ -85,7 +97,8 @@ def render() -> str:
     stages = {}
     for job in jobs():
         where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
-        name = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w.replace(".", "_") for w in where)])
+        name = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
+        assert name not in stages, name
         stages[name] = stage(job, paths[job["rule"]])
     order = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "report"]
     by_rule = sorted(stages.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0]))
@@ -93,6 +106,9 @@ def render() -> str:
 
 
 def main() -> int:
+    if "--inputs" in sys.argv[1:] and current_inputs() != sys.argv[sys.argv.index("--inputs") + 1]:
+        print("settings or code changed while this ran: nothing is recorded; run snakemake again", file=sys.stderr)
+        return 1
     text = render()
     current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
     if text == current:

@@ -66,8 +66,11 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
     if settings.n_train is not None:
         if settings.n_train > len(train):
             raise DataError(f"data.n_train is {settings.n_train}, but the training split has {len(train)} images")
+        if settings.n_train < classes:
+            raise DataError(f"data.n_train is {settings.n_train}; at least one image for each of the {classes} classes is needed")
         if settings.n_train <= len(train) - classes:
             train, _ = train_test_split(train, train_size=settings.n_train, stratify=raw.labels[train], random_state=seed)
+        train = train[: settings.n_train]  # nearly all: shuffled already, and the rest is too small to stratify
     test = np.flatnonzero(raw.test)
     if not raw.ordered:
         test = np.random.default_rng(seed).permutation(test)

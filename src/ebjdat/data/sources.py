@@ -48,6 +48,8 @@ def digits(settings: DataSettings) -> Raw:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = bunch.target.astype(np.int64)
+    if (settings.test or 0) < len(bunch.target_names):
+        raise DataError(f"data.test is {settings.test}; at least one image for each of the {len(bunch.target_names)} digits is needed")
     _, test_index = train_test_split(np.arange(len(labels)), test_size=settings.test, stratify=labels, random_state=settings.split_seed)
     test = np.zeros(len(labels), bool)
     test[test_index] = True
@@ -91,7 +93,7 @@ def _torchvision(name: str, settings: DataSettings) -> Raw:
 def folder(settings: DataSettings) -> Raw:
     """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive of one.
 
-    Archives are read in memory, member by member: nothing is unpacked to disk. One enclosing folder is allowed.
+    Archives are read in memory, member by member: nothing is unpacked to disk. Archives may have one enclosing folder.
     All images must have one square size; grey ones stay grey, everything else becomes RGB.
     """
     path = Path(settings.path or "")

@@ -124,6 +124,7 @@ def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: 
     Raises AttackError when an attack returned images outside its budget: such a number must not be reported.
     """
     x, y = data.unit(), data.labels
+    n = min(settings.autoattack.n, len(x))
     with Bar(f"{title}: PGD-{PGD_STEPS}", len(x)) as bar:
         clean = predictions(model, x, settings.batch_size) == y
         moved = pgd_examples(model, x, y, settings, bar)
@@ -136,9 +137,8 @@ def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: 
         "n_test": len(x),
         **_counted("clean", clean),
         **_counted("pgd20", survived & clean),
-        "n_attack": settings.autoattack.n,
+        "n_attack": n,
     }
-    n = settings.autoattack.n
     if n:
         with Bar(f"{title}: AutoAttack", n) as bar:
             moved, warned = autoattack_examples(model, x[:n], y[:n], settings)

@@ -17,7 +17,7 @@ def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
 
     Everything is restored on leaving, also after an error.
     """
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
@@ -32,7 +32,8 @@ def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
             p.requires_grad_(requires_grad)
         for m, momentum in norms:
             m.momentum = momentum
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class UnitRange(nn.Module):

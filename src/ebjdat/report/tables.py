@@ -134,6 +134,7 @@ def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[floa
 def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
     """One row per experiment: mean over seeds, 95 % interval, standard deviation over seeds, n, and the paper's number."""
     paper = paper_numbers(profile)
+    is_fid = {row.metrics["frechet_extractor"] for row in rows} == {"inception"}  # else the paper's FID is another quantity
     records = []
     for name, experiment in profile.experiments.items():
         mine = [row.metrics for row in rows if row.experiment == name]
@@ -151,7 +152,7 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
             if metric.n:
                 record[f"{metric.name}_n"] = int(mine[0][metric.n])
             theirs = paper.get(experiment.method, {}).get(metric.paper or "")
-            if theirs is not None:
+            if theirs is not None and (metric.name != "frechet" or is_fid):
                 record[f"{metric.name}_paper"] = theirs / 100 if metric.percent else theirs
         record["frechet_extractor"] = mine[0]["frechet_extractor"]
         records.append(record)

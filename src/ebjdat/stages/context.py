@@ -38,6 +38,7 @@ class Context:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         return torch.device(wanted)
 
     def track(self, subject: Subject, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> AbstractContextManager[Tracker]:

@@ -23,7 +23,10 @@ from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.loop import Job, Trained, train
 
 # What a resumed training depends on beside its inputs; an edit there starts it again.
-CODE = ("params.py", "pixels.py", "data", "models", "samplers", "objectives", "training")
+CODE = (
+    *("errors.py", "params.py", "registry.py", "pixels.py", "files.py", "stages/context.py", "stages/train.py"),
+    *("data", "models", "samplers", "objectives", "training"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ def _train(
         model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    made_from = digest(
-        job.method, settings.model_dump(), model_settings.model_dump(), job.seed, data.data_hash, *([initial] if initial else []), *_code()
-    )
+    machine = [str(device), torch.get_num_threads(), torch.__version__]
+    inputs = [data.data_hash, *([initial] if initial else []), *_code()]
+    made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, machine, *inputs)
     state = Path("state") / context.run / place / made_from[:16]
     job = replace(job, state_file=state / "training.pt")
     train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import threading
 import time
@@ -122,6 +123,8 @@ def train(
     per_epoch = steps_per_epoch(len(train_data), settings.batch_size)
     if settings.epochs and not per_epoch:
         raise DataError(f"batch_size is {settings.batch_size}, but the training split has only {len(train_data)} images")
+    if settings.augment.pad >= train_data.images.shape[-1]:
+        raise DataError(f"augment.pad is {settings.augment.pad}, images have {train_data.images.shape[-1]} pixels; reflection needs less")
     loss = registry.load(registry.METHODS, job.method)
     draws = {name: registry.load(registry.DRAWS, name) for name in method.draws}
     update = registry.load(registry.UPDATES, settings.update)
@@ -159,16 +162,13 @@ def train(
                 if bar.due():
                     bar.show({name: terms[name].item() for name in SHOWN if name in terms})
                 if stop.asked or progress.unsaved_minutes() >= job.checkpoint_minutes:
+                    progress.check(job)
                     progress.save(job.state_file, model, optimizer, state.buffer)
                 if stop.asked:
                     raise KeyboardInterrupt
 
+            progress.check(job)
             row = progress.epoch_row(optimizer)
-            if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
-                raise TrainingError(
-                    f"{job.title}: epoch {epoch + 1} gave values that are not finite: {row}. Lower optimizer.lr, add chain steps, "
-                    f"or try another seed; the state before this epoch is kept in {job.state_file.parent}."
-                )
             began = time.monotonic()
             score = validate(model, job, validation, row)
             progress.seconds += time.monotonic() - began
@@ -226,6 +226,15 @@ class Progress:
             value = value.detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
+    def check(self, job: Job) -> None:
+        """Raise TrainingError when the epoch's sums are not finite, before a state that holds such values is saved."""
+        wrong = {name: float(total) for name, total in self.sums.items() if not torch.isfinite(total)}
+        if wrong:
+            raise TrainingError(
+                f"{job.title}: epoch {self.epoch + 1}, by step {self.step}: values that are not finite ({', '.join(wrong)}). Lower "
+                f"optimizer.lr, add chain steps, or try another seed; the last finite state is kept in {job.state_file.parent}."
+            )
+
     def epoch_row(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         row = {"epoch": float(self.epoch + 1), "lr": optimizer.param_groups[0]["lr"]}
         return row | {name: float(total) / self.step for name, total in self.sums.items()}
@@ -268,7 +277,10 @@ class Progress:
         if not path.exists():
             return progress
         device = next(model.parameters()).device
-        content = torch.load(path, map_location=device, weights_only=True)
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{path}: damaged training state ({type(error).__name__}); delete it to start again") from error
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         if buffer is not None:
