@@ -1,0 +1,153 @@
+"""Stages on real files: what they write is recomputed here from the data and the checkpoint alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ebjdat import params
+from ebjdat.data import prepared
+from ebjdat.evaluation.frechet import frechet_distance
+from ebjdat.files import read_json
+from ebjdat.models.wrn import WideResNet
+from ebjdat.stages import evaluate, train
+from ebjdat.stages.context import Context
+from ebjdat.training import checkpoint
+
+from .conftest import ROOT
+
+
+class Files:
+    """A folder with prepared digits, two fine-tuned networks and a context for the reduced profile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.attack.autoattack.n=0"]
+        self.context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
+        self.data_path = folder / "data.npz"
+        self.data, card = prepared.prepare(self.context.profile.data)
+        prepared.save(self.data, card, self.data_path, folder / "card.json")
+
+    def out(self, name: str) -> train.Outputs:
+        return train.Outputs(self.folder / f"{name}.safetensors", self.folder / f"{name}.json", self.folder / f"{name}.csv")
+
+    def network(self, name: str) -> WideResNet:
+        return checkpoint.load(self.out(name).checkpoint).network(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """pretraining -> "clean"; eb_jdat fine-tuned from it -> "eb_jdat"; the untrained classifier is the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("stages")
+        patch.chdir(folder)
+        patch.setenv("EBJDAT_TRACKING", "0")
+        made = Files(folder)
+        for name in ("clean", "scratch"):
+            train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
+        train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
+        evaluate.attack(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, folder / "attack.json", None)
+        outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png")
+        checkpoints = (made.out("eb_jdat").checkpoint, made.out("clean").checkpoint)
+        evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
+        outputs = (folder / "energy.json", folder / "energy.npz", folder / "energy.png")
+        evaluate.energy(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, folder / "samples.npz", *outputs, None)
+    return made
+
+
+def logits(network: WideResNet, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return network(torch.from_numpy(images).float() / 127.5 - 1).double().numpy()
+
+
+def marginal(values: np.ndarray) -> np.ndarray:
+    return -np.log(np.exp(values).sum(1))
+
+
+def test_attack_measures_the_test_split_under_the_trained_network(files: Files) -> None:
+    result = read_json(files.folder / "attack.json")
+    images, labels = files.data.split("test")
+    assert result["n_test"] == 100
+    assert result["clean_correct"] == (logits(files.network("eb_jdat"), images).argmax(1) == labels).sum()
+    assert 0 < result["pgd20_correct"] < result["clean_correct"]
+    assert result["n_attack"] == 0
+
+
+def test_energies_are_those_of_the_test_images_and_the_samples(files: Files) -> None:
+    network = files.network("eb_jdat")
+    images, labels = files.data.split("test")
+    values = np.load(files.folder / "energy.npz", allow_pickle=False)
+    samples = np.load(files.folder / "samples.npz", allow_pickle=False)
+    clean = logits(network, images)
+    assert np.allclose(values["clean"], marginal(clean), atol=1e-4)
+    assert np.allclose(values["joint_clean"], -clean[np.arange(100), labels], atol=1e-4)
+    generated = logits(network, samples["images"])
+    assert np.allclose(values["generated"], marginal(generated), atol=1e-4)
+    assert np.allclose(values["joint_generated"], -generated[np.arange(100), samples["labels"]], atol=1e-4)
+    assert not np.allclose(values["adversarial"], values["clean"], atol=0.01)
+    result = read_json(files.folder / "energy.json")
+    assert result["energy_gap_adversarial"] == pytest.approx(np.abs(values["adversarial"] - values["clean"]).mean())
+    assert result["energy_gap_generated"] == pytest.approx(abs(values["generated"].mean() - values["clean"].mean()))
+
+
+def test_frechet_distance_is_to_the_training_images_under_the_reference(files: Files) -> None:
+    reference = files.network("clean")
+    samples = np.load(files.folder / "samples.npz", allow_pickle=False)["images"]
+
+    def features(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return reference.features(torch.from_numpy(images).float() / 127.5 - 1).double().numpy()
+
+    result = read_json(files.folder / "generate.json")
+    train_images, _ = files.data.split("train")
+    assert result["frechet"] == pytest.approx(frechet_distance(features(samples), features(train_images)), rel=1e-3)
+    buffer = checkpoint.load(files.out("eb_jdat").checkpoint).buffer
+    assert buffer is not None
+    assert result["frechet_buffer"] == pytest.approx(frechet_distance(features(buffer.numpy()), features(train_images)), rel=1e-3)
+    assert (result["frechet_extractor"], result["n_samples"], result["n_buffer"]) == ("reference", 100, len(buffer))
+    assert result["frechet_start"] != result["frechet"]
+
+
+def test_finetuning_starts_from_its_pretraining_and_selects_on_validation(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files.folder)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    still = Context(params.load(ROOT / "params/digits.yaml", ["experiments.classifier.training.epochs=0", "data.n_test=100"]), "test")
+    train.finetune(still, "classifier", 0, files.data_path, files.out("clean").checkpoint, files.out("still"), None)
+    first, second = (checkpoint.load(files.out(name).checkpoint).weights for name in ("clean", "still"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other = checkpoint.load(files.out("scratch").checkpoint).weights
+    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+    images, labels = files.data.split("validation")
+    accuracy = (logits(files.network("clean"), images).argmax(1) == labels).mean()
+    assert read_json(files.out("clean").metrics)["selection_score"] == pytest.approx(accuracy)
+    header = checkpoint.load(files.out("eb_jdat").checkpoint, data_hash=files.data.data_hash).header
+    assert (header.method, header.seed, header.training.adversary.score) == ("eb_jdat", 0, "energy")
+
+
+def test_seeds_give_different_initialisations(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files.folder)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    train.pretrain(files.context, "scratch", 1, files.data_path, files.out("scratch1"), None)
+    one, two = (checkpoint.load(files.out(name).checkpoint).weights["stem.weight"] for name in ("scratch", "scratch1"))
+    assert not torch.equal(one, two)
+
+
+STAGES = {"prepare": "prepare", "train": "train", "attack": "evaluate", "report": "report"}
+OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.tracking", "ebjdat.tracking.runs"}
+
+
+@pytest.mark.parametrize("rule", STAGES)
+def test_rules_name_every_module_that_their_stage_imports(rule: str) -> None:
+    """Against Python's own list of what a stage loads; tracking, progress and packages that hold nothing change no result."""
+    code = f"import sys, ebjdat.stages.{STAGES[rule]}; print(*(m for m in sys.modules if m.startswith('ebjdat')))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    named = next(set(stage["deps"]) for name, stage in stages.items() if name.startswith("finetune" if rule == "train" else rule))
+    paths = {m: {f"src/{m.replace('.', '/')}.py", f"src/{m.replace('.', '/')}/__init__.py"} for m in loaded - OUTSIDE}
+    assert {m for m, either in paths.items() if not either & named} == set()
