@@ -47,7 +47,8 @@ format: install ## format Python and Snakemake files
 	$(BIN)/snakefmt Snakefile workflow
 
 ui: install ## MLflow UI with all runs on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@echo "MLflow starts; then open http://127.0.0.1:$(or $(PORT),5000)/#/experiments and choose Model training"
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment
 	$(BIN)/python workflow/scripts/dvc_stages.py

@@ -133,7 +133,7 @@ def test_frechet_distance_against_the_matrix_square_root() -> None:
 def test_reference_features_are_what_the_head_reads(network: WideResNet, digits: Prepared) -> None:
     network.eval()
     images = torch.from_numpy(digits.images[:30])
-    found = frechet.reference_features(network, GenerateSettings(n=1, steps=1, batch_size=7), torch.device("cpu"))(images)
+    found = frechet.reference_features(network, GenerateSettings(n=2, steps=1, batch_size=7), torch.device("cpu"))(images)
     with torch.no_grad():
         logits = network(images.float() / 127.5 - 1)
         assert torch.allclose(network.head(torch.from_numpy(found).float()), logits, atol=1e-4)
@@ -144,7 +144,7 @@ def test_inception_without_weights_is_a_clear_error_or_a_named_fallback(
 ) -> None:
     broken = tmp_path / "weights.pth"
     broken.write_bytes(b"not weights")
-    wanted = GenerateSettings(n=1, steps=1, extractor="inception", inception_weights=str(broken))
+    wanted = GenerateSettings(n=2, steps=1, extractor="inception", inception_weights=str(broken))
     with pytest.raises(ExtractorError, match=r"weights of Inception cannot be had from .*weights\.pth.*'reference'"):
         frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
     name, _ = frechet.choose_extractor(network, wanted.model_copy(update={"extractor": "auto"}), torch.device("cpu"), 3)
@@ -163,7 +163,7 @@ def test_inception_features_from_a_weights_file(tmp_path: Path, network: WideRes
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
         random = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(random.state_dict(), tmp_path / "weights.pth")
-    settings = GenerateSettings(n=1, steps=1, extractor="inception", inception_weights=str(tmp_path / "weights.pth"), batch_size=2)
+    settings = GenerateSettings(n=2, steps=1, extractor="inception", inception_weights=str(tmp_path / "weights.pth"), batch_size=2)
     name, features = frechet.choose_extractor(network, settings, torch.device("cpu"), 3)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert name == "inception"

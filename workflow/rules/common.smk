@@ -129,6 +129,15 @@ def inputs_digest():
     return digest(RAW, *files)[:16]
 
 
+def listing():
+    """Digest of a folder of images (names, sizes, times), so that replaced images are noticed; "" for other sources."""
+    folder = Path(PROFILE.data.path or "")
+    if not PROFILE.data.path or not folder.is_dir():
+        return ""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+
+
 def initial_checkpoint(wildcards):
     name = PROFILE.experiments[wildcards.experiment].pretraining
     return f"{CHECKPOINTS}/pretraining/{name}/seed{wildcards.seed}.safetensors"

@@ -21,7 +21,7 @@ rule attack:
     shell:
         "python -m ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --out {output.metrics}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee -i {log}"
 
 
 rule generate:
@@ -56,7 +56,7 @@ rule generate:
         "python -m ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --reference {input.reference}"
         " --out {output.metrics} --samples {output.samples} --grid {output.grid}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee -i {log}"
 
 
 rule energy:
@@ -91,4 +91,4 @@ rule energy:
         "python -m ebjdat energy {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --samples {input.samples}"
         " --out {output.metrics} --values {output.values} --figure {output.figure}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee -i {log}"

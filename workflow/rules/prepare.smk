@@ -14,6 +14,7 @@ rule prepare:
         "../envs/ebjdat.yaml"
     params:
         settings=SETTINGS,
+        listing=listing(),
         sections=sections("data"),
     shell:
-        "python -m ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee {log}"
+        "python -m ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee -i {log}"

@@ -22,4 +22,4 @@ rule record:
     params:
         inputs=inputs_digest(),
     shell:
-        "(python workflow/scripts/dvc_stages.py --inputs {params.inputs} && dvc commit --force) 2>&1 | tee {log}"
+        "(python workflow/scripts/dvc_stages.py --inputs {params.inputs} && dvc commit --force) 2>&1 | tee -i {log}"

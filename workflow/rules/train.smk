@@ -23,7 +23,7 @@ rule pretrain:
     shell:
         "python -m ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee -i {log}"
 
 
 rule finetune:
@@ -53,4 +53,4 @@ rule finetune:
         "python -m ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --initial {input.initial}"
         " --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee -i {log}"
