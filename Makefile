@@ -46,8 +46,8 @@ format: install ## format Python and Snakemake files
 	$(BIN)/ruff format
 	$(BIN)/snakefmt Snakefile workflow
 
-ui: install ## MLflow UI with all runs on http://127.0.0.1:5000
-	@echo "MLflow starts; then open http://127.0.0.1:$(or $(PORT),5000)/#/experiments and choose Model training"
+ui: install ## MLflow UI with all runs on 127.0.0.1, port 5000 (or PORT)
+	@echo "MLflow starts; then open 127.0.0.1:$(or $(PORT),5000) in a browser and choose Model training"
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment

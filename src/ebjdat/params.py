@@ -360,7 +360,7 @@ def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[s
         else:
             name = item
             try:
-                content = yaml.load(Path(item).read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+                content = _UniqueKeys(Path(item).read_text(encoding="utf-8")).get_single_data()
             except FileNotFoundError as error:
                 beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml"))
                 raise ParamsError(f"{item}: there is no such file; {nearest(Path(item).stem, beside)}") from error
