@@ -13,11 +13,6 @@ from snakemake.exceptions import WorkflowError
 from ebjdat import params as settings
 from ebjdat.files import digest
 
-# Jobs run the package of this checkout, whose files the rules name, whatever else is installed.
-shell.prefix(
-    "set -euo pipefail; export PYTHONPATH=$PWD/src${{PYTHONPATH:+:$PYTHONPATH}}; "
-)
-
 config.setdefault("profile", "digits")
 config.setdefault("overrides", "")
 
@@ -104,6 +99,15 @@ CODE = {
 }
 
 
+# Jobs run the package of this checkout, whose files the rules name, whatever else is installed. `record` is told what
+# settings and code were when the run began (not as its parameter: it would then run again on its own).
+INPUTS = digest(RAW, *sorted({Path(f) for group in CODE.values() for f in group}))[:16]
+shell.prefix(
+    f"set -euo pipefail; export EBJDAT_INPUTS={INPUTS}; "
+    "export PYTHONPATH=$PWD/src${{PYTHONPATH:+:$PYTHONPATH}}; "
+)
+
+
 def sections(*paths):
     """A `params:` function: these sections of the profile as canonical JSON, so that key order means nothing.
 
@@ -121,12 +125,6 @@ def sections(*paths):
         return json.dumps(found, sort_keys=True)
 
     return get
-
-
-def inputs_digest():
-    """Settings and code as they are now: `record` refuses when they are others at the end than at the start of a run."""
-    files = sorted({Path(f) for group in CODE.values() for f in group})
-    return digest(RAW, *files)[:16]
 
 
 def listing():

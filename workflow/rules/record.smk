@@ -19,7 +19,5 @@ rule record:
         f"{LOGS}/record.log",
     conda:
         "../envs/ebjdat.yaml"
-    params:
-        inputs=inputs_digest(),
     shell:
-        "(python workflow/scripts/dvc_stages.py --inputs {params.inputs} && dvc commit --force) 2>&1 | tee -i {log}"
+        "(python workflow/scripts/dvc_stages.py --inputs $EBJDAT_INPUTS && dvc commit --force) 2>&1 | tee -i {log}"

@@ -18,6 +18,9 @@ from typing import Any
 
 import yaml
 
+from ebjdat.files import digest
+from ebjdat.params import merge, read_layers
+
 TARGET = Path("dvc.yaml")
 HEAD = """\
 # Made by workflow/scripts/dvc_stages.py from the Snakefile; the rule `record` keeps it current. Do not edit.
@@ -29,10 +32,10 @@ METRICS = re.compile(r"/(finetune|pretrain|attack|generate|energy)\.json$")
 CURVES = re.compile(r"_curve\.csv$")
 
 
-def dry_run(*arguments: str, record: bool = False) -> str:
-    """Snakemake's plan of everything, with or without `record`."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "DVC_STAGE"} | ({} if record else {"DVC_STAGE": "none"})
+def dry_run() -> str:
+    """Snakemake's plan of everything but `record`."""
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor"]
+    environment = {**os.environ, "DVC_STAGE": "none"}  # leaves `record` out of the graph
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"snakemake cannot plan the default profile:\n{done.stdout}")
@@ -40,10 +43,10 @@ def dry_run(*arguments: str, record: bool = False) -> str:
 
 
 def current_inputs() -> str:
-    """The digest that a Snakemake run that started now would hand to `record`."""
-    found = re.search(r"dvc_stages\.py --inputs (\w+)", dry_run("--printshellcmds", record=True))
-    assert found
-    return found[1]
+    """Digest of settings and code as they are now; the same as INPUTS of workflow/rules/common.smk."""
+    settings = merge({}, *(layer for _, layer in read_layers("params/digits.yaml")))
+    code = sorted({Path(name) for job in jobs() for name in job["input"] if name.startswith("src/")})
+    return digest(settings, *code)[:16]
 
 
 def jobs() -> list[dict[str, Any]]:
