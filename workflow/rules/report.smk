@@ -12,10 +12,11 @@ rule report:
             "energy.npz",
         ),
         pretraining=sorted(
-            f"{RESULTS}/pretraining/{e.pretraining}/seed{seed}/pretrain.json"
-            for e in PROFILE.experiments.values()
-            for seed in SEEDS
-            if e.pretraining
+            {
+                f"{RESULTS}/pretraining/{e.pretraining}/seed{seed}/pretrain.json"
+                for e in PROFILE.experiments.values()
+                for seed in SEEDS
+            }
         ),
         code=CODE["report"],
     output:

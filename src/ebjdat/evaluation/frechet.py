@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebjdat import registry
 from ebjdat.errors import UserError
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import GenerateSettings
@@ -77,9 +78,9 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
 def choose_extractor(network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int) -> tuple[str, Features]:
     """(name, features) of the settings' extractor. "auto": Inception for RGB images when its weights can be had."""
     if settings.extractor == "reference" or (settings.extractor == "auto" and channels != 3):
-        return "reference", reference_features(network, settings, device)
+        return "reference", registry.load(registry.EXTRACTORS, "reference")(network, settings, device)
     try:
-        return "inception", inception_features(network, settings, device)
+        return "inception", registry.load(registry.EXTRACTORS, "inception")(network, settings, device)
     except ExtractorError as error:
         if settings.extractor == "inception":
             raise

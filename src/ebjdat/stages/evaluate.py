@@ -16,6 +16,7 @@ from ebjdat.evaluation import frechet, robust
 from ebjdat.evaluation import generate as generation
 from ebjdat.files import git_commit, write_atomic, write_json
 from ebjdat.models.modes import UnitRange
+from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages.context import Context
 from ebjdat.training import checkpoint
@@ -105,7 +106,7 @@ def energy(
         moved = robust.pgd_examples(model, x, y, attack_settings)
         with np.load(samples, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-        generated = images.to(device).float() / 255
+        generated = unit_from_uint8(images.to(device))
         groups = {"clean": (x, y), "adversarial": (moved, y), "generated": (generated, labels.to(device))}
         marginal, joint = {}, {}
         for name, (points, classes) in groups.items():

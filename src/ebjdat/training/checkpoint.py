@@ -27,7 +27,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What made a checkpoint. training is None for a fresh initialisation."""
+    """What made a checkpoint, and what it is for."""
 
     title: str
     method: str
