@@ -238,6 +238,36 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     console.print("all runs:  make ui, then http://127.0.0.1:5000", highlight=False)
 
 
+@app.command()
+@friendly
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """List every method, row of settings, sampler and update with its source and defaults."""
+    import json
+
+    from ebjdat.params import catalogue
+
+    content = catalogue()
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from ebjdat.tracking.runs import flat
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for kind, entries in content.items():
+        table = Table(kind, "source", "defaults", title_justify="left", show_lines=True)
+        for name, entry in entries.items():
+            values = {k: v for k, v in entry.items() if k not in ("source", "implementation", "defaults") and v}
+            values |= flat(entry["defaults"])
+            table.add_row(name, entry["source"], "\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()))
+        console.print(table)
+
+
 def _known(name: str, names: dict[str, Any]) -> str:
     from ebjdat.params import nearest
 

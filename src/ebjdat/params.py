@@ -63,6 +63,7 @@ TwoOrMore = Annotated[int, Number, Field(ge=2)]  # a spread needs two
 CountOrZero = Annotated[int, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
+Signed = Annotated[float, Number]
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
 Norm = Literal["Linf", "L2"]
@@ -72,6 +73,7 @@ class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
     label: str | None = None  # how the data set is called in tables; default: the source's name
     path: str | None = None  # source folder: a folder or archive of class folders
+    size: Annotated[int, Number, Field(ge=8)] | None = None  # source folder: scale the shorter side to it, crop the centre
     root: str = "datasets"  # where torchvision's sets are kept and downloaded to when missing
     test: Count | None = None  # digits: images held out for testing
     validation: Count  # images held out of training to select checkpoints
@@ -99,6 +101,8 @@ class DataSettings(Settings):
     def consistent(self) -> Self:
         if self.source == "folder" and not self.path:
             raise ValueError("source 'folder' needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
+        if self.source != "folder" and self.size:
+            raise ValueError(f"`size` is for source 'folder'; images of {self.source!r} have one size")
         if self.source == "digits" and not self.test:
             raise ValueError(f"source 'digits' needs `test`, how many of its {DIGITS_SIZE} images are held out for testing")
         if self.source != "digits" and self.test:
@@ -140,11 +144,12 @@ class ScheduleSettings(Settings):
 class ChainSettings(Settings):
     sampler: Annotated[str, known(registry.SAMPLERS)] = "pyld"
     start: Annotated[str, known(registry.STARTS)] = "class_gaussians"
+    conditional: StrictBool = False  # walk down E(x, y) of the chain's class instead of E(x)
     steps: Count = 10  # full gradients per draw
     inner_steps: Count = 5  # pyld: steps through the stem per full gradient
     step_size: Positive = 0.2  # internal range
-    noise: NotNegative = 0.0  # internal range, standard deviation per step
-    clamp: Positive | None = 1.0  # gradients are clamped to [-clamp, clamp]
+    noise: NotNegative = 0.0  # internal range, standard deviation per full gradient
+    clamp: Positive | None = 1.0  # clipped_sgld, pyld: gradients are clamped to [-clamp, clamp]
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while sampling
     buffer: Count = 10_000  # images in the replay buffer
     reinit: Fraction01 = 0.05  # chance that a chain starts afresh
@@ -156,7 +161,9 @@ class AdversarySettings(Settings):
     eps: Epsilon
     steps: Count = 10
     step_size: Epsilon
-    random_start: StrictBool = True
+    range: Literal["unit", "internal"] = "unit"  # pixels that eps and step_size are stated in; internal: half as far, as released
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the ball; or 0.001 N(0, 1) in [0, 1] pixels (TRADES); or at x
+    project: StrictBool = True  # back into the eps-ball after each step; the released code does not
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
 
     @model_validator(mode="after")
@@ -167,15 +174,23 @@ class AdversarySettings(Settings):
 
 
 class WeightSettings(Settings):
-    w1: NotNegative = 1.0
-    w2: NotNegative = 1.0
-    w3: NotNegative = 1.0
+    w1: NotNegative = 1.0  # log p(x)
+    w2: Signed = 1.0  # energy alignment; negative raises E(adversarial) over E(clean), as the released code does
+    w3: NotNegative = 1.0  # cross-entropies
+    beta: NotNegative = 6.0  # trades: weight of the KL term
+    energy_l2: NotNegative = 0.0  # mean squared energy of images and chains
 
 
 class AugmentSettings(Settings):
     pad: CountOrZero = 4  # reflect-pad, then crop at random
     flip: StrictBool = False
     noise: NotNegative = 0.03  # on the images of the p(x) term, internal range
+    density: Literal["augmented", "plain"] = "augmented"  # images of the p(x) term; plain: neither cropped nor flipped (SADA-JEM)
+
+    @property
+    def changes(self) -> bool:
+        """Whether images are cropped or flipped at all."""
+        return bool(self.pad or self.flip)
 
 
 class SelectionSettings(Settings):
@@ -183,17 +198,68 @@ class SelectionSettings(Settings):
     after: Fraction01 = 0.0  # checkpoints compete after this fraction of the epochs
 
 
+class UpdateSettings(Settings):
+    name: Annotated[str, known(registry.UPDATES)] = "plain"
+    rho: Positive = 2.0  # sam: radius in weight space
+    adaptive: StrictBool = True  # sam: radius relative to each weight's size
+
+
+class Rung(Settings):
+    """One change that a diverged training is continued with.
+
+    by: lr and steps are multiplied by it, energy_l2 becomes it; a new noise seed needs none.
+    """
+
+    change: Literal["seed", "lr", "steps", "energy_l2"]
+    by: Positive | None = None
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        if (self.change == "seed") != (self.by is None):
+            raise ValueError("'seed' takes no `by`" if self.change == "seed" else f"{self.change!r} needs `by`")
+        if self.change == "lr" and self.by is not None and self.by >= 1:
+            raise ValueError(f"`by` is {self.by}: a lower rate is meant, so less than 1 is allowed")
+        if self.change == "steps" and self.by is not None and self.by <= 1:
+            raise ValueError(f"`by` is {self.by}: more chain steps are meant, so more than 1 is allowed")
+        return self
+
+
+LADDER = (
+    Rung(change="seed"),
+    Rung(change="lr", by=0.1),
+    Rung(change="lr", by=0.1),
+    Rung(change="steps", by=2),
+    Rung(change="energy_l2", by=0.01),
+)
+
+
+class HealingSettings(Settings):
+    """When a training counts as diverged, and what is changed then, one rung per recovery; changes add up."""
+
+    mode: Literal["heal", "record"] = "heal"  # record: note the first collapse and go on, as an ablation wants it
+    every: Annotated[int, Number, Field(ge=1, le=100)] = 50  # steps between checks
+    energy: Positive = 1e5  # bound of |mean energy| of images and chains
+    gap: Positive = 1e3  # bound of |mean E(clean) - mean E(chains)| and |mean E(clean) - mean E(adversarial)|
+    cross_entropy: Positive = 10.0  # bound in units of log K, the cross-entropy of a guess
+    saturation: Fraction01 = 0.9  # bound of the share of chain pixels at the range's ends, over that of images
+    contrast: NotNegative = 0.1  # least spread of pixels within a chain, as a fraction of images'
+    diversity: NotNegative = 0.1  # least spread of a pixel across chains, as a fraction of images'
+    ladder: tuple[Rung, ...] = LADDER
+
+
 class TrainingSettings(Settings):
     epochs: CountOrZero
     batch_size: Count
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
-    update: Annotated[str, known(registry.UPDATES)] = "plain"
+    update: UpdateSettings = UpdateSettings()
+    ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = None  # decay of averaged weights, evaluated beside the raw ones
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
+    healing: HealingSettings = HealingSettings()
 
     @model_validator(mode="after")
     def milestones_within(self) -> Self:
@@ -203,18 +269,33 @@ class TrainingSettings(Settings):
         return self
 
 
-class Pretraining(Settings):
-    """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
+class Trained(Settings):
+    """A method, the rows of settings it stands on, and what differs from them."""
 
     method: Annotated[str, known(registry.METHODS)] = "classifier"
-    epochs: CountOrZero
+    base: Annotated[str, known(registry.BASES)] | None = None  # None: the method's first
+    form: Annotated[str, known(registry.FORMS)] | None = None  # None: the method's first
     training: dict[str, Any] = {}  # overrides
 
+    @model_validator(mode="after")
+    def rows_of_the_method(self) -> Self:
+        method = registry.METHODS[self.method]
+        for name, value, allowed in (("base", self.base, method.bases), ("form", self.form, method.forms)):
+            if value is not None and value not in allowed:
+                raise ValueError(f"method {self.method!r} has no {name} {value!r}; allowed: {', '.join(allowed) or 'none'}")
+        return self
 
-class Experiment(Settings):
+
+class Pretraining(Trained):
+    """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
+
+    epochs: CountOrZero
+    model: dict[str, Any] = {}  # overrides of the profile's network, for every experiment that starts from here
+
+
+class Experiment(Trained):
     method: Annotated[str, known(registry.METHODS)]
     pretraining: str
-    training: dict[str, Any] = {}  # overrides
     note: str | None = None  # shown in the report
 
 
@@ -275,6 +356,7 @@ class Profile(Settings):
     data: DataSettings
     model: ModelSettings
     training: TrainingSettings
+    bases: dict[Annotated[str, known(registry.BASES)], dict[str, Any]] = {}  # this profile's values of the JEM family's rows
     pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1)
     experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1)
     seeds: tuple[CountOrZero, ...] = Field(min_length=1)
@@ -284,16 +366,18 @@ class Profile(Settings):
 
     def pretraining_settings(self, name: str) -> TrainingSettings:
         entry = self.pretraining[name]
-        return self._training(entry.method, entry.training, {"epochs": entry.epochs})
+        return self._training(entry, {"epochs": entry.epochs})
 
     def training_settings(self, experiment: str) -> TrainingSettings:
-        entry = self.experiments[experiment]
-        return self._training(entry.method, entry.training)
+        return self._training(self.experiments[experiment])
 
-    def _training(self, method: str, *overrides: Mapping[str, Any]) -> TrainingSettings:
-        """The profile's defaults, under the method's, under the overrides."""
-        defaults = registry.METHODS[method].defaults
-        return TrainingSettings.model_validate(merge(self.training.model_dump(), defaults, *overrides))
+    def _training(self, entry: Trained, *more: Mapping[str, Any]) -> TrainingSettings:
+        layers = training_layers(self.training.model_dump(), self.bases, entry.method, entry.base, entry.form, entry.training)
+        return TrainingSettings.model_validate(merge(*layers, *more))
+
+    def model_settings(self, pretraining: str) -> ModelSettings:
+        """The network of a pretraining and of every experiment that starts from it."""
+        return ModelSettings.model_validate(merge(self.model.model_dump(), self.pretraining[pretraining].model))
 
     def resolved(self, experiment: str) -> dict[str, Any]:
         """Everything that determines an experiment's results, except its seed, with defaults filled in and overrides applied."""
@@ -302,7 +386,7 @@ class Profile(Settings):
         settings = self.pretraining_settings(entry.pretraining)
         return {
             "data": self.data.model_dump(exclude={"path", "root", "label"}),
-            "model": self.model.model_dump(),
+            "model": self.model_settings(entry.pretraining).model_dump(),
             "pretraining": {"method": pretraining.method, **settings.model_dump()} if pretraining.epochs else {"epochs": 0},
             "method": entry.method,
             "training": self.training_settings(experiment).model_dump(),
@@ -311,6 +395,92 @@ class Profile(Settings):
 
     def params_hash(self, experiment: str, seed: int) -> str:
         return digest(self.resolved(experiment), seed)[:16]
+
+
+def base_of(method: str, base: str | None) -> str | None:
+    """The row of the JEM family that a method stands on: the one that was asked for, or its first, if it has any."""
+    bases = registry.METHODS[method].bases
+    return base or (bases[0] if bases else None)
+
+
+def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
+    """A workflow job's wildcards and "base", by which rules name the sections of the profile that they read."""
+    entries: dict[str, Trained] = {}
+    if "experiment" in job:
+        entries = dict(profile.experiments)
+    elif "pretraining" in job:
+        entries = dict(profile.pretraining)
+    entry = entries.get(job.get("experiment", job.get("pretraining", "")))
+    return {**job, "base": (entry and base_of(entry.method, entry.base)) or "none"}
+
+
+def training_layers(
+    training: Mapping[str, Any],
+    bases: Mapping[str, Mapping[str, Any]],
+    method: str,
+    base: str | None,
+    form: str | None,
+    own: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
+    """What a training's settings are merged from, weakest first.
+
+    The profile's `training`, the base's published row, the profile's values for that base, the method's defaults, the form,
+    and the experiment's own settings.
+    """
+    entry = registry.METHODS[method]
+    row = base_of(method, base)
+    shape = form or (entry.forms[0] if entry.forms else None)
+    return [
+        training,
+        *([registry.BASES[row].defaults, bases.get(row, {})] if row else []),
+        entry.defaults,
+        *([registry.FORMS[shape].defaults] if shape else []),
+        own,
+    ]
+
+
+ROWS: Mapping[str, Mapping[str, registry.Row]] = {"base": registry.BASES, "form": registry.FORMS}
+
+# What every row of BASES sets: a value under the profile's training.chain would never be used.
+SET_BY_BASES = tuple(set.intersection(*(set(row.defaults["chain"]) for row in registry.BASES.values())))
+
+
+def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
+    """Every strategy by kind and name: its source, its implementation, and its defaults (what a profile may override)."""
+
+    def entries(names: Mapping[str, registry.Entry], section: type[BaseModel] | None = None) -> dict[str, dict[str, Any]]:
+        defaults = section.model_construct().model_dump() if section else {}
+        return {
+            name: {"source": e.source, "implementation": e.target, "defaults": {key: defaults[key] for key in e.reads}}
+            for name, e in names.items()
+        }
+
+    methods = {
+        name: {
+            "source": m.source,
+            "implementation": m.target,
+            "draws": list(m.draws),
+            "selection": m.selection,
+            "bases": list(m.bases),
+            "forms": list(m.forms),
+            "defaults": merge({}, *training_layers({}, {}, name, None, None, {})),
+        }
+        for name, m in registry.METHODS.items()
+    }
+    rows = {
+        kind: {name: {"source": row.source, "defaults": dict(row.defaults)} for name, row in names.items()}
+        for kind, names in (("bases", registry.BASES), ("forms", registry.FORMS))
+    }
+    return {
+        "methods": methods,
+        **rows,
+        "samplers": entries(registry.SAMPLERS, ChainSettings),
+        "starts": entries(registry.STARTS),
+        "scores": entries(registry.SCORES),
+        "updates": entries(registry.UPDATES, UpdateSettings),
+        "optimizers": entries(registry.OPTIMIZERS, OptimizerSettings),
+        "schedules": entries(registry.SCHEDULES, ScheduleSettings),
+    }
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,23 +582,36 @@ def _entries(raw: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any
     return {k: v for k, v in entries.items() if isinstance(v, Mapping)} if isinstance(entries, Mapping) else {}
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data: DataSettings | None) -> Iterator[Problem]:
     """Problems of each training after its overrides, and of its size against the data."""
     size = data.training_size() if data else None
+    bases = _entries(raw, "bases")
     trainings: list[tuple[tuple[str | int, ...], Mapping[str, Any]]] = [(("training",), training)]
+    for base, values in bases.items():
+        if base in registry.BASES:
+            trainings.append((("bases", base), merge(training, registry.BASES[base].defaults, values)))
     for section in ("pretraining", "experiments"):
         for name, entry in _entries(raw, section).items():
             override = entry.get("training", {})
-            if isinstance(override, Mapping):
-                own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
-                method = registry.METHODS.get(str(entry.get("method")))
-                trainings.append(((section, name, "training"), merge(training, method.defaults if method else {}, override, own)))
+            method = str(entry.get("method", "classifier"))
+            if not isinstance(override, Mapping) or method not in registry.METHODS:
+                continue
+            base, form = (entry.get(key) if entry.get(key) in rows else None for key, rows in ROWS.items())
+            own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
+            trainings.append(((section, name, "training"), merge(*training_layers(training, bases, method, base, form, override), own)))
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
         batch = settings.get("batch_size")
         if not found and size is not None and isinstance(batch, int) and batch > size:
             yield (*where, "batch_size"), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
+    chain = training.get("chain")
+    for key in sorted(set(SET_BY_BASES) & set(chain if isinstance(chain, Mapping) else {})):
+        yield ("training", "chain", key), f"is never used, since every row of the JEM family sets it; set bases.<base>.chain.{key}"
 
 
 def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -443,7 +626,10 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
     for name, entry in pretrainings.items():
         if isinstance(entry.get("training"), Mapping) and "epochs" in entry["training"]:
             yield ("pretraining", name, "training", "epochs"), f"stands one level too deep; set pretraining.{name}.epochs"
-        content = {"epochs": 0} if entry.get("epochs") == 0 else {"method": "classifier", "training": {}, **entry}
+        network = merge(raw["model"] if isinstance(raw.get("model"), Mapping) else {}, _mapping(entry.get("model")))
+        yield from _invalid(ModelSettings, network, ("pretraining", name, "model"))
+        content = {"method": "classifier", "training": {}, **entry} if entry.get("epochs") != 0 else {"epochs": 0}
+        content = {**content, "model": sorted(network.items())}
         twin = first.setdefault(repr(sorted(content.items())), name)
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; name that one, so that its checkpoint is shared"

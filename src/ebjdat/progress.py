@@ -49,6 +49,10 @@ class Bar:
             task = self._progress.tasks[0]
             self.line(f"{task.completed:.0f} of {task.total:.0f}, {task.completed / (task.total or 1):.0%}")
 
+    def at(self, done: int) -> None:
+        """Set how much is done, when work goes back."""
+        self._progress.update(self._task, completed=done)
+
     def due(self) -> bool:
         """Whether values would be seen if shown now; reading them from a GPU costs a wait, so ask first."""
         now = time.monotonic()

@@ -14,10 +14,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A strategy: `target` is "module:function"; `source` is the paper or package it follows."""
+    """A strategy: `target` is "module:function"; `source` is the paper or package it follows.
+
+    reads: names of the settings of its section that it uses; the others of that section mean nothing to it.
+    """
 
     target: str
     source: str
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Training settings that go by a name: no code, only values. A profile's `bases` and an experiment's own settings win."""
+
+    source: str
+    defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,11 +38,14 @@ class Method(Entry):
 
     draws: names in DRAWS that are made once per step, before the loss.
     selection: the validation score that picks the checkpoint unless the settings say otherwise.
-    defaults: training settings that belong to the method; an experiment's own overrides win over them.
+    bases: rows of BASES that it can stand on, the first by default. forms: the same of FORMS.
+    defaults: training settings that belong to the method, over those of its base.
     """
 
     draws: tuple[str, ...] = ()
     selection: str = "clean"
+    bases: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -42,17 +57,79 @@ METHODS: Mapping[str, Method] = {
         draws=("adversarial",),
         selection="robust",
     ),
-    "jempp": Method(
-        "ebjdat.objectives.recipes:jem",
-        "JEM++, Yang & Ji 2021, arXiv 2109.09032",
-        draws=("negatives",),
+    "trades": Method(
+        "ebjdat.objectives.recipes:trades",
+        "TRADES, Zhang et al. 2019, arXiv 1901.08573",
+        draws=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}, "weights": {"beta": 6.0}},
+    ),
+    "jem": Method("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", draws=("negatives",), bases=("jem",)),
+    "jempp": Method("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", draws=("negatives",), bases=("jempp",)),
+    "sadajem": Method(
+        "ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", draws=("negatives",), bases=("sadajem",)
     ),
     "eb_jdat": Method(
         "ebjdat.objectives.recipes:eb_jdat",
-        "EB-JDAT, arXiv 2505.19459, paper's form",
+        "EB-JDAT, arXiv 2505.19459",
         draws=("negatives", "adversarial"),
         selection="clean_and_robust",
-        defaults={"adversary": {"score": "energy"}},
+        bases=("jempp", "jem", "sadajem"),
+        forms=("paper", "released"),
+    ),
+}
+
+# The JEM family: one objective, three rows of settings.
+BASES: Mapping[str, Row] = {
+    "jem": Row(
+        "JEM, arXiv 1912.03263",
+        {
+            "chain": {"sampler": "sgld", "start": "uniform", "steps": 20, "step_size": 1.0, "noise": 0.01, "mode": "eval"},
+            "optimizer": {"name": "adam", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.0},
+        },
+    ),
+    "jempp": Row(
+        "JEM++, arXiv 2109.09032",
+        {
+            "chain": {
+                "sampler": "pyld",
+                "start": "class_gaussians",
+                "steps": 10,
+                "inner_steps": 5,
+                "step_size": 0.2,
+                "noise": 0.0,
+                "clamp": 1.0,
+                "mode": "train",
+            }
+        },
+    ),
+    "sadajem": Row(
+        "SADA-JEM, arXiv 2209.07959",
+        {
+            "chain": {
+                "sampler": "clipped_sgld",
+                "start": "class_gaussians",
+                "steps": 5,
+                "step_size": 1.0,
+                "noise": 0.0,
+                "clamp": 1.0,
+                "mode": "train",
+            },
+            "update": {"name": "sam", "rho": 2.0, "adaptive": True},
+            "augment": {"density": "plain", "noise": 0.0},
+        },
+    ),
+}
+
+# EB-JDAT as its paper defines it, and as its released code computes it: the alignment's sign, the inner walk, its budget.
+FORMS: Mapping[str, Row] = {
+    "paper": Row("arXiv 2505.19459", {"adversary": {"score": "energy"}}),
+    "released": Row(
+        "the released code of arXiv 2505.19459",
+        {
+            "adversary": {"score": "released", "start": "uniform", "project": False, "range": "internal", "mode": "eval"},
+            "weights": {"w2": -0.1},
+        },
     ),
 }
 
@@ -65,31 +142,45 @@ DRAWS: Mapping[str, Entry] = {
 # Score whose ascent makes an adversarial neighbour.
 SCORES: Mapping[str, Entry] = {
     "ce": Entry("ebjdat.samplers.pgd:cross_entropy_score", "arXiv 1706.06083"),
+    "kl": Entry("ebjdat.samplers.pgd:kl_score", "TRADES, arXiv 1901.08573"),
     "energy": Entry("ebjdat.samplers.pgd:joint_energy_score", "arXiv 2505.19459: reverse SGLD, conditioned on y"),
+    "released": Entry("ebjdat.samplers.pgd:released_score", "the released code of arXiv 2505.19459"),
 }
 
 SAMPLERS: Mapping[str, Entry] = {
-    "pyld": Entry("ebjdat.samplers.pyld:pyld", "JEM++, arXiv 2109.09032"),
+    "sgld": Entry("ebjdat.samplers.sgld:sgld", "JEM, arXiv 1912.03263", reads=("steps", "step_size", "noise")),
+    "clipped_sgld": Entry(
+        "ebjdat.samplers.sgld:clipped_sgld", "SADA-JEM, arXiv 2209.07959", reads=("steps", "step_size", "noise", "clamp")
+    ),
+    "pyld": Entry("ebjdat.samplers.pyld:pyld", "JEM++, arXiv 2109.09032", reads=("steps", "inner_steps", "step_size", "noise", "clamp")),
 }
 
 STARTS: Mapping[str, Entry] = {
     "class_gaussians": Entry("ebjdat.samplers.starts:class_gaussians", "JEM++, arXiv 2109.09032"),
     "uniform": Entry("ebjdat.samplers.starts:uniform", "JEM, arXiv 1912.03263"),
+    "data": Entry("ebjdat.samplers.starts:data", "contrastive divergence, Hinton 2002"),
 }
 
 UPDATES: Mapping[str, Entry] = {
     "plain": Entry("ebjdat.training.updates:plain", "one backward pass, one optimiser step"),
+    "sam": Entry("ebjdat.training.updates:sam", "SAM, arXiv 2010.01412; adaptive: ASAM, arXiv 2102.11600", reads=("rho", "adaptive")),
 }
 
 OPTIMIZERS: Mapping[str, Entry] = {
-    "sgd": Entry("ebjdat.training.updates:sgd", "torch.optim.SGD"),
-    "adam": Entry("ebjdat.training.updates:adam", "torch.optim.Adam"),
+    "sgd": Entry("ebjdat.training.updates:sgd", "torch.optim.SGD", reads=("momentum", "weight_decay")),
+    "adam": Entry("ebjdat.training.updates:adam", "torch.optim.Adam; momentum: its first beta", reads=("momentum", "weight_decay")),
 }
 
 SCHEDULES: Mapping[str, Entry] = {
-    "multistep": Entry("ebjdat.training.schedules:multistep", "JEM family: linear warm-up, then x factor at milestones"),
-    "onecycle": Entry("ebjdat.training.schedules:onecycle", "Smith & Topin 2018, arXiv 1708.07120 (linear up, linear down)"),
-    "constant": Entry("ebjdat.training.schedules:constant", "linear warm-up, then constant"),
+    "multistep": Entry(
+        "ebjdat.training.schedules:multistep",
+        "JEM family: linear warm-up, then x factor at milestones",
+        reads=("warmup", "milestones", "factor"),
+    ),
+    "onecycle": Entry(
+        "ebjdat.training.schedules:onecycle", "Smith & Topin 2018, arXiv 1708.07120 (linear up, linear down)", reads=("peak",)
+    ),
+    "constant": Entry("ebjdat.training.schedules:constant", "linear warm-up, then constant", reads=("warmup",)),
 }
 
 SOURCES: Mapping[str, Entry] = {

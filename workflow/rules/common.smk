@@ -111,13 +111,14 @@ shell.prefix(
 def sections(*paths):
     """A `params:` function: these sections of the profile as canonical JSON, so that key order means nothing.
 
-    "{name}" in a path is the rule's wildcard. dvc.yaml names the same sections.
+    "{name}" in a path is the rule's wildcard, or "{base}", the row of the JEM family that the job's training stands on.
+    dvc.yaml names the same sections.
     """
 
     def get(wildcards):
         found = {}
         for path in paths:
-            path = path.format(**wildcards)
+            path = path.format(**settings.section_names(PROFILE, dict(wildcards.items())))
             value = RAW
             for key in path.split("."):
                 value = value.get(key) if isinstance(value, dict) else None

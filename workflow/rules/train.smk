@@ -19,7 +19,9 @@ rule pretrain:
         gpu=GPU,
     params:
         settings=SETTINGS,
-        sections=sections("model", "training", "pretraining.{pretraining}"),
+        sections=sections(
+            "model", "training", "bases.{base}", "pretraining.{pretraining}"
+        ),
     shell:
         "python -m ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
@@ -48,7 +50,9 @@ rule finetune:
         gpu=GPU,
     params:
         settings=SETTINGS,
-        sections=sections("model", "training", "experiments.{experiment}"),
+        sections=sections(
+            "model", "training", "bases.{base}", "experiments.{experiment}"
+        ),
     shell:
         "python -m ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --initial {input.initial}"

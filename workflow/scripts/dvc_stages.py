@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 
 from ebjdat.files import digest
-from ebjdat.params import merge, read_layers
+from ebjdat.params import Profile, load, merge, read_layers, section_names
 
 TARGET = Path("dvc.yaml")
+PARAMS = "params/digits.yaml"
 HEAD = """\
 # Made by workflow/scripts/dvc_stages.py from the Snakefile; the rule `record` keeps it current. Do not edit.
 # Each stage asks Snakemake for one rule's target and for nothing else, so that both tools see every run.
@@ -44,7 +45,7 @@ def dry_run() -> str:
 
 def current_inputs() -> str:
     """Digest of settings and code as they are now; the same as INPUTS of workflow/rules/common.smk."""
-    settings = merge({}, *(layer for _, layer in read_layers("params/digits.yaml")))
+    settings = merge({}, *(layer for _, layer in read_layers(PARAMS)))
     code = sorted({Path(name) for job in jobs() for name in job["input"] if name.startswith("src/")})
     return digest(settings, *code)[:16]
 
@@ -77,12 +78,13 @@ def sections() -> dict[str, list[str]]:
     return found
 
 
-def stage(job: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+def stage(job: dict[str, Any], paths: list[str], profile: Profile, raw: dict[str, Any]) -> dict[str, Any]:
     target = job["output"][0]
     command = f"snakemake --allowed-rules {job['rule']} --cores all -- {target}"
     result: dict[str, Any] = {"cmd": [command, RECORDED] if job["rule"] == "report" else command}
     result["deps"] = job["input"]
-    result["params"] = [{"params/digits.yaml": [p.format(**job["wildcards"]) for p in paths]}]
+    named = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
+    result["params"] = [{PARAMS: [p for p in named if exists(raw, p)]}]
     outs = [o for o in job["output"] if not METRICS.search(o) and not CURVES.search(o)]
     metrics = [o for o in job["output"] if METRICS.search(o)]
     curves = [o for o in job["output"] if CURVES.search(o)]
@@ -95,14 +97,24 @@ def stage(job: dict[str, Any], paths: list[str]) -> dict[str, Any]:
     return result
 
 
+def exists(raw: Any, path: str) -> bool:
+    """Whether the params file has this section; DVC takes a missing one for an error."""
+    for key in path.split("."):
+        if not isinstance(raw, dict) or key not in raw:
+            return False
+        raw = raw[key]
+    return True
+
+
 def render() -> str:
     paths = sections()
+    profile, raw = load(PARAMS), merge({}, *(layer for _, layer in read_layers(PARAMS)))
     stages = {}
     for job in jobs():
         where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
         name = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
         assert name not in stages, name
-        stages[name] = stage(job, paths[job["rule"]])
+        stages[name] = stage(job, paths[job["rule"]], profile, raw)
     order = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "report"]
     by_rule = sorted(stages.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0]))
     return HEAD + yaml.safe_dump({"stages": dict(by_rule)}, sort_keys=False, width=120)

@@ -27,9 +27,10 @@ def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """x: images of the p(y|x) terms; x_density: of the p(x) term, with noise (x itself where there is none); y: labels (B,).
+    """x: images of the p(y|x) terms; x_density: the same ones for the p(x) term; y: labels (B,).
 
-    Images are (B, C, H, W) in [-1, 1].
+    x_density differs by noise and, for SADA-JEM, by not being augmented; where nothing differs it is x itself. Images are
+    (B, C, H, W) in [-1, 1].
     """
 
     x: Tensor
@@ -63,14 +64,16 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return n // batch_size
 
 
-def epoch_batches(data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int) -> Iterator[Batch]:
-    """Shuffled, augmented batches of one epoch."""
+def epoch_batches(data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
+    """Shuffled, augmented batches of one epoch, from step `first` on."""
     order = torch.randperm(len(data), generator=generator(torch.device("cpu"), "order", seed, epoch)).to(data.device)
-    for step in range(steps_per_epoch(len(data), batch_size)):
+    for step in range(first, steps_per_epoch(len(data), batch_size)):
         index = order[step * batch_size : (step + 1) * batch_size]
         noise = generator(data.device, "augment", seed, epoch, step)
         x = internal_from_unit(unit_from_uint8(random_crop_flip(data.images[index], augment, noise)))
-        x_density = x + augment.noise * torch.randn(x.shape, generator=noise, device=x.device) if augment.noise else x
+        x_density = data.internal(index) if augment.density == "plain" and augment.changes else x
+        if augment.noise:
+            x_density = x_density + augment.noise * torch.randn(x.shape, generator=noise, device=x.device)
         yield Batch(x, x_density, data.labels[index])
 
 

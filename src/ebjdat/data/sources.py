@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ebjdat.errors import UserError
 from ebjdat.params import DataSettings
@@ -94,7 +94,8 @@ def folder(settings: DataSettings) -> Raw:
     """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive of one.
 
     Archives are read in memory, member by member: nothing is unpacked to disk. Archives may have one enclosing folder.
-    All images must have one square size; grey ones stay grey, everything else becomes RGB.
+    All images must have one square size, or get it from `settings.size`: the shorter side is scaled to it, the centre is
+    cropped. Grey images stay grey, everything else becomes RGB.
     """
     path = Path(settings.path or "")
     if not path.exists():
@@ -112,7 +113,7 @@ def folder(settings: DataSettings) -> Raw:
         if file is None:
             images[split][label]  # an empty class folder is seen, and refused below
         elif PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES:
-            images[split][label].append((name, _decode(path, name, content)))
+            images[split][label].append((name, _decode(path, name, content, settings.size)))
     return _assemble(path, images)
 
 
@@ -188,12 +189,15 @@ def _is_class_folder(name: str) -> bool:
     return len(parts) >= 2 and parts[-2] in SPLITS
 
 
-def _decode(path: Path, name: str, content: bytes) -> NDArray[np.uint8]:
-    """(C, H, W) uint8; grey images keep one channel."""
+def _decode(path: Path, name: str, content: bytes, size: int | None) -> NDArray[np.uint8]:
+    """(C, H, W) uint8; grey images keep one channel. size: scaled and cropped to that square (Pillow's ImageOps.fit)."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            grey = image.mode in ("1", "L")
-            array = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
+        with Image.open(io.BytesIO(content)) as opened:
+            grey = opened.mode in ("1", "L")
+            image = opened.convert("L" if grey else "RGB")
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            array = np.asarray(image, dtype=np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: {name!r} is not a readable image ({error})") from error
     return array[None] if grey else array.transpose(2, 0, 1)
@@ -216,9 +220,11 @@ def _assemble(path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np
         for c in classes:
             for name, image in images[split][c]:
                 if image.shape != usual:
-                    raise DataError(f"{path}: {name!r} is {_size(image.shape)}, others are {_size(usual)}; all images must be alike")
+                    raise DataError(
+                        f"{path}: {name!r} is {_size(image.shape)}, others are {_size(usual)}; all images must be alike, or set data.size"
+                    )
     if usual[1] != usual[2] or usual[1] < 8:
-        raise DataError(f"{path}: images are {_size(usual)}; square ones of at least 8 pixels are allowed")
+        raise DataError(f"{path}: images are {_size(usual)}; square ones of at least 8 pixels are allowed; set data.size to crop them")
 
     rows = [
         (image, index, split == "test")

@@ -17,6 +17,7 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ChainSettings, GenerateSettings
 from ebjdat.pixels import uint8_from_unit, unit_from_internal, unit_from_uint8
 from ebjdat.progress import Bar
+from ebjdat.samplers.chains import walk
 from ebjdat.samplers.starts import StartPool
 
 
@@ -37,7 +38,7 @@ def fresh_chains(
     """
     device = pool.mean.device
     spec = chain.model_copy(update={"steps": settings.steps})
-    start, sampler = registry.load(registry.STARTS, spec.start), registry.load(registry.SAMPLERS, spec.sampler)
+    start = registry.load(registry.STARTS, spec.start)
     labels = torch.arange(settings.n, device=device) % len(pool.mean)
     starts, ends = [], []
     with Bar(f"{title}: fresh chains", settings.n) as bar, moving_images(model, spec.mode):
@@ -45,7 +46,7 @@ def fresh_chains(
             noise = generator(device, "generate", settings.seed, part.start)
             x = start(pool, labels[part], noise)
             starts.append(uint8_from_unit(unit_from_internal(x)))
-            ends.append(uint8_from_unit(unit_from_internal(sampler(model, x, spec, noise))))
+            ends.append(uint8_from_unit(unit_from_internal(walk(model, x, labels[part], spec, noise))))
             bar.advance(part.stop - part.start)
     return Samples(torch.cat(ends), labels), Samples(torch.cat(starts), labels)
 

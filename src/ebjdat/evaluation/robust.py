@@ -16,7 +16,7 @@ from ebjdat.models.modes import moving_images
 from ebjdat.params import AttackSettings
 from ebjdat.pixels import UNIT
 from ebjdat.progress import Bar
-from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient
+from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
 
 PGD_STEPS = 20
 FEWEST_CLASSES = 4  # below, the targeted DLR loss is not defined
@@ -46,14 +46,14 @@ def pgd_examples(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSetting
         for part in batches(len(x), settings.batch_size):
             found.append(
                 projected_gradient(
-                    cross_entropy_score(model, y[part]),
+                    cross_entropy_score(model, x[part], y[part]),
                     x[part],
                     eps=settings.eps,
                     step_size=settings.pgd20_step,
                     steps=PGD_STEPS,
                     norm=settings.norm,
                     bounds=UNIT,
-                    generator=generator(x.device, "pgd", settings.seed, part.start),
+                    start=random_point(x[part], settings.eps, settings.norm, UNIT, generator(x.device, "pgd", settings.seed, part.start)),
                 )
             )
             if bar:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+Energy = Callable[[Tensor], Tensor]  # logits (B, K) -> (B,)
 
 
 def marginal_energy(logits: Tensor) -> Tensor:

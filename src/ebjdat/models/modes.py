@@ -5,10 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ebjdat.pixels import internal_from_unit
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm's running statistics stay as they are, whatever is run in train mode."""
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for m, _ in norms:
+            m.momentum = 0.0  # running = 1 * running + 0 * batch
+        yield
+    finally:
+        for m, momentum in norms:
+            m.momentum = momentum
 
 
 @contextlib.contextmanager
@@ -19,21 +33,29 @@ def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
-    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
         model.train(mode == "train")
         for p, _ in parameters:
             p.requires_grad_(False)
-        for m, _ in norms:
-            m.momentum = 0.0  # running = 1 * running + 0 * batch
-        yield
+        with frozen_statistics(model):
+            yield
     finally:
         for p, requires_grad in parameters:
             p.requires_grad_(requires_grad)
-        for m, momentum in norms:
-            m.momentum = momentum
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode is restored on leaving."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 class UnitRange(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebjdat import registry
 from ebjdat.data.batches import Batch
@@ -14,8 +14,11 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.params import AdversarySettings, TrainingSettings
 from ebjdat.pixels import INTERNAL, internal_distance
 from ebjdat.samplers.buffer import ReplayBuffer
-from ebjdat.samplers.pgd import projected_gradient
+from ebjdat.samplers.chains import walk
+from ebjdat.samplers.pgd import projected_gradient, random_point
 from ebjdat.samplers.starts import StartPool
+
+GAUSSIAN_START = 0.001  # standard deviation in [0, 1] pixels (TRADES's own code)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def negatives(model: WideResNet, batch: Batch, state: DrawState, generator: torc
     assert state.buffer is not None
     slots, x = state.buffer.draw(len(batch.y), spec.reinit, state.start, generator)
     with moving_images(model, spec.mode):
-        x = registry.load(registry.SAMPLERS, spec.sampler)(model, x, spec, generator)
+        x = walk(model, x, state.buffer.labels[slots], spec, generator)
     state.buffer.put(slots, x)
     return x
 
@@ -47,16 +50,25 @@ def adversarial(model: WideResNet, batch: Batch, state: DrawState, generator: to
     return neighbours(model, batch.x, batch.y, state.settings.adversary, generator)
 
 
-def neighbours(model: WideResNet, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
-    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels."""
+def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
+    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise."""
+    as_internal = internal_distance if spec.range == "unit" else float
+    eps, step_size = as_internal(spec.eps), as_internal(spec.step_size)
+    if spec.start == "uniform":
+        start = random_point(x, eps, spec.norm, INTERNAL, generator)
+    elif spec.start == "gaussian":
+        start = x + internal_distance(GAUSSIAN_START) * torch.randn(x.shape, generator=generator, device=x.device)
+    else:
+        start = x
     with moving_images(model, spec.mode):
         return projected_gradient(
-            registry.load(registry.SCORES, spec.score)(model, y),
+            registry.load(registry.SCORES, spec.score)(model, x, y),
             x,
-            eps=internal_distance(spec.eps),
-            step_size=internal_distance(spec.step_size),
+            eps=eps,
+            step_size=step_size,
             steps=spec.steps,
             norm=spec.norm,
             bounds=INTERNAL,
-            generator=generator if spec.random_start else None,
+            start=start,
+            into_ball=spec.project,
         )

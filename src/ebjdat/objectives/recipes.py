@@ -30,13 +30,17 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tens
     return logits, ce, {f"ce_{name}": ce.detach(), f"batch_acc_{name}": _accuracy(logits.detach(), y)}
 
 
-def _generation(model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor) -> tuple[Tensor, Terms]:
-    """-h1: mean E(x+) - mean E(x-); its gradient is that of -log p(x) (arXiv 1912.03263)."""
-    positive = clean_logits if batch.x_density is batch.x else model(batch.x_density)
-    energy_positive = marginal_energy(positive).mean()
-    energy_negative = marginal_energy(model(negatives)).mean()
-    logged = {"energy_clean": energy_positive.detach(), "energy_generated": energy_negative.detach()}
-    return energy_positive - energy_negative, logged
+def _generation(model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor, weights: WeightSettings) -> tuple[Tensor, Terms]:
+    """w1 (mean E(x+) - mean E(x-)), whose gradient is that of -w1 log p(x) (arXiv 1912.03263), and the energies' L2 penalty.
+
+    The penalty is energy_l2 (mean E(x+)^2 + mean E(x-)^2) (Du & Mordatch 2019, arXiv 1903.08689).
+    """
+    positive = marginal_energy(clean_logits if batch.x_density is batch.x else model(batch.x_density))
+    negative = marginal_energy(model(negatives))
+    term = weights.w1 * (positive.mean() - negative.mean())
+    if weights.energy_l2:
+        term = term + weights.energy_l2 * (positive.square().mean() + negative.square().mean())
+    return term, {"energy_clean": positive.detach().mean(), "energy_generated": negative.detach().mean()}
 
 
 def classifier(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
@@ -51,26 +55,42 @@ def pgd_at(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings
     return {"loss": ce, **logged, "energy_adversarial": marginal_energy(logits.detach()).mean()}
 
 
+def trades(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+    """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
+    logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
+    adversarial_logits = model(draws["adversarial"])
+    kl = F.kl_div(adversarial_logits.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
+    return {
+        "loss": ce + weights.beta * kl,
+        **logged,
+        "kl": kl.detach(),
+        "batch_acc_robust": _accuracy(adversarial_logits.detach(), batch.y),
+        "energy_clean": marginal_energy(logits.detach()).mean(),
+        "energy_adversarial": marginal_energy(adversarial_logits.detach()).mean(),
+    }
+
+
 def jem(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
-    generation, energies = _generation(model, batch, logits, draws["negatives"])
-    return {"loss": weights.w1 * generation + weights.w3 * ce, **logged, **energies}
+    generation, energies = _generation(model, batch, logits, draws["negatives"], weights)
+    return {"loss": generation + weights.w3 * ce, **logged, **energies}
 
 
 def eb_jdat(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
-    """EB-JDAT (arXiv 2505.19459), the paper's form: minimise -(w1 h1 + w2 h2 + w3 h3).
+    """EB-JDAT (arXiv 2505.19459): minimise -(w1 h1 + w2 h2 + w3 h3).
 
     h1: log p(x), by chains. h2: log p(x~|x), by pulling the energy of adversarial neighbours, which were walked up, down
-    to that of their clean images: mean E(x~) - mean E(x). h3: log p(y|x, x~), cross-entropy on both.
+    to that of their clean images: mean E(x~) - mean E(x). h3: log p(y|x, x~), cross-entropy on both. The released code's
+    form is this one with w2 = -0.1, which pushes E(x~) up instead, and with its own neighbours.
     """
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
     adversarial_logits, ce_adversarial, logged_adversarial = _classified(model, draws["adversarial"], batch.y, "robust")
-    generation, energies = _generation(model, batch, logits, draws["negatives"])
+    generation, energies = _generation(model, batch, logits, draws["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
     alignment = energy_adversarial - marginal_energy(logits).mean()
     return {
-        "loss": weights.w1 * generation + weights.w2 * alignment + weights.w3 * (ce + ce_adversarial),
+        "loss": generation + weights.w2 * alignment + weights.w3 * (ce + ce_adversarial),
         **logged,
         **logged_adversarial,
         **energies,

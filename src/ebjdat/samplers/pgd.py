@@ -10,17 +10,36 @@ from torch.nn import functional as F
 
 from ebjdat.models.energy import joint_energy
 
-Score = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,), each of its own image alone
 
 
-def cross_entropy_score(model: nn.Module, y: Tensor) -> Score:
-    """Per-example cross-entropy of the true class (Madry et al. 2018)."""
-    return lambda x: F.cross_entropy(model(x), y, reduction="none")
+def cross_entropy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """Cross-entropy of the true class (Madry et al. 2018)."""
+    return lambda moved: F.cross_entropy(model(moved), y, reduction="none")
 
 
-def joint_energy_score(model: nn.Module, y: Tensor) -> Score:
-    """Per-example E(x, y): ascending it is EB-JDAT's reverse SGLD, up the energy, conditioned on y."""
-    return lambda x: joint_energy(model(x), y)
+def kl_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """KL(p(.|x) || p(.|moved)), TRADES's inner maximisation. Its gradient vanishes at x itself: start elsewhere."""
+    with torch.no_grad():
+        clean = model(x).log_softmax(1)
+    return lambda moved: F.kl_div(model(moved).log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+
+
+def joint_energy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """E(moved, y): ascending it is EB-JDAT's reverse SGLD, up the energy, conditioned on y."""
+    return lambda moved: joint_energy(model(moved), y)
+
+
+def released_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """-E(moved, y) + |f(x)/|f(x)| - f(moved)/|f(moved)||^2, as EB-JDAT's released code: down the energy, unlike its paper."""
+    with torch.no_grad():
+        clean = F.normalize(model(x), dim=1)
+
+    def score(moved: Tensor) -> Tensor:
+        logits = model(moved)
+        return -joint_energy(logits, y) + (F.normalize(logits, dim=1) - clean).square().sum(1)
+
+    return score
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -59,19 +78,20 @@ def projected_gradient(
     steps: int,
     norm: str,
     bounds: tuple[float, float],
-    generator: torch.Generator | None,
+    start: Tensor,
+    into_ball: bool = True,
 ) -> Tensor:
-    """Ascend `score` (images -> (B,)) from x inside its eps-ball and `bounds`.
+    """Ascend `score` (images -> (B,)) from `start` inside the eps-ball around x and `bounds`.
 
-    eps, step_size and bounds are in the range of x. generator: start at a random point of the ball; None: start at x.
-    Steps are signs for Linf, unit vectors for L2. Returns images like x, without gradient.
+    eps, step_size and bounds are in the range of x. Steps are signs for Linf, unit vectors for L2. into_ball False: kept
+    within `bounds` alone, as EB-JDAT's released code does. Returns images like x, without gradient.
     """
-    x = x.detach()
-    moved = x if generator is None else random_point(x, eps, norm, bounds, generator)
+    x, moved = x.detach(), start
     for _ in range(steps):
         moved = moved.detach().requires_grad_(True)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(score(moved).sum(), moved)
         step = gradient.sign() if norm == "Linf" else unit_vectors(gradient)
-        moved = project(moved.detach() + step_size * step, x, eps, norm, bounds)
+        moved = moved.detach() + step_size * step
+        moved = project(moved, x, eps, norm, bounds) if into_ball else moved.clamp(*bounds)
     return moved.detach()

@@ -45,6 +45,16 @@ def class_gaussians(pool: StartPool, labels: Tensor, generator: torch.Generator)
     return x.clamp(*INTERNAL)
 
 
+def data(pool: StartPool, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """One training image of the class per label, drawn with replacement (as in contrastive divergence)."""
+    index = torch.empty_like(labels)
+    for k in labels.unique().tolist():
+        rows = torch.nonzero(labels == k).flatten()
+        members = pool.members[k]
+        index[rows] = members[torch.randint(0, len(members), (len(rows),), generator=generator, device=members.device)]
+    return pool.data.internal(index)
+
+
 def uniform(pool: StartPool, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform on [-1, 1] per pixel (JEM)."""
     shape = (len(labels), *pool.mean.shape[1:])

@@ -29,7 +29,12 @@ def attack(context: Context, experiment: str, seed: int, data_path: Path, weight
     with context.track_result(experiment, seed, "attack", data.data_hash) as tracker:
         model = UnitRange(loaded.network(device)).eval()
         settings = context.profile.evaluation.attack
-        result = robust.attack(model, DeviceData(data, "test", device), settings, f"{experiment}/seed{seed}")
+        test = DeviceData(data, "test", device)
+        result = robust.attack(model, test, settings, f"{experiment}/seed{seed}")
+        if loaded.ema is not None:
+            averaged = UnitRange(loaded.network(device, loaded.ema)).eval()
+            again = robust.attack(averaged, test, settings, f"{experiment}/seed{seed}, averaged weights")
+            result |= {f"ema_{name}": value for name, value in again.items() if name not in ("norm", "eps", "n_test", "n_attack")}
         write_json(out, {**result, "git_commit": git_commit()})
         tracker.final(result)
 
@@ -63,6 +68,10 @@ def generate(
         ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
         name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])
         result = generation.measure(model, fresh, starts, buffer, train, name, features, settings.batch_size)
+        if loaded.ema is not None:
+            averaged = loaded.network(device, loaded.ema)
+            again, _ = generation.fresh_chains(averaged, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}, averaged")
+            result["ema_frechet"] = frechet.frechet_distance(features(again.images), features(train.images))
 
         def write_samples(path: Path) -> None:
             with path.open("wb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.files import digest, git_commit, write_json, write_text
 from ebjdat.models import wrn
-from ebjdat.params import TrainingSettings
+from ebjdat.params import ModelSettings, TrainingSettings
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
@@ -42,7 +41,7 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
     data = prepared.load(data_path)
     subject = Subject(context.run, name, seed, "pretrain", kind="pretraining")
     described = {
-        "model": context.profile.model.model_dump(),
+        "model": context.profile.model_settings(name).model_dump(),
         "method": entry.method,
         "training": settings.model_dump(),
         "seed": seed,
@@ -50,7 +49,7 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
     hashes = {"method": entry.method, "data_hash": data.data_hash, "params_hash": digest(described)[:16]}
     with context.track(subject, described, hashes) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        _train(context, job, data, None, f"pretraining/{name}/seed{seed}", out, tracker, threads)
+        _train(context, job, data, context.profile.model_settings(name), None, out, tracker, threads)
 
 
 def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
@@ -59,14 +58,22 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
     data = prepared.load(data_path)
     with context.track_result(experiment, seed, "finetune", data.data_hash) as tracker:
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        _train(context, job, data, initial, f"{experiment}/seed{seed}", out, tracker, threads)
+        network = context.profile.model_settings(entry.pretraining)
+        _train(context, job, data, network, initial, out, tracker, threads)
 
 
 def _train(
-    context: Context, job: Job, data: Prepared, initial: Path | None, place: str, out: Outputs, tracker: Tracker, threads: int | None
+    context: Context,
+    job: Job,
+    data: Prepared,
+    model_settings: ModelSettings,
+    initial: Path | None,
+    out: Outputs,
+    tracker: Tracker,
+    threads: int | None,
 ) -> None:
     device = context.device(threads)
-    settings, model_settings = job.settings, context.profile.model
+    settings = job.settings
     model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
     if initial is not None:
         model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
@@ -75,8 +82,8 @@ def _train(
     machine = [str(device), torch.get_num_threads(), torch.__version__]
     inputs = [data.data_hash, *([initial] if initial else []), *_code()]
     made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, machine, *inputs)
-    state = Path("state") / context.run / place / made_from[:16]
-    job = replace(job, state_file=state / "training.pt")
+    state = Path("state") / context.run / job.title / made_from[:16]
+    job = replace(job, state=state)
     train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
     result = train(
         model,
@@ -85,22 +92,25 @@ def _train(
         validation,
         torch.from_numpy(data.class_mean),
         lambda row: tracker.metrics(row, int(row["epoch"])),
+        tracker.event,
     )
     _write(job, settings, model_settings, data, result, out, tracker)
     shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
 
 
 def _write(
-    job: Job, settings: TrainingSettings, model_settings: Any, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
+    job: Job, settings: TrainingSettings, model_settings: ModelSettings, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
 ) -> None:
-    selected = result.selected
-    metrics = {
+    selected, collapsed = result.selected, [event.epoch for event in result.events]
+    metrics: dict[str, float] = {
         "train_seconds": round(result.seconds, 3),
         "selected_epoch": selected.epoch,
         "selection_score": selected.score,
         "epochs": settings.epochs,
         "n_validation": len(data.validation),
         "n_train": len(data.train),
+        "recoveries": sum(event.change is not None for event in result.events),
+        **({"collapse_epoch": collapsed[0]} if collapsed else {}),
     }
     header = Header(
         title=job.title,
@@ -114,11 +124,12 @@ def _write(
         git_commit=git_commit(),
         metrics=metrics,
     )
-    checkpoint.save(Checkpoint(header, selected.weights, selected.buffer, selected.buffer_labels), out.checkpoint)
+    checkpoint.save(Checkpoint(header, selected.weights, selected.buffer, selected.buffer_labels, selected.ema), out.checkpoint)
     columns = list(dict.fromkeys(name for row in result.rows for name in row)) or ["epoch"]
     lines = [",".join(columns), *(",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in result.rows)]
     write_text(out.curve, "\n".join(lines) + "\n")
-    write_json(out.metrics, {**metrics, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
+    told = {"collapse_epoch": None, **metrics, "events": [str(event) for event in result.events]}
+    write_json(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
     tracker.final(metrics)
     tracker.artifact(out.curve)
 

@@ -68,6 +68,7 @@ class Tracker:
         self._client: Any = None
         self._run = ""
         self._parent: str | None = None
+        self._events = 0
         self._off = open_run is None
         if open_run is not None:
             self._safely(lambda: self._open(open_run))
@@ -106,6 +107,18 @@ class Tracker:
             batch = [Metric(name, value, now, 0) for name, value in numbers(values).items()]
             for run in filter(None, (self._run, self._parent)):
                 self._client.log_batch(run, metrics=batch)
+
+        self._safely(call)
+
+    def event(self, event: Any) -> None:
+        """A divergence of the training: a point of the curve `recoveries`, and a tag that says what was seen and done."""
+        self._events += 1
+        number = self._events
+        self.metrics({"recoveries": number}, event.epoch)
+
+        def call() -> None:
+            for run in filter(None, (self._run, self._parent)):
+                self._client.set_tag(run, f"event_{number}", str(event))
 
         self._safely(call)
 

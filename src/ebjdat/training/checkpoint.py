@@ -61,23 +61,28 @@ class Header:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """buffer: uint8 (N, C, H, W) and the class each chain started from (N,), for methods with chains."""
+    """buffer: uint8 (N, C, H, W) and the class each chain started from (N,), for methods with chains.
+
+    ema: averaged weights of the same epoch, where training kept them.
+    """
 
     header: Header
     weights: dict[str, Tensor]
     buffer: Tensor | None
     buffer_labels: Tensor | None
+    ema: dict[str, Tensor] | None = None
 
-    def network(self, device: torch.device) -> WideResNet:
-        """The network with these weights, in eval mode."""
+    def network(self, device: torch.device, weights: dict[str, Tensor] | None = None) -> WideResNet:
+        """The network with the checkpoint's weights (or these, e.g. `ema`), in eval mode."""
         channels = self.header.image_shape[0]
         model = WideResNet(self.header.model, channels, len(self.header.classes))
-        model.load_state_dict(self.weights)
+        model.load_state_dict(weights or self.weights)
         return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in checkpoint.weights.items()}
+    tensors |= {f"ema.{name}": value.contiguous() for name, value in (checkpoint.ema or {}).items()}
     if checkpoint.buffer is not None and checkpoint.buffer_labels is not None:
         tensors |= {"buffer.images": checkpoint.buffer.contiguous(), "buffer.labels": checkpoint.buffer_labels.contiguous()}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, {HEADER: checkpoint.header.dump()}))
@@ -108,11 +113,13 @@ def load(path: Path, *, data_hash: str | None = None, model: ModelSettings | Non
         theirs, ours = header.model.model_dump(), model.model_dump()
         differs = ", ".join(f"{k} {theirs[k]} (settings: {ours[k]})" for k in ours if theirs[k] != ours[k])
         raise CheckpointError(f"{path}: holds another network: {differs}; train again")
-    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    weights, ema = (
+        {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
+    )
     channels, classes = header.image_shape[0], len(header.classes)
     expected = {k: tuple(v.shape) for k, v in WideResNet(header.model, channels, classes).state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    if expected != found:
-        wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        raise CheckpointError(f"{path}: tensors do not fit its own header: {', '.join(wrong[:5])}")
-    return Checkpoint(header, weights, tensors.get("buffer.images"), tensors.get("buffer.labels"))
+    for found in ({k: tuple(v.shape) for k, v in part.items()} for part in ([weights, ema] if ema else [weights])):
+        if expected != found:
+            wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            raise CheckpointError(f"{path}: tensors do not fit its own header: {', '.join(wrong[:5])}")
+    return Checkpoint(header, weights, tensors.get("buffer.images"), tensors.get("buffer.labels"), ema or None)

@@ -1,4 +1,4 @@
-"""The training loop: draw, loss, update; validate; keep what was selected. Knows methods only by their registry entry."""
+"""The training loop: draw, loss, update; check, heal; validate; keep what was selected. Knows methods only by their registry entry."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
 from ebjdat.data.sources import DataError
 from ebjdat.errors import UserError
 from ebjdat.files import write_atomic
+from ebjdat.models.modes import evaluating, moving_images
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.draws import DrawState, neighbours
 from ebjdat.params import TrainingSettings
@@ -28,6 +29,8 @@ from ebjdat.pixels import uint8_from_unit, unit_from_internal
 from ebjdat.progress import Bar, format_values
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.starts import StartPool
+from ebjdat.training import healing
+from ebjdat.training.healing import Event
 
 SHOWN = ("loss", "batch_acc_clean", "batch_acc_robust", "energy_clean", "energy_adversarial", "energy_generated")
 VALIDATION_BATCH = 250
@@ -37,6 +40,15 @@ class TrainingError(UserError):
     """Training cannot go on; says why and what to change."""
 
 
+class Diverged(Exception):  # noqa: N818 (not an error: the loop heals it)
+    """A check found symptoms that training must not go on with."""
+
+    def __init__(self, step: int, symptoms: tuple[str, ...]) -> None:
+        super().__init__("; ".join(symptoms))
+        self.step = step
+        self.symptoms = symptoms
+
+
 @dataclass
 class Selected:
     """The best checkpoint so far by the validation score; a later one wins a tie."""
@@ -44,6 +56,7 @@ class Selected:
     score: float = -1.0
     epoch: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
+    ema: dict[str, Tensor] | None = None  # averaged weights of the same epoch
     buffer: Tensor | None = None  # uint8 (N, C, H, W)
     buffer_labels: Tensor | None = None
 
@@ -52,6 +65,7 @@ class Selected:
 class Trained:
     selected: Selected
     rows: list[dict[str, float]]  # one per epoch: means over its steps, validation scores, learning rate, seconds
+    events: list[Event]
     seconds: float
 
 
@@ -63,7 +77,7 @@ class Job:
     method: str
     settings: TrainingSettings
     seed: int
-    state_file: Path  # resumable state; deleting it starts again
+    state: Path  # folder of the resumable state; deleting it starts again
     checkpoint_minutes: float = 5.0
 
 
@@ -94,15 +108,42 @@ class StopRequest:
         self._restore()
 
 
-@contextmanager
-def evaluating(model: WideResNet) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+@dataclass(frozen=True)
+class Learner:
+    """Everything that a training step changes. buffer: for methods with chains; ema: where the settings ask for it."""
+
+    model: WideResNet
+    optimizer: torch.optim.Optimizer
+    buffer: ReplayBuffer | None
+    ema: AveragedModel | None
+
+    @classmethod
+    def of(cls, model: WideResNet, job: Job, pool: StartPool) -> Learner:
+        settings, device = job.settings, pool.data.device
+        optimizer = registry.load(registry.OPTIMIZERS, settings.optimizer.name)(model.parameters(), settings.optimizer)
+        buffer = None
+        if "negatives" in registry.METHODS[job.method].draws:
+            noise, start = generator(device, "buffer", job.seed), DrawState(settings, pool, None).start
+            buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
+        average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
+        return cls(model, optimizer, buffer, ema)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "buffer": None if self.buffer is None else self.buffer.images,
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.buffer is not None:
+            self.buffer.images.copy_(state["buffer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 def train(
@@ -112,180 +153,291 @@ def train(
     validation: DeviceData,
     class_mean: Tensor,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> Trained:
     """Train `model` in place; return the checkpoint that validation selected.
 
-    class_mean: (K, C, H, W) in [0, 1], for chain starts. on_epoch: called with each finished epoch's row, and, when a
-    stopped training is continued, with the rows that were finished before. Raises DataError when a batch does not fit
-    the training split, TrainingError when the loss is not finite.
+    class_mean: (K, C, H, W) in [0, 1], for chain starts. on_epoch and on_event: called with each finished epoch's row and
+    each divergence, and, when a stopped training is continued, with those from before. Raises DataError when a batch does
+    not fit the training split, TrainingError when training diverged and its ladder is at its end.
     """
-    settings, method, device = job.settings, registry.METHODS[job.method], train_data.device
-    per_epoch = steps_per_epoch(len(train_data), settings.batch_size)
-    if settings.epochs and not per_epoch:
-        raise DataError(f"batch_size is {settings.batch_size}, but the training split has only {len(train_data)} images")
-    if settings.augment.pad >= train_data.images.shape[-1]:
-        raise DataError(f"augment.pad is {settings.augment.pad}, images have {train_data.images.shape[-1]} pixels; reflection needs less")
-    loss = registry.load(registry.METHODS, job.method)
-    draws = {name: registry.load(registry.DRAWS, name) for name in method.draws}
-    update = registry.load(registry.UPDATES, settings.update)
-    schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
-    optimizer = registry.load(registry.OPTIMIZERS, settings.optimizer.name)(model.parameters(), settings.optimizer)
+    epochs = job.settings.epochs
+    per_epoch = _steps(job.settings, train_data)
     pool = StartPool.of(train_data, class_mean)
-    state = DrawState(settings, pool, None)
-    if "negatives" in method.draws:
-        noise = generator(device, "buffer", job.seed)
-        state = DrawState(settings, pool, ReplayBuffer.fresh(settings.chain.buffer, len(class_mean), state.start, device, noise))
-
-    progress = Progress.restore(job.state_file, model, optimizer, state.buffer)
+    learner = Learner.of(model, job, pool)
+    progress = Progress.restore(job.state, learner)
     for row in progress.rows:
         on_epoch(row)
-    done = progress.epoch * per_epoch + progress.step
-    with Bar(job.title, settings.epochs * per_epoch, done) as bar, StopRequest() as stop:
+    for event in progress.events:
+        on_event(event)
+    model.train()
+    with Bar(job.title, epochs * per_epoch, progress.epoch * per_epoch + progress.step) as bar, StopRequest() as stop:
         if progress.epoch or progress.step:
             bar.line(f"continues at epoch {progress.epoch + 1}, step {progress.step}")
-        model.train()
-        for epoch in range(progress.epoch, settings.epochs):
-            for step, batch in enumerate(epoch_batches(train_data, settings.batch_size, settings.augment, job.seed, epoch)):
-                if step < progress.step:
-                    continue
-                began = time.monotonic()
-                factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.optimizer.lr * factor
-                noise = generator(device, "step", job.seed, epoch, step)
-                drawn = {name: draw(model, batch, state, noise) for name, draw in draws.items()}
-                terms = update(optimizer, lambda b=batch, d=drawn: loss(model, b, d, settings.weights))
-                progress.add(terms)
-                progress.step = step + 1
-                progress.seconds += time.monotonic() - began
-                bar.advance()
-                if bar.due():
-                    bar.show({name: terms[name].item() for name in SHOWN if name in terms})
-                if stop.asked or progress.unsaved_minutes() >= job.checkpoint_minutes:
-                    progress.check(job)
-                    progress.save(job.state_file, model, optimizer, state.buffer)
-                if stop.asked:
-                    raise KeyboardInterrupt
-
-            progress.check(job)
-            row = progress.epoch_row(optimizer)
+        elif epochs:
+            progress.save(job.state, learner)  # the first state to go back to
+        while progress.epoch < epochs and not progress.ended:
+            try:
+                row = run_epoch(job, learner, progress, train_data, pool, bar, stop, on_event)
+            except Diverged as found:
+                progress = recover(job, learner, progress, found)
+                on_event(progress.events[-1])
+                bar.line(f"DIVERGED: {progress.events[-1]}")
+                bar.at(progress.epoch * per_epoch)
+                continue
             began = time.monotonic()
-            score = validate(model, job, validation, row)
+            score = validate(learner, job, validation, row)
             progress.seconds += time.monotonic() - began
             row["seconds"] = progress.seconds
-            if epoch + 1 > settings.selection.after * settings.epochs or epoch + 1 == settings.epochs:
-                progress.select(score, epoch + 1, model, state.buffer)
+            if progress.epoch + 1 > job.settings.selection.after * epochs or progress.epoch + 1 == epochs:
+                progress.select(score, progress.epoch + 1, learner)
             progress.finish_epoch(row)
-            progress.save(job.state_file, model, optimizer, state.buffer)
+            progress.save(job.state, learner)
             on_epoch(row)
             shown = [n for n in (*SHOWN, "validation_acc_clean", "validation_acc_robust") if n in row]
-            bar.line(f"epoch {epoch + 1}/{settings.epochs}  " + format_values({n: row[n] for n in shown}))
-    if not settings.epochs:
-        progress.select(0.0, 0, model, state.buffer)
-    return Trained(progress.selected, progress.rows, progress.seconds)
+            bar.line(f"epoch {progress.epoch}/{epochs}  " + format_values({n: row[n] for n in shown}))
+    if not progress.selected.weights:  # no epochs, or ended before checkpoints compete
+        progress.select(0.0, progress.epoch, learner)
+    return Trained(progress.selected, progress.rows, progress.events, progress.seconds)
 
 
-def validate(model: WideResNet, job: Job, validation: DeviceData, row: dict[str, float]) -> float:
-    """Add validation accuracies to the row; return the score that selects checkpoints."""
-    settings = job.settings
-    wanted = settings.selection.score or registry.METHODS[job.method].selection
-    attack = settings.adversary.model_copy(update={"score": "ce", "steps": 10, "mode": "eval"})
-    clean = robust = 0
+def _steps(settings: TrainingSettings, data: DeviceData) -> int:
+    """Steps per epoch. Raises DataError when settings and data do not fit."""
+    per_epoch = steps_per_epoch(len(data), settings.batch_size)
+    if settings.epochs and not per_epoch:
+        raise DataError(f"batch_size is {settings.batch_size}, but the training split has only {len(data)} images")
+    if settings.augment.pad >= data.images.shape[-1]:
+        raise DataError(f"augment.pad is {settings.augment.pad}, images have {data.images.shape[-1]} pixels; reflection needs less")
+    return per_epoch
+
+
+def run_epoch(
+    job: Job,
+    learner: Learner,
+    progress: Progress,
+    data: DeviceData,
+    pool: StartPool,
+    bar: Bar,
+    stop: StopRequest,
+    on_event: Callable[[Event], None],
+) -> dict[str, float]:
+    """The rest of the epoch in progress; returns its row. Raises Diverged when a check finds symptoms that are to be healed."""
+    method, model, optimizer = registry.METHODS[job.method], learner.model, learner.optimizer
+    rungs = healing.usable(job.settings.healing.ladder, method.draws)
+    settings, reseeded = healing.adjusted(job.settings, rungs[: progress.recoveries])
+    salt = (reseeded,) if reseeded else ()
+    loss = registry.load(registry.METHODS, job.method)
+    draws = {name: registry.load(registry.DRAWS, name) for name in method.draws}
+    update = registry.load(registry.UPDATES, settings.update.name)
+    schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
+    state = DrawState(settings, pool, learner.buffer)
+    epoch, per_epoch = progress.epoch, steps_per_epoch(len(data), settings.batch_size)
+
+    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, progress.step)
+    for step, batch in enumerate(batches, progress.step):
+        began = time.monotonic()
+        factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.optimizer.lr * factor
+        noise = generator(data.device, "step", job.seed, epoch, step, *salt)
+        drawn = {name: draw(model, batch, state, noise) for name, draw in draws.items()}
+        terms = update(model, optimizer, lambda b=batch, d=drawn: loss(model, b, d, settings.weights), settings.update)
+        if learner.ema is not None:
+            learner.ema.update_parameters(model)
+        progress.add(terms)
+        progress.step = step + 1
+        progress.seconds += time.monotonic() - began
+        bar.advance()
+        if bar.due():
+            bar.show({name: terms[name].item() for name in SHOWN if name in terms})
+        if (step + 1) % settings.healing.every == 0 or step + 1 == per_epoch:
+            with moving_images(model, "train"), torch.no_grad():
+                after = model(batch.x)
+            progress.vitals = healing.vitals(terms, progress.sums, batch, drawn.get("negatives"), after)
+            _judge(job, progress, bar, on_event)
+        if stop.asked or progress.unsaved_minutes() >= job.checkpoint_minutes:
+            progress.save(job.state, learner)
+        if stop.asked:
+            raise KeyboardInterrupt
+    return progress.epoch_row(optimizer)
+
+
+def _judge(job: Job, progress: Progress, bar: Bar, on_event: Callable[[Event], None]) -> None:
+    """Raise Diverged for symptoms; where they are only to be recorded, note the first and go on as long as values are finite."""
+    found = healing.symptoms(progress.vitals, job.settings.healing)
+    if not found:
+        return
+    if job.settings.healing.mode == "heal" or not progress.vitals["finite"]:
+        raise Diverged(progress.step, found)
+    if not progress.events:
+        progress.events.append(Event(progress.epoch + 1, progress.step, found, None, progress.epoch))
+        on_event(progress.events[-1])
+        bar.line(f"COLLAPSED: {progress.events[-1]}")
+
+
+def recover(job: Job, learner: Learner, progress: Progress, found: Diverged) -> Progress:
+    """Load the last healthy state, the end of an epoch, into `learner`, and climb one rung of the ladder.
+
+    Where collapses are only recorded, training ends there instead. Raises TrainingError after the ladder's end.
+    """
+    settings = job.settings.healing
+    rungs = healing.usable(settings.ladder, registry.METHODS[job.method].draws)
+    healthy = Progress.restore(job.state, learner, healthy=True)
+    healthy.seconds = progress.seconds
+    healthy.events = progress.events
+    where = (progress.epoch + 1, found.step, found.symptoms)
+    if settings.mode == "record":
+        healthy.ended = True
+        if not healthy.events:
+            healthy.events.append(Event(*where, None, healthy.epoch))
+    elif progress.recoveries < len(rungs):
+        healthy.events.append(Event(*where, healing.describe(rungs[progress.recoveries]), healthy.epoch))
+    else:
+        tried = "".join(f"\n  {i}. {event}" for i, event in enumerate(progress.events, 1)) or "\n  nothing: healing.ladder is empty"
+        raise TrainingError(
+            f"{job.title}: diverged in epoch {where[0]}, step {where[1]}: {found}. This was tried before:{tried}\n"
+            f"Lower optimizer.lr, add chain steps, or extend healing.ladder. The healthy state of epoch {healthy.epoch} is kept in "
+            f"{job.state}; results of other experiments are not touched."
+        )
+    healthy.save(job.state, learner)
+    return healthy
+
+
+def validate(learner: Learner, job: Job, validation: DeviceData, row: dict[str, float]) -> float:
+    """Add validation accuracies to the row, also of the averaged weights; return the raw weights' score, which selects."""
+    wanted = job.settings.selection.score or registry.METHODS[job.method].selection
+    robust = wanted != "clean"
+    networks: dict[str, nn.Module] = {"": learner.model}
+    if learner.ema is not None:
+        networks["_ema"] = learner.ema.module
+    for suffix, network in networks.items():
+        for name, value in validation_accuracies(network, job.settings, validation, robust).items():
+            row[f"validation_acc_{name}{suffix}"] = value
+    if wanted != "clean_and_robust":
+        return row[f"validation_acc_{wanted}"]
+    return (row["validation_acc_clean"] + row["validation_acc_robust"]) / 2
+
+
+def validation_accuracies(model: nn.Module, settings: TrainingSettings, validation: DeviceData, robust: bool) -> dict[str, float]:
+    """Clean accuracy and, if asked for, that under a 10-step projected gradient on cross-entropy at the settings' radius in [0, 1]."""
+    plain = {"score": "ce", "steps": 10, "mode": "eval", "start": "uniform", "project": True, "range": "unit"}
+    attack = settings.adversary.model_copy(update=plain)
+    correct = {"clean": 0, "robust": 0}
     for start in range(0, len(validation), VALIDATION_BATCH):
         index = slice(start, start + VALIDATION_BATCH)
         x, y = validation.internal(index), validation.labels[index]
         with evaluating(model):
-            clean += int((model(x).argmax(1) == y).sum())
-        if wanted != "clean":
+            correct["clean"] += int((model(x).argmax(1) == y).sum())
+        if robust:
             x = neighbours(model, x, y, attack, generator(validation.device, "validation", start))
             with evaluating(model):
-                robust += int((model(x).argmax(1) == y).sum())
-    row["validation_acc_clean"] = clean / len(validation)
-    if wanted == "clean":
-        return row["validation_acc_clean"]
-    row["validation_acc_robust"] = robust / len(validation)
-    if wanted == "robust":
-        return row["validation_acc_robust"]
-    return (row["validation_acc_clean"] + row["validation_acc_robust"]) / 2
+                correct["robust"] += int((model(x).argmax(1) == y).sum())
+    return {name: n / len(validation) for name, n in correct.items() if name == "clean" or robust}
 
 
 class Progress:
-    """Where a training is; everything that a killed one needs to continue bit for bit."""
+    """Where a training is; with the learner's state, everything that a killed one needs to continue bit for bit.
+
+    Ends of epochs, which were checked to be healthy, are kept in one file, what lies between in another; so the state that
+    a diverged training goes back to does not depend on when it was saved or killed.
+    """
 
     def __init__(self) -> None:
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch in progress
         self.seconds = 0.0
+        self.ended = False  # stopped before its last epoch, where collapses are only recorded
         self.rows: list[dict[str, float]] = []
         self.sums: dict[str, Tensor] = {}
+        self.vitals: dict[str, float] = {}
+        self.events: list[Event] = []
         self.selected = Selected()
         self._saved = time.monotonic()
+
+    @property
+    def recoveries(self) -> int:
+        return sum(event.change is not None for event in self.events)
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             value = value.detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    def check(self, job: Job) -> None:
-        """Raise TrainingError when the epoch's sums are not finite, before a state that holds such values is saved."""
-        wrong = {name: float(total) for name, total in self.sums.items() if not torch.isfinite(total)}
-        if wrong:
-            raise TrainingError(
-                f"{job.title}: epoch {self.epoch + 1}, by step {self.step}: values that are not finite ({', '.join(wrong)}). Lower "
-                f"optimizer.lr, add chain steps, or try another seed; the last finite state is kept in {job.state_file.parent}."
-            )
-
     def epoch_row(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         row = {"epoch": float(self.epoch + 1), "lr": optimizer.param_groups[0]["lr"]}
-        return row | {name: float(total) / self.step for name, total in self.sums.items()}
+        row |= {name: float(total) / self.step for name, total in self.sums.items()}
+        return row | {f"health_{name}": value for name, value in self.vitals.items() if name != "finite"}
 
     def finish_epoch(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
 
-    def select(self, score: float, epoch: int, model: WideResNet, buffer: ReplayBuffer | None) -> None:
+    def select(self, score: float, epoch: int, learner: Learner) -> None:
         if score < self.selected.score:
             return
-        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        self.selected = Selected(score, epoch, weights)
-        if buffer is not None:
-            self.selected.buffer = uint8_from_unit(unit_from_internal(buffer.images)).cpu()
-            self.selected.buffer_labels = buffer.labels.cpu().clone()
+        self.selected = Selected(score, epoch, _on_cpu(learner.model))
+        if learner.ema is not None:
+            self.selected.ema = _on_cpu(learner.ema.module)
+        if learner.buffer is not None:
+            self.selected.buffer = uint8_from_unit(unit_from_internal(learner.buffer.images)).cpu()
+            self.selected.buffer_labels = learner.buffer.labels.cpu().clone()
 
     def unsaved_minutes(self) -> float:
         return (time.monotonic() - self._saved) / 60
 
-    def save(self, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None) -> None:
+    def save(self, folder: Path, learner: Learner) -> None:
         content: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
+            "ended": self.ended,
             "rows": self.rows,
             "sums": self.sums,
+            "vitals": self.vitals,
+            "events": [vars(event) for event in self.events],
             "selected": vars(self.selected),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "buffer": None if buffer is None else buffer.images,
+            **learner.state(),
         }
-        write_atomic(path, lambda temporary: torch.save(content, temporary))
+        write_atomic(folder / (WITHIN_EPOCH if self.step else END_OF_EPOCH), lambda temporary: torch.save(content, temporary))
         self._saved = time.monotonic()
 
     @classmethod
-    def restore(cls, path: Path, model: WideResNet, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer | None) -> Progress:
-        """The saved progress, loaded into model, optimizer and buffer; a fresh one when nothing was saved."""
+    def restore(cls, folder: Path, learner: Learner, healthy: bool = False) -> Progress:
+        """The saved progress, loaded into the learner; a fresh one when nothing was saved. healthy: the last end of an epoch."""
         progress = cls()
-        if not path.exists():
+        device = next(learner.model.parameters()).device
+        content = _read(folder / END_OF_EPOCH, device)
+        if content is None:
             return progress
-        device = next(model.parameters()).device
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise TrainingError(f"{path}: damaged training state ({type(error).__name__}); delete it to start again") from error
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        if buffer is not None:
-            buffer.images.copy_(content["buffer"])
-        progress.epoch, progress.step = content["epoch"], content["step"]
+        within = None if healthy else _read(folder / WITHIN_EPOCH, device)
+        if within is not None and (within["epoch"], _recoveries(within)) == (content["epoch"], _recoveries(content)):
+            content = within  # else it is from an epoch that was finished or given up since
+        learner.load(content)
+        progress.epoch, progress.step, progress.ended = content["epoch"], content["step"], content["ended"]
         progress.seconds, progress.rows, progress.sums = content["seconds"], content["rows"], content["sums"]
+        progress.vitals = content["vitals"]
+        progress.events = [Event(**{**event, "symptoms": tuple(event["symptoms"])}) for event in content["events"]]
         progress.selected = Selected(**content["selected"])
         return progress
+
+
+END_OF_EPOCH, WITHIN_EPOCH = "epoch.pt", "step.pt"
+
+
+def _recoveries(content: Mapping[str, Any]) -> int:
+    return sum(event["change"] is not None for event in content["events"])
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """A state file's content, None when there is none. Raises TrainingError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path}: damaged training state ({type(error).__name__}); delete it to start again") from error
+    return content

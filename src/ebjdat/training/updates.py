@@ -1,27 +1,57 @@
-"""Optimisers, and how one step uses them: update(optimizer, closure) -> the loss's terms."""
+"""Optimisers, and how one step uses them: update(model, optimizer, closure, settings) -> the loss's terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ebjdat.params import OptimizerSettings
+from ebjdat.models.modes import frozen_statistics
+from ebjdat.params import OptimizerSettings, UpdateSettings
+
+Closure = Callable[[], dict[str, Tensor]]
 
 
-def sgd(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
 
 
-def adam(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def adam(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
 
 
-def plain(optimizer: torch.optim.Optimizer, closure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, closure: Closure, settings: UpdateSettings) -> dict[str, Tensor]:
     """One evaluation of the loss, one step."""
     optimizer.zero_grad(set_to_none=True)
     terms = closure()
     terms["loss"].backward()
+    optimizer.step()
+    return terms
+
+
+def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closure: Closure, settings: UpdateSettings) -> dict[str, Tensor]:
+    """A step along the gradient at w + e, e the worst perturbation of length rho to first order.
+
+    SAM (Foret et al. 2021, arXiv 2010.01412): e = rho g / |g|. Adaptive (Kwon et al. 2021, arXiv 2102.11600):
+    e = rho w^2 g / ||w| g|. Both evaluations are the same closure; the second leaves batch-norm's running statistics alone,
+    since they are to describe w. Returns the terms at w.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    terms = closure()
+    terms["loss"].backward()
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    with torch.no_grad():
+        scaled = [p.abs() * p.grad if settings.adaptive else p.grad for p in weights]
+        length = torch.stack([part.norm() for part in scaled]).norm().clamp_min(1e-12)
+        before = [p.clone() for p in weights]
+        for p, part in zip(weights, scaled, strict=True):
+            p.add_(settings.rho / length * (p.abs() * part if settings.adaptive else part))
+    optimizer.zero_grad(set_to_none=True)
+    with frozen_statistics(model):
+        closure()["loss"].backward()
+    with torch.no_grad():
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(old)
     optimizer.step()
     return terms

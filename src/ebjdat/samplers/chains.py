@@ -1,0 +1,18 @@
+"""One move of chains by the settings' sampler and energy; training and generation both call this."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ebjdat import registry
+from ebjdat.models.energy import joint_energy, marginal_energy
+from ebjdat.models.wrn import WideResNet
+from ebjdat.params import ChainSettings
+
+
+def walk(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Tensor:
+    """Move chains x (B, C, H, W) of classes y (B,) by `spec.steps` full gradients of E(x), or of E(x, y) if conditional."""
+    energy = (lambda logits: joint_energy(logits, y)) if spec.conditional else marginal_energy
+    moved: Tensor = registry.load(registry.SAMPLERS, spec.sampler)(model, x, energy, spec, generator)
+    return moved

@@ -1,0 +1,128 @@
+"""When a training has diverged, and what it is continued with.
+
+`vitals` measures one step, `symptoms` says what is wrong with it, `adjusted` gives the settings after some rungs of the
+ladder. All three are pure; the loop goes back to the last healthy state and calls them. The family's authors do the same by
+hand: restart from a checkpoint with another seed, a lower rate, more chain steps, or a small penalty on the energies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ebjdat.data.batches import Batch
+from ebjdat.models.energy import marginal_energy
+from ebjdat.params import HealingSettings, Rung, TrainingSettings, merge
+from ebjdat.pixels import INTERNAL
+
+AT_END = 1e-3  # a pixel this near to an end of the range, or beyond it, counts as saturated
+
+
+@dataclass(frozen=True)
+class Event:
+    """A divergence: where it was seen, by what, and what was done.
+
+    epoch, step: counted from 1, of the training as it then was. change: the ladder's change in words; None when it was
+    only recorded. back_to: finished epochs of the state that training went back to.
+    """
+
+    epoch: int
+    step: int
+    symptoms: tuple[str, ...]
+    change: str | None
+    back_to: int
+
+    def __str__(self) -> str:
+        done = "recorded only" if self.change is None else f"back to the end of epoch {self.back_to}, {self.change}"
+        return f"epoch {self.epoch}, step {self.step}: {'; '.join(self.symptoms)}; {done}"
+
+
+def vitals(terms: Mapping[str, Tensor], sums: Mapping[str, Tensor], batch: Batch, chains: Tensor | None, after: Tensor) -> dict[str, float]:
+    """Measurements of one step, read from the device at once.
+
+    terms: of this step. sums: of the epoch so far, in which a NaN or infinity of any step stays visible. chains: this
+    step's draws from the replay buffer (B, C, H, W), None for methods without. after: logits of batch.x (B, K) once the
+    weights were updated, so that no state is kept whose weights just broke. Keys are named as HealingSettings' bounds.
+    """
+    later = marginal_energy(after).mean()
+    energies = {name: value for name, value in terms.items() if name.startswith("energy_")}
+    clean = energies.get("energy_clean")
+    found = {
+        "finite": torch.stack([torch.isfinite(value) for value in (*sums.values(), later)]).all().float(),
+        "energy": torch.stack([*energies.values(), later]).abs().max(),
+    }
+    gaps = [value - clean for name, value in energies.items() if clean is not None and name != "energy_clean"]
+    if gaps:
+        found["gap"] = torch.stack(gaps).abs().max()
+    crossed = [value for name, value in terms.items() if name.startswith("ce_")]
+    found["cross_entropy"] = torch.stack([*crossed, F.cross_entropy(after, batch.y)]).max() / math.log(after.shape[1])
+    if chains is not None:
+        images = batch.x_density
+        ours, theirs = _at_ends(chains), _at_ends(batch.x)
+        found["saturation"] = (ours - theirs) / (1 - theirs).clamp_min(1e-6)
+        found["contrast"] = chains.flatten(1).std(1).mean() / images.flatten(1).std(1).mean().clamp_min(1e-6)
+        found["diversity"] = chains.std(0).mean() / images.std(0).mean().clamp_min(1e-6)
+    return dict(zip(found, torch.stack([value.detach().float() for value in found.values()]).tolist(), strict=True))
+
+
+def _at_ends(x: Tensor) -> Tensor:
+    return ((x <= INTERNAL[0] + AT_END) | (x >= INTERNAL[1] - AT_END)).float().mean()
+
+
+HIGHEST = {
+    "energy": "an energy of {value:.4g}, beyond {bound:.4g}",
+    "gap": "an energy gap of {value:.4g}, beyond {bound:.4g}",
+    "cross_entropy": "a cross-entropy of {value:.3g} times that of a guess, beyond {bound:.3g}",
+    "saturation": "saturated chains ({value:.0%} of the pixels that images leave free lie at an end of the range, beyond {bound:.0%})",
+}
+LOWEST = {
+    "contrast": "constant chains (spread within a chain {value:.2g} of an image's, below {bound:.2g})",
+    "diversity": "a collapsed buffer (spread across chains {value:.2g} of images', below {bound:.2g})",
+}
+
+
+def symptoms(measured: Mapping[str, float], settings: HealingSettings) -> tuple[str, ...]:
+    """What is wrong, in words; empty when healthy. A value that is not finite is beyond every bound."""
+    if not measured["finite"]:
+        return ("values that are not finite",)
+    wrong = []
+    for name, text in (*HIGHEST.items(), *LOWEST.items()):
+        if name in measured:
+            value, bound = measured[name], getattr(settings, name)
+            if not (value <= bound if name in HIGHEST else value >= bound):
+                wrong.append(text.format(value=value, bound=bound))
+    return tuple(wrong)
+
+
+def usable(ladder: Sequence[Rung], draws: Sequence[str]) -> tuple[Rung, ...]:
+    """The rungs that change something for a method: a noise seed needs draws, steps and the energy penalty need chains."""
+    needed = {"seed": bool(draws), "lr": True, "steps": "negatives" in draws, "energy_l2": "negatives" in draws}
+    return tuple(rung for rung in ladder if needed[rung.change])
+
+
+def describe(rung: Rung) -> str:
+    return {
+        "seed": "a new noise seed",
+        "lr": f"the rate x {rung.by}",
+        "steps": f"the chain steps x {rung.by}",
+        "energy_l2": f"an energy penalty of {rung.by}",
+    }[rung.change]
+
+
+def adjusted(settings: TrainingSettings, climbed: Sequence[Rung]) -> tuple[TrainingSettings, int]:
+    """The settings after these rungs, which add up, and the number of new noise seeds among them."""
+    rate, steps, penalty, seeds = settings.optimizer.lr, float(settings.chain.steps), settings.weights.energy_l2, 0
+    for rung in climbed:
+        if rung.change == "seed":
+            seeds += 1
+        elif rung.by is not None:
+            rate = rate * rung.by if rung.change == "lr" else rate
+            steps = steps * rung.by if rung.change == "steps" else steps
+            penalty = rung.by if rung.change == "energy_l2" else penalty
+    changes = {"optimizer": {"lr": rate}, "chain": {"steps": round(steps)}, "weights": {"energy_l2": penalty}}
+    return TrainingSettings.model_validate(merge(settings.model_dump(), changes)), seeds
