@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ebjdat import params
 from ebjdat.data import prepared, sources
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
 from ebjdat.data.prepared import Prepared
 from ebjdat.data.sources import DataError
 from ebjdat.params import AugmentSettings, DataSettings
+
+from .conftest import ROOT
 
 Files = dict[str, bytes]
 
@@ -287,3 +290,50 @@ def test_crops_match_a_slow_loop() -> None:
         seen.update(found[:1])
     assert len({(t, left) for t, left, _ in seen}) == 25
     assert {flip for *_, flip in seen} == {False, True}
+
+
+def test_sada_jem_sees_unaugmented_images_for_its_density_term_and_no_other(train_data: DeviceData) -> None:
+    """With the settings that the method resolves to: p(x) images are the raw ones, p(y|x) images are cropped and flipped."""
+    profile = params.load(ROOT / "params/cifar10.yaml")
+    raw = {x.numpy().tobytes() for x in train_data.internal()}
+
+    def share(experiment: str, which: str) -> float:
+        augment = profile.training_settings(experiment).augment.model_copy(update={"noise": 0.0})
+        batch = next(epoch_batches(train_data, 256, augment, 0, 0))
+        return sum(x.numpy().tobytes() in raw for x in getattr(batch, which)) / 256
+
+    sada = profile.training_settings("sadajem").augment
+    assert (sada.density, sada.noise, sada.pad, sada.flip) == ("plain", 0.0, 4, True)
+    assert share("sadajem", "x_density") == 1
+    assert share("sadajem", "x") < 0.1
+    assert share("jempp", "x_density") < 0.1
+    batch = next(epoch_batches(train_data, 64, sada, 0, 0))
+    order = [int((train_data.internal() == x).flatten(1).all(1).nonzero()[0]) for x in batch.x_density]
+    assert torch.equal(train_data.labels[order], batch.y)  # the same images in the same order
+
+
+def test_an_epoch_can_begin_at_any_step(train_data: DeviceData) -> None:
+    whole = list(epoch_batches(train_data, 64, AugmentSettings(), 3, 5))
+    rest = list(epoch_batches(train_data, 64, AugmentSettings(), 3, 5, first=7))
+    assert len(rest) == len(whole) - 7
+    assert all(torch.equal(a.x_density, b.x_density) and torch.equal(a.y, b.y) for a, b in zip(whole[7:], rest, strict=True))
+
+
+def test_images_of_any_size_are_scaled_and_cropped_at_the_centre(tmp_path: Path) -> None:
+    """A left half black, right half white 40x20 image: the centre square keeps the edge in its middle."""
+    files = {}
+    for split in ("train", "test"):
+        for label in "ab":
+            for i, (width, height) in enumerate(((40, 20), (20, 20), (30, 64), (16, 16))):
+                array = np.zeros((height, width, 3), np.uint8)
+                array[:, width // 2 :] = 255
+                memory = io.BytesIO()
+                Image.fromarray(array).save(memory, "PNG")
+                files[f"{split}/{label}/{i}.png"] = memory.getvalue()
+    path = as_zip(tmp_path / "a.zip", files)
+    with pytest.raises(DataError, match=r"data\.size"):
+        sources.folder(settings(path))
+    images = sources.folder(settings(path, size=10)).images
+    assert images.shape == (16, 3, 10, 10)
+    assert (images[..., :4] < 30).all()
+    assert (images[..., 6:] > 225).all()

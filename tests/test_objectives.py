@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ebjdat import params
 from ebjdat.data.batches import Batch, DeviceData, epoch_batches
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives import recipes
-from ebjdat.objectives.draws import DrawState, adversarial, negatives
-from ebjdat.params import TrainingSettings, WeightSettings
+from ebjdat.objectives.draws import DrawState, adversarial, negatives, neighbours
+from ebjdat.params import AdversarySettings, TrainingSettings, WeightSettings
 from ebjdat.pixels import internal_distance
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.starts import StartPool
+
+from .conftest import ROOT
 
 
 class Table(nn.Module):
@@ -79,6 +82,49 @@ def test_jem_by_hand(table: Table) -> None:
     assert torch.allclose(gradient[2], torch.tensor(NEGATIVE).softmax(0))
 
 
+def test_jem_gradient_is_the_exact_gradient_of_the_log_likelihood() -> None:
+    """Six states, three classes: Z is a sum. With x- in exact proportion to p(x), h1's gradient is that of -mean log p(x).
+
+    The logits are chosen so that p(x) = counts / 12; the exact gradient is autograd's through the summed log Z. float64,
+    so 1e-12 is rounding.
+    """
+    counts = torch.tensor([1, 2, 3, 1, 4, 1], dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=rng, dtype=torch.float64)
+    logits = logits - logits.logsumexp(1, keepdim=True) + counts.log()[:, None]
+    table = Table(logits.tolist()).double()
+    data = torch.tensor([0, 4, 4, 2, 5])
+    log_p = table.rows.logsumexp(1) - table.rows.flatten().logsumexp(0)  # log p(x) = -E(x) - log Z
+    assert torch.allclose(log_p.exp(), counts / counts.sum())
+    (exact,) = torch.autograd.grad(-log_p[data].mean(), table.rows)
+
+    batch = Batch(x=data, x_density=data.clone(), y=torch.zeros(5, dtype=torch.long))
+    chains = {"negatives": torch.repeat_interleave(torch.arange(6), counts.long())}
+    (ours,) = torch.autograd.grad(recipes.jem(table, batch, chains, WeightSettings(w3=0))["loss"], table.rows)
+    assert torch.allclose(ours, exact, atol=1e-12)
+    assert exact.abs().max() > 0.05
+
+
+def test_trades_by_hand(table: Table) -> None:
+    """CE on clean images and beta KL(clean || adversarial), against torch.distributions; both sides get gradients."""
+    p, q = (torch.distributions.Categorical(logits=torch.tensor(row)) for row in (CLEAN, ADVERSARIAL))
+    expected = ce(CLEAN) + 6.0 * float(torch.distributions.kl_divergence(p, q))
+    loss, gradient = loss_and_gradient(table, recipes.trades, WeightSettings(beta=6.0))
+    assert loss == pytest.approx(expected, abs=1e-5)
+    only_kl = gradient - loss_and_gradient(table, recipes.trades, WeightSettings(beta=0.0))[1]
+    assert only_kl[0].abs().max() > 0.01
+    assert only_kl[3].abs().max() > 0.01
+    assert torch.allclose(only_kl[3], 6 * (q.probs - p.probs), atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [recipes.jem, recipes.eb_jdat])
+def test_energy_penalty_by_hand(table: Table, recipe: object) -> None:
+    """energy_l2 (E(x+)^2 + E(x-)^2), which pulls both energies towards 0."""
+    bare, _ = loss_and_gradient(table, recipe, WeightSettings())
+    loss, _ = loss_and_gradient(table, recipe, WeightSettings(energy_l2=0.3))
+    assert loss - bare == pytest.approx(0.3 * (lse(DENSITY) ** 2 + lse(NEGATIVE) ** 2), abs=1e-5)
+
+
 def test_without_noise_the_clean_logits_serve_both_terms(table: Table) -> None:
     x = torch.tensor([0])
     terms = recipes.jem(table, Batch(x=x, x_density=x, y=torch.tensor([Y])), DRAWS, WeightSettings())
@@ -99,6 +145,69 @@ def test_alignment_pulls_adversarial_energy_down_to_the_clean_ones(table: Table)
     assert (gradient[3] < 0).all()  # a step raises the logits of x~: lower E(x~)
     assert (gradient[0] > 0).all()  # and lowers those of x
     assert gradient[1:3].abs().sum() == 0
+
+
+def form(name: str) -> tuple[TrainingSettings, WeightSettings]:
+    profile = params.load(ROOT / "params/cifar10.yaml", [f"experiments.eb_jdat.form={name}"])
+    settings = profile.training_settings("eb_jdat")
+    return settings, settings.weights
+
+
+def test_the_paper_form_moves_energies_as_the_paper_says(table: Table) -> None:
+    """w = (1, 1, 1): a step raises E(x-), lowers E(x~); of E(x) and E(x+) each term's own direction is checked alone."""
+    settings, weights = form("paper")
+    assert (weights.w1, weights.w2, weights.w3) == (1, 1, 1)
+    assert (settings.adversary.score, settings.adversary.project, settings.adversary.range) == ("energy", True, "unit")
+    loss, gradient = loss_and_gradient(table, recipes.eb_jdat, weights)
+    h1, h2 = -lse(DENSITY) + lse(NEGATIVE), -lse(ADVERSARIAL) + lse(CLEAN)
+    assert loss == pytest.approx(h1 + h2 + ce(CLEAN) + ce(ADVERSARIAL), abs=1e-6)
+    assert (gradient[1] < 0).all()  # E(x+) down
+    assert (gradient[2] > 0).all()  # E(x-) up
+    assert gradient[3].sum() < 0  # E(x~) down: cross-entropy leaves a constant shift of the logits alone
+    assert gradient[0].sum() > 0  # E(x) up, towards E(x~)
+
+
+def test_the_released_form_raises_adversarial_energies_with_a_tenth_of_the_weight(table: Table) -> None:
+    """METHOD: L += 0.1 (f(x~) - f(x)), f the mean logsumexp."""
+    settings, weights = form("released")
+    adversary = settings.adversary
+    assert (adversary.score, adversary.project, adversary.range, adversary.mode) == ("released", False, "internal", "eval")
+    loss, gradient = loss_and_gradient(table, recipes.eb_jdat, weights)
+    h1, alignment = -lse(DENSITY) + lse(NEGATIVE), lse(ADVERSARIAL) - lse(CLEAN)
+    assert loss == pytest.approx(h1 + 0.1 * alignment + ce(CLEAN) + ce(ADVERSARIAL), abs=1e-6)
+    assert (gradient[1] < 0).all()  # E(x+) down, as in the paper's form
+    assert (gradient[2] > 0).all()  # E(x-) up
+    assert gradient[3].sum() == pytest.approx(0.1, abs=1e-6)  # E(x~) up
+    assert gradient[0].sum() == pytest.approx(-0.1, abs=1e-6)  # E(x) down
+
+
+def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
+    """paper: up the joint energy, within 8/255 of [0, 1]; released: down, up to 18/255 of [-1, 1], i.e. 9/255."""
+    network.eval()
+    x, y = train_data.internal(slice(0, 32)), train_data.labels[:32]
+
+    def reach(name: str) -> tuple[torch.Tensor, float]:
+        moved = neighbours(network, x, y, form(name)[0].adversary, rng)
+        with torch.no_grad():
+            rise = network(x)[range(32), y] - network(moved)[range(32), y]
+        return rise, float((moved - x).abs().max()) / 2 * 255
+
+    rise, radius = reach("paper")
+    assert (rise > 0).all()
+    assert radius == pytest.approx(8, abs=1e-3)
+    rise, radius = reach("released")
+    assert (rise < 0).all()
+    assert 8 < radius <= 9 + 1e-3
+
+
+@pytest.mark.parametrize("start", ["uniform", "gaussian", "clean"])
+def test_where_neighbours_start(start: str, network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
+    """With steps of next to nothing the start is what is left."""
+    spec = AdversarySettings(eps=0.1, step_size=1e-9, steps=1, start=start)  # type: ignore[arg-type]
+    x = train_data.internal(slice(0, 64)) * 0.5  # mid-grey: the range does not bind
+    away = neighbours(network, x, train_data.labels[:64], spec, rng) - x
+    spread = {"uniform": 0.2 / 3**0.5, "gaussian": 0.002, "clean": 0.0}[start]  # internal: twice the [0, 1] distance
+    assert float(away.std()) == pytest.approx(spread, rel=0.05, abs=1e-6)
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ class HealingSettings(Settings):
     every: Annotated[int, Number, Field(ge=1, le=100)] = 50  # steps between checks
     energy: Positive = 1e5  # bound of |mean energy| of images and chains
     gap: Positive = 1e3  # bound of |mean E(clean) - mean E(chains)| and |mean E(clean) - mean E(adversarial)|
-    cross_entropy: Positive = 10.0  # bound in units of log K, the cross-entropy of a guess
+    cross_entropy: Positive = 3.0  # bound on clean images, in units of log K, the cross-entropy of a guess
     saturation: Fraction01 = 0.9  # bound of the share of chain pixels at the range's ends, over that of images
     contrast: NotNegative = 0.1  # least spread of pixels within a chain, as a fraction of images'
     diversity: NotNegative = 0.1  # least spread of a pixel across chains, as a fraction of images'
@@ -600,9 +600,9 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
             method = str(entry.get("method", "classifier"))
             if not isinstance(override, Mapping) or method not in registry.METHODS:
                 continue
-            base, form = (entry.get(key) if entry.get(key) in rows else None for key, rows in ROWS.items())
+            row, form = (str(entry.get(key)) if str(entry.get(key)) in rows else None for key, rows in ROWS.items())
             own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
-            trainings.append(((section, name, "training"), merge(*training_layers(training, bases, method, base, form, override), own)))
+            trainings.append(((section, name, "training"), merge(*training_layers(training, bases, method, row, form, override), own)))
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found

@@ -52,14 +52,15 @@ def vitals(terms: Mapping[str, Tensor], sums: Mapping[str, Tensor], batch: Batch
     later = marginal_energy(after).mean()
     energies = {name: value for name, value in terms.items() if name.startswith("energy_")}
     clean = energies.get("energy_clean")
+    seen = [*sums.values(), later, *([] if chains is None else [chains.sum()])]
     found = {
-        "finite": torch.stack([torch.isfinite(value) for value in (*sums.values(), later)]).all().float(),
+        "finite": torch.stack([torch.isfinite(value) for value in seen]).all().float(),
         "energy": torch.stack([*energies.values(), later]).abs().max(),
     }
     gaps = [value - clean for name, value in energies.items() if clean is not None and name != "energy_clean"]
     if gaps:
         found["gap"] = torch.stack(gaps).abs().max()
-    crossed = [value for name, value in terms.items() if name.startswith("ce_")]
+    crossed = [value for name, value in terms.items() if name == "ce_clean"]
     found["cross_entropy"] = torch.stack([*crossed, F.cross_entropy(after, batch.y)]).max() / math.log(after.shape[1])
     if chains is not None:
         images = batch.x_density

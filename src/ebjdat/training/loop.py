@@ -174,7 +174,7 @@ def train(
     with Bar(job.title, epochs * per_epoch, progress.epoch * per_epoch + progress.step) as bar, StopRequest() as stop:
         if progress.epoch or progress.step:
             bar.line(f"continues at epoch {progress.epoch + 1}, step {progress.step}")
-        elif epochs:
+        if epochs and not (job.state / END_OF_EPOCH).exists():
             progress.save(job.state, learner)  # the first state to go back to
         while progress.epoch < epochs and not progress.ended:
             try:
