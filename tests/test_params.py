@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,15 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
         ("experiments.pretraining", {"method": "classifier", "pretraining": "scratch"}, "kept for the shared"),
         ("experiments.a/b", {"method": "classifier", "pretraining": "scratch"}, "should match pattern"),
         ("training.schedule", {"name": "multistep", "milestones": [20]}, "at or after the last epoch"),
+        ("training.chain.steps", 3, "training.chain.steps: is never used, since every row of the JEM family sets it; set bases.<base>"),
+        ("bases.jempp.chain.stps", 3, "bases.jempp.chain.stps: unknown key; did you mean 'steps'?"),
+        ("bases.jemp", {}, "'jemp' is unknown; did you mean 'jem"),
+        ("experiments.jempp.base", "jem", "method 'jempp' has no base 'jem'; allowed: jempp"),
+        ("experiments.pgd_at.form", "released", "method 'pgd_at' has no form 'released'; allowed: none"),
+        ("experiments.eb_jdat.form", "papper", "'papper' is unknown; did you mean 'paper'?"),
+        ("pretraining.clean.model", {"depth": 11}, "pretraining.clean.model: depth 11"),
+        ("training.ema", 1, "less than 1"),
+        ("data.size", 8, "`size` is for source 'folder'"),
     ],
 )
 def test_impossible_values(tmp_path: Path, raw: dict[str, Any], path: str, value: Any, expected: str) -> None:
@@ -138,6 +150,45 @@ def test_overrides_and_method_defaults_reach_the_training() -> None:
     assert own.training_settings("eb_jdat").adversary.score == "ce"
 
 
+def test_rows_of_the_family_stand_between_the_profile_and_the_experiment() -> None:
+    """training < published row < the profile's bases < method < form < the experiment's own."""
+    path = ROOT / "params/digits-full.yaml"
+    full = params.load(path)
+    sada = full.training_settings("eb_jdat_sadajem")
+    assert (sada.chain.sampler, sada.update.name, sada.augment.density) == ("clipped_sgld", "sam", "plain")  # the row's
+    assert (sada.chain.step_size, sada.update.rho) == (0.5, 0.5)  # the profile's, over the row's 1.0 and 2.0
+    assert sada.chain.buffer == 1000  # the profile's training
+    own = params.load(path, ["experiments.eb_jdat_sadajem.training.chain.step_size=0.7"])
+    assert own.training_settings("eb_jdat_sadajem").chain.step_size == 0.7
+    released = full.training_settings("eb_jdat_released")
+    assert (released.weights.w2, released.adversary.score, released.adversary.project) == (-0.1, "released", False)
+    assert full.training_settings("eb_jdat_ce").adversary.score == "ce"
+    assert full.training_settings("pgd_at").chain.sampler == "pyld"  # unused there
+    assert full.model_settings("clean_no_norm").norm == "none"
+    assert full.model_settings("clean").norm == "batch"
+
+
+def test_every_method_with_chains_stands_on_a_row() -> None:
+    for name, method in registry.METHODS.items():
+        assert bool(method.bases) == ("negatives" in method.draws), name
+        assert set(method.bases) <= set(registry.BASES)
+        assert set(method.forms) <= set(registry.FORMS)
+
+
+def test_the_catalogue_lists_everything_with_source_and_defaults() -> None:
+    """What `ebjdat methods --json` prints, against the registry."""
+    done = subprocess.run([sys.executable, "-m", "ebjdat", "methods", "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    for kind in ("methods", "bases", "forms", "samplers", "starts", "scores", "updates", "optimizers", "schedules"):
+        assert set(found[kind]) == set(getattr(registry, kind.upper()))
+        assert all(entry["source"] and "defaults" in entry for entry in found[kind].values())
+    assert found["methods"]["sadajem"]["defaults"]["update"] == {"name": "sam", "rho": 2.0, "adaptive": True}
+    assert found["methods"]["trades"]["defaults"]["weights"] == {"beta": 6.0}
+    assert found["methods"]["eb_jdat"]["bases"] == ["jempp", "jem", "sadajem"]
+    assert found["samplers"]["pyld"]["defaults"] == {"steps": 10, "inner_steps": 5, "step_size": 0.2, "noise": 0.0, "clamp": 1.0}
+    assert found["updates"]["sam"]["defaults"] == {"rho": 2.0, "adaptive": True}
+
+
 def test_params_hash_follows_what_determines_the_result() -> None:
     base = params.load(ROOT / "params/digits.yaml")
 
@@ -166,7 +217,7 @@ def test_every_registered_strategy_can_be_imported() -> None:
     assert len(registries) >= 9
     for entries in registries:
         for name, entry in entries.items():
-            assert callable(registry.load(entries, name)), name
+            assert isinstance(entry, registry.Row) or callable(registry.load(entries, name)), name
             assert entry.source
 
 

@@ -27,8 +27,9 @@ from .conftest import ROOT
 
 CONTRACT = (
     "experiment,method,seed,n_test,clean_acc,pgd20_acc,n_attack,autoattack_acc,frechet,frechet_extractor,n_samples,"
-    "energy_gap_adversarial,energy_gap_generated,train_seconds,params_hash,data_hash,git_commit"
+    "energy_gap_adversarial,energy_gap_generated,train_seconds,params_hash,data_hash,git_commit,collapse_epoch,recoveries"
 )
+DIVERGED = {"collapse_epoch": 2, "recoveries": 1, "events": ["epoch 2, step 5: seen; done"]}
 CARD: dict[str, Any] = {
     "name": "digits",
     "data_hash": "d1",
@@ -52,6 +53,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                     "method": experiment.method,
                     "git_commit": "abc",
                     "data_hash": "d1",
+                    **(DIVERGED if name == "eb_jdat" else {"collapse_epoch": None, "recoveries": 0, "events": []}),
                 },
             )
             attack = {
@@ -200,8 +202,42 @@ def test_the_page_is_self_contained(profile: Profile, filled: Path) -> None:
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
     for name in profile.experiments:
         assert name in html
-    tables.write_markdown(table, profile, CARD, filled / "table.md")
+    tables.write_markdown(table, rows, profile, CARD, filled / "table.md")
     assert "| eb_jdat | 87.0 [79.0, 92.2] |" in (filled / "table.md").read_text()
+
+
+def test_divergences_are_in_the_summary_the_table_and_the_page(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    tables.write_summary(rows, filled / "summary.csv")
+    found = {r["experiment"]: r for r in csv.DictReader((filled / "summary.csv").open())}
+    assert (float(found["eb_jdat"]["collapse_epoch"]), found["eb_jdat"]["recoveries"]) == (2, "1")
+    assert (found["pgd_at"]["collapse_epoch"], found["pgd_at"]["recoveries"]) == ("", "0")
+    table = aggregate(profile, rows).set_index("experiment")
+    assert tables.collapse_cell(table.loc["eb_jdat"]) == "1 of 1: epoch 2; 1 healed"
+    assert tables.collapse_cell(table.loc["pgd_at"]) == "–"
+    page.write(profile, "digits", filled, CARD, rows, aggregate(profile, rows), filled / "report.html")
+    assert "<b>eb_jdat</b>, seed 0: epoch 2, step 5: seen; done" in (filled / "report.html").read_text()
+
+
+def test_averaged_weights_stand_beside_the_raw_ones(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    assert tables.averaged_weights(rows) == []
+    ema = {"ema_clean_acc": 0.95, "ema_pgd20_acc": 0.55, "ema_frechet": 11.0}
+    rows[0] = dataclasses.replace(rows[0], metrics={**rows[0].metrics, **ema})
+    assert tables.averaged_weights(rows)[1:] == [["classifier", "0", "90.0 → 95.0", "50.0 → 55.0", "–", "12.50 → 11.00"]]
+    table = aggregate(profile, rows)
+    tables.write_markdown(table, rows, profile, CARD, filled / "table.md")
+    assert "90.0 → 95.0" in (filled / "table.md").read_text()
+    page.write(profile, "digits", filled, CARD, rows, table, filled / "report.html")
+    assert "90.0 → 95.0" in (filled / "report.html").read_text()
+
+
+def test_legends_say_what_an_experiment_is() -> None:
+    full = params.load(ROOT / "params/digits-full.yaml")
+    assert tables.differences(full, "classifier") == "optimizer.lr = 0.05"
+    assert tables.differences(full, "eb_jdat_sadajem") == "on SADA-JEM, arXiv 2209.07959, paper form"
+    assert tables.differences(full, "eb_jdat_released") == "on JEM++, arXiv 2109.09032, released form"
+    assert "weights.w2 = 0" in tables.differences(full, "ablation_w101")
 
 
 def test_names_cannot_inject_markup(profile: Profile, filled: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ebjdat.tracking.runs import Subject, flat, numbers, track
+from ebjdat.params import flat
+from ebjdat.tracking.runs import Subject, numbers, track
 
 PROVENANCE = {"git_commit": "abc", "params_hash": "p", "data_hash": "d"}
 

@@ -246,7 +246,7 @@ def methods(
     """List every method, row of settings, sampler and update with its source and defaults."""
     import json
 
-    from ebjdat.params import catalogue
+    from ebjdat.params import catalogue, flat
 
     content = catalogue()
     if as_json:
@@ -254,8 +254,6 @@ def methods(
         return
     from rich.console import Console
     from rich.table import Table
-
-    from ebjdat.tracking.runs import flat
 
     console = Console()
     console = console if console.is_terminal else Console(width=160)

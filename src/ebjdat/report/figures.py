@@ -77,7 +77,14 @@ def sample_grids(panels: Mapping[str, tuple[Images, NDArray[np.int64]]], classes
 
 def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mapping[str, Mapping[str, Values]]) -> Figure:
     """A row per title, E(x) left and E(x, y) right: clean, adversarial and generated images on one axis."""
-    figure, axes = plt.subplots(len(marginal), 2, figsize=(9, 2.3 * len(marginal) + 0.4), squeeze=False, layout="constrained", sharex=False)
+    figure, axes = plt.subplots(
+        len(marginal),
+        2,
+        figsize=(9, (2.3 if len(marginal) < 7 else 1.5) * len(marginal) + 0.4),
+        squeeze=False,
+        layout="constrained",
+        sharex=False,
+    )
     for row, title in enumerate(marginal):
         for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
             together = np.concatenate(list(groups.values()))
@@ -125,26 +132,35 @@ def trilemma(table: pd.DataFrame, metrics: Sequence[Any], heads: Mapping[str, st
     return figure
 
 
-def training_curves(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Per experiment: loss, and what validation said after each epoch."""
-    figure, axes = plt.subplots(2, len(curves), figsize=(2.7 * len(curves) + 0.6, 4), squeeze=False, layout="constrained", sharey="row")
+def training_curves(curves: Mapping[str, pd.DataFrame], columns: int = 4) -> Figure:
+    """Per experiment, `columns` side by side: what validation said after each epoch, and below it the mean energies."""
+    lines = -(-len(curves) // columns)
+    columns = min(columns, len(curves))
+    figure, axes = plt.subplots(2 * lines, columns, figsize=(2.7 * columns + 0.6, 4 * lines), squeeze=False, layout="constrained")
     shown = {"validation_acc_clean": ("clean", "validation, clean"), "validation_acc_robust": ("adversarial", "validation, PGD")}
     energies = {"energy_clean": "clean", "energy_adversarial": "adversarial", "energy_generated": "generated"}
-    for column, (title, frame) in enumerate(curves.items()):
+    for axis in axes.flat:
+        axis.set_visible(False)
+    handles: list[dict[str, Any]] = [{}, {}]
+    for place, (title, frame) in enumerate(curves.items()):
+        line, column = divmod(place, columns)
+        above, below = axes[2 * line, column], axes[2 * line + 1, column]
         for name, (colour, label) in shown.items():
             if name in frame and len(frame):
-                axes[0, column].plot(frame["epoch"], 100 * frame[name], color=COLOURS[colour], label=label)
+                above.plot(frame["epoch"], 100 * frame[name], color=COLOURS[colour], label=label)
         for name, colour in energies.items():
             if name in frame and len(frame):
-                axes[1, column].plot(frame["epoch"], frame[name], color=COLOURS[colour], label=colour)
-        axes[0, column].set_title(title, fontsize=9)
-        axes[1, column].set_xlabel("epoch")
-    axes[0, 0].set_ylabel("accuracy, %")
-    axes[0, 0].set_ylim(0, 102)
-    axes[1, 0].set_ylabel("mean energy of the batch")
-    for row in axes:
-        handles: dict[str, Any] = {}
-        for axis in row:
-            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        row[-1].legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+                below.plot(frame["epoch"], frame[name], color=COLOURS[colour], label=colour)
+        above.set_title(title, fontsize=9)
+        above.set_ylim(0, 102)
+        below.set_xlabel("epoch", fontsize=8)
+        if not column:
+            above.set_ylabel("accuracy, %")
+            below.set_ylabel("mean energy, nats")
+        for i, axis in enumerate((above, below)):
+            axis.set_visible(True)
+            axis.tick_params(labelsize=7)
+            handles[i] |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    for i in range(2):
+        axes[i, 0].legend(handles[i].values(), handles[i].keys(), frameon=False, fontsize=7)
     return figure

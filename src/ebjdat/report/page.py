@@ -16,7 +16,7 @@ from ebjdat.files import write_text
 from ebjdat.params import Profile
 from ebjdat.registry import METHODS
 from ebjdat.report import figures
-from ebjdat.report.tables import METRICS, Row, cell_parts, header, header_parts, protocol
+from ebjdat.report.tables import METRICS, Row, averaged_weights, cell_parts, collapse_cell, differences, header, header_parts, protocol
 
 
 def embed(png: bytes) -> str:
@@ -46,11 +46,15 @@ def write(profile: Profile, run: str, results: Path, card: dict[str, Any], rows:
                     "experiment": record["experiment"],
                     "source": METHODS[record["method"]].source,
                     "note": profile.experiments[record["experiment"]].note,
+                    "differences": differences(profile, record["experiment"]),
+                    "collapse": collapse_cell(record),
                     "cells": [cell_parts(record, m) for m in METRICS],
                     "best": [_is_best(table, record, m.name, m.better) for m in METRICS],
                 }
                 for _, record in table.iterrows()
             ],
+            averaged=averaged_weights(rows),
+            events=[(row.experiment, row.seed, event) for row in rows for event in row.metrics.get("events", [])],
             paper=profile.report.paper,
             protocol=protocol(profile, card),
             rows=rows,

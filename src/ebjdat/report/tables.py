@@ -15,7 +15,8 @@ import yaml
 from scipy import stats
 
 from ebjdat.files import read_json, write_text
-from ebjdat.params import Profile
+from ebjdat.params import Profile, base_of, flat
+from ebjdat.registry import BASES, METHODS
 
 # The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
 SUMMARY_COLUMNS = (
@@ -36,6 +37,8 @@ SUMMARY_COLUMNS = (
     "params_hash",
     "data_hash",
     "git_commit",
+    "collapse_epoch",
+    "recoveries",
 )
 STAGES = ("finetune", "attack", "generate", "energy")
 CONFIDENCE = 0.95
@@ -95,6 +98,8 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
                 metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
             metrics["finetune_seconds"] = metrics["train_seconds"]
             metrics["train_seconds"] = round(metrics["train_seconds"] + before["train_seconds"], 3)
+            events = [f"pretraining {experiment.pretraining}, {event}" for event in before.get("events", [])]
+            metrics["events"] = events + metrics.get("events", [])
             commit = parts["finetune"]["git_commit"]
             rows.append(Row(name, experiment.method, seed, profile.params_hash(name, seed), data_hash, commit, metrics))
     return rows
@@ -155,8 +160,32 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
             if theirs is not None and (metric.name != "frechet" or is_fid):
                 record[f"{metric.name}_paper"] = theirs / 100 if metric.percent else theirs
         record["frechet_extractor"] = mine[0]["frechet_extractor"]
+        collapses = [m["collapse_epoch"] for m in mine if m.get("collapse_epoch") is not None]
+        record["collapses"] = len(collapses)
+        record["collapse_epochs"] = " ".join(str(epoch) for epoch in collapses)
+        record["recoveries"] = sum(m.get("recoveries", 0) for m in mine)
         records.append(record)
     return pd.DataFrame(records)
+
+
+def collapse_cell(record: pd.Series) -> str:
+    """In how many of the seeds training diverged, in which epochs first, and how often it was brought back."""
+    if not record["collapses"]:
+        return "–"
+    text = f"{record['collapses']} of {record['seeds']}: epoch {record['collapse_epochs'].replace(' ', ', ')}"
+    return f"{text}; {record['recoveries']} healed" if record["recoveries"] else f"{text}; recorded"
+
+
+def differences(profile: Profile, experiment: str) -> str:
+    """What an experiment is, beside its method's source: its base, its form, and its own settings."""
+    entry = profile.experiments[experiment]
+    method, row = METHODS[entry.method], base_of(entry.method, entry.base)
+    parts = [f"on {BASES[row].source}"] if row and len(method.bases) > 1 else []
+    if method.forms:
+        form = entry.form or method.forms[0]
+        parts.append(f"{form} form")
+    parts += [f"{name} = {value}" for name, value in flat(entry.training).items()]
+    return ", ".join(parts)
 
 
 def paper_numbers(profile: Profile) -> dict[str, dict[str, float]]:
@@ -210,12 +239,36 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     write_text(path, table.to_csv(index=False, float_format="%.6g"))
 
 
-def write_markdown(table: pd.DataFrame, profile: Profile, card: dict[str, Any], path: Path) -> None:
-    heads = ["experiment", *(header(m, table) for m in METRICS)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for _, record in table.iterrows():
-        lines.append("| " + " | ".join([record["experiment"], *(cell(record, m) for m in METRICS)]) + " |")
-    write_text(path, "\n".join([*lines, "", protocol(profile, card), ""]))
+def write_markdown(table: pd.DataFrame, rows: Sequence[Row], profile: Profile, card: dict[str, Any], path: Path) -> None:
+    heads = ["experiment", *(header(m, table) for m in METRICS), "diverged"]
+    lines = markdown_table(
+        [heads, *([record["experiment"], *(cell(record, m) for m in METRICS), collapse_cell(record)] for _, record in table.iterrows())]
+    )
+    text = [*lines, "", protocol(profile, card), ""]
+    averaged = averaged_weights(rows)
+    if averaged:
+        text += ["Averaged weights (EMA) beside the raw ones:", "", *markdown_table(averaged), ""]
+    write_text(path, "\n".join(text))
+
+
+def averaged_weights(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and a row per run whose training kept averaged weights: raw -> averaged."""
+    pairs = (("clean_acc", "clean %"), ("pgd20_acc", "PGD-20 %"), ("autoattack_acc", "AutoAttack %"), ("frechet", "Fréchet"))
+    found = []
+    for row in rows:
+        if "ema_clean_acc" in row.metrics:
+            cells = []
+            for name, _ in pairs:
+                raw, averaged = row.metrics.get(name), row.metrics.get(f"ema_{name}")
+                scale, digits = (1, 2) if name == "frechet" else (100, 1)
+                cells.append("–" if raw is None or averaged is None else f"{raw * scale:.{digits}f} → {averaged * scale:.{digits}f}")
+            found.append([row.experiment, str(row.seed), *cells])
+    return [["experiment", "seed", *(label for _, label in pairs)], *found] if found else []
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def protocol(profile: Profile, card: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     tables.write_summary(rows, out.summary)
     table = tables.aggregate(context.profile, rows)
     tables.write_csv(table, out.table_csv)
-    tables.write_markdown(table, context.profile, card, out.table_markdown)
+    tables.write_markdown(table, rows, context.profile, card, out.table_markdown)
     page.write(context.profile, context.run, results, card, rows, table, out.html)
     print(out.table_markdown.read_text(encoding="utf-8"))
     for row in rows:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat.files import lock
+from ebjdat.params import flat
 
 DEFAULT_STORE = Path("mlflow.db")
 DEFAULT_ARTIFACTS = Path("mlartifacts")
@@ -43,17 +44,6 @@ class Subject:
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else an SQLite file in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_STORE.resolve()}"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
