@@ -232,6 +232,33 @@ def test_averaged_weights_stand_beside_the_raw_ones(profile: Profile, filled: Pa
     assert "90.0 → 95.0" in (filled / "report.html").read_text()
 
 
+def test_the_papers_numbers_are_those_of_the_base_and_the_ablation() -> None:
+    """Against the table of the paper; a variant that the paper does not report has none."""
+    full = params.load(ROOT / "params/cifar10.yaml")
+    autoattack = {name: tables.paper_numbers(full, name).get("autoattack") for name in full.experiments}
+    assert autoattack == {
+        "classifier": None,
+        "pgd_at": None,
+        "trades": None,
+        "jem": 4.28,
+        "jempp": 41.06,
+        "sadajem": 29.63,
+        "eb_jdat": 64.78,
+        "eb_jdat_sadajem": 66.12,
+        "eb_jdat_jem": None,
+        "eb_jdat_released": 64.78,
+        "eb_jdat_sadajem_released": 66.12,
+        "eb_jdat_ce": None,
+        "ablation_w001": 62.96,
+        "ablation_w011": 64.69,
+        "ablation_w1051": 64.09,
+        "ablation_w101": None,
+    }
+    other = params.load(ROOT / "params/cifar100.yaml")
+    assert tables.paper_numbers(other, "eb_jdat_sadajem")["clean"] == 68.32
+    assert tables.paper_numbers(other, "eb_jdat") == {}
+
+
 def test_legends_say_what_an_experiment_is() -> None:
     full = params.load(ROOT / "params/digits-full.yaml")
     assert tables.differences(full, "classifier") == "optimizer.lr = 0.05"

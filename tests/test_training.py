@@ -257,7 +257,8 @@ def test_selection_uses_validation_and_a_later_epoch_wins_ties(
     scores = iter([0.9, 0.5, 0.7, 0.7, 0.6])
     weights = []
 
-    def validate(learner: loop.Learner, *_: object) -> float:
+    def validate(learner: loop.Learner, job: Job, data: DeviceData, row: dict[str, float]) -> float:
+        row["validation_energy"] = -1.0
         weights.append(learner.model.state_dict()["head.bias"].clone())
         return next(scores)
 

@@ -59,12 +59,12 @@ def digest(*parts: Any) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path | str) -> Iterator[None]:
-    """Hold an exclusive lock file, released also when the process dies."""
+def lock(path: Path | str, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock file, released also when the process dies. wait False: BlockingIOError when another has it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 
 from ebjdat.files import read_json, write_text
 from ebjdat.params import Profile, base_of, flat
-from ebjdat.registry import BASES, METHODS
+from ebjdat.registry import BASES, FORMS, METHODS
 
 # The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
 SUMMARY_COLUMNS = (
@@ -138,7 +138,6 @@ def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[floa
 
 def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
     """One row per experiment: mean over seeds, 95 % interval, standard deviation over seeds, n, and the paper's number."""
-    paper = paper_numbers(profile)
     is_fid = {row.metrics["frechet_extractor"] for row in rows} == {"inception"}  # else the paper's FID is another quantity
     records = []
     for name, experiment in profile.experiments.items():
@@ -156,7 +155,7 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
                 record[f"{metric.name}_sd"] = float(np.std(values, ddof=1))
             if metric.n:
                 record[f"{metric.name}_n"] = int(mine[0][metric.n])
-            theirs = paper.get(experiment.method, {}).get(metric.paper or "")
+            theirs = paper_numbers(profile, name).get(metric.paper or "")
             if theirs is not None and (metric.name != "frechet" or is_fid):
                 record[f"{metric.name}_paper"] = theirs / 100 if metric.percent else theirs
         record["frechet_extractor"] = mine[0]["frechet_extractor"]
@@ -188,14 +187,28 @@ def differences(profile: Profile, experiment: str) -> str:
     return ", ".join(parts)
 
 
-def paper_numbers(profile: Profile) -> dict[str, dict[str, float]]:
-    """The paper's numbers by our method names, when the profile's data set is the paper's; else nothing."""
+def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
+    """The paper's numbers for an experiment, when the profile's data set is the paper's; nothing where it reports none.
+
+    EB-JDAT's are by base, and for its ablation by (w1, w2, w3). Its main numbers stand beside both forms, since the paper
+    defines one and its code computes the other; not beside variants that neither has.
+    """
     if profile.report.paper is None:
         return {}
     everything = yaml.safe_load(resources.files("ebjdat.report").joinpath("paper.yaml").read_text(encoding="utf-8"))
-    rows = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
-    rows["eb_jdat"] = rows.get("eb_jdat_jempp", {})
-    return rows
+    entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
+    rows: dict[str, dict[str, float]] = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
+    method = METHODS[entry.method]
+    if not method.forms:
+        return rows.get(entry.method, {})
+    form = FORMS[entry.form or method.forms[0]].defaults
+    if settings.adversary.score != form["adversary"]["score"]:
+        return {}
+    base, weights = base_of(entry.method, entry.base), [settings.weights.w1, settings.weights.w2, settings.weights.w3]
+    if weights == [1.0, form.get("weights", {}).get("w2", 1.0), 1.0]:
+        return rows.get(f"{entry.method}_{base}", {})
+    ablation = everything[profile.report.paper].get(f"ablation_{base}", [])
+    return next((row for row in ablation if row["w"] == weights), {})
 
 
 def cell_parts(record: pd.Series, metric: Metric) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +14,14 @@ import ebjdat
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
-from ebjdat.files import digest, git_commit, write_json, write_text
+from ebjdat.files import digest, git_commit, lock, write_json, write_text
 from ebjdat.models import wrn
 from ebjdat.params import ModelSettings, TrainingSettings
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, Header
-from ebjdat.training.loop import Job, Trained, train
+from ebjdat.training.loop import Job, Trained, TrainingError, train
 
 # What a resumed training depends on beside its inputs; an edit there starts it again.
 CODE = (
@@ -85,17 +87,31 @@ def _train(
     state = Path("state") / context.run / job.title / made_from[:16]
     job = replace(job, state=state)
     train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
-    result = train(
-        model,
-        job,
-        train_data,
-        validation,
-        torch.from_numpy(data.class_mean),
-        lambda row: tracker.metrics(row, int(row["epoch"])),
-        tracker.event,
-    )
-    _write(job, settings, model_settings, data, result, out, tracker)
-    shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
+    with _alone(state):
+        result = train(
+            model,
+            job,
+            train_data,
+            validation,
+            torch.from_numpy(data.class_mean),
+            lambda row: tracker.metrics(row, int(row["epoch"])),
+            tracker.event,
+        )
+        _write(job, settings, model_settings, data, result, out, tracker)
+        shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
+
+
+@contextlib.contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Refuse to continue a state that another process is training, e.g. one that outlived its killed workflow."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(state / "lock", wait=False))
+        except BlockingIOError:
+            raise TrainingError(
+                f"{state}: another process is training this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
+            ) from None
+        yield
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import signal
 import threading
@@ -21,6 +22,7 @@ from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_
 from ebjdat.data.sources import DataError
 from ebjdat.errors import UserError
 from ebjdat.files import write_atomic
+from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import evaluating, moving_images
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.draws import DrawState, neighbours
@@ -179,15 +181,17 @@ def train(
         while progress.epoch < epochs and not progress.ended:
             try:
                 row = run_epoch(job, learner, progress, train_data, pool, bar, stop, on_event)
+                began = time.monotonic()
+                score = validate(learner, job, validation, row)
+                progress.seconds += time.monotonic() - began
+                if not math.isfinite(row["validation_energy"]):  # in eval mode: broken running statistics show only here
+                    raise Diverged(progress.step, ("validation energies that are not finite",))
             except Diverged as found:
                 progress = recover(job, learner, progress, found)
                 on_event(progress.events[-1])
                 bar.line(f"DIVERGED: {progress.events[-1]}")
                 bar.at(progress.epoch * per_epoch)
                 continue
-            began = time.monotonic()
-            score = validate(learner, job, validation, row)
-            progress.seconds += time.monotonic() - began
             row["seconds"] = progress.seconds
             if progress.epoch + 1 > job.settings.selection.after * epochs or progress.epoch + 1 == epochs:
                 progress.select(score, progress.epoch + 1, learner)
@@ -304,35 +308,45 @@ def recover(job: Job, learner: Learner, progress: Progress, found: Diverged) -> 
 
 
 def validate(learner: Learner, job: Job, validation: DeviceData, row: dict[str, float]) -> float:
-    """Add validation accuracies to the row, also of the averaged weights; return the raw weights' score, which selects."""
+    """Add validation accuracies, also of the averaged weights, and the mean energy to the row.
+
+    Returns the raw weights' score, which selects.
+    """
     wanted = job.settings.selection.score or registry.METHODS[job.method].selection
     robust = wanted != "clean"
     networks: dict[str, nn.Module] = {"": learner.model}
     if learner.ema is not None:
         networks["_ema"] = learner.ema.module
     for suffix, network in networks.items():
-        for name, value in validation_accuracies(network, job.settings, validation, robust).items():
-            row[f"validation_acc_{name}{suffix}"] = value
+        for name, value in validation_scores(network, job.settings, validation, robust).items():
+            row[f"validation_{name}{suffix}"] = value
     if wanted != "clean_and_robust":
         return row[f"validation_acc_{wanted}"]
     return (row["validation_acc_clean"] + row["validation_acc_robust"]) / 2
 
 
-def validation_accuracies(model: nn.Module, settings: TrainingSettings, validation: DeviceData, robust: bool) -> dict[str, float]:
-    """Clean accuracy and, if asked for, that under a 10-step projected gradient on cross-entropy at the settings' radius in [0, 1]."""
+def validation_scores(model: nn.Module, settings: TrainingSettings, validation: DeviceData, robust: bool) -> dict[str, float]:
+    """Clean accuracy, mean E(x), and if asked for the accuracy under a 10-step projected gradient on cross-entropy.
+
+    The gradient's radius is the settings' in [0, 1] pixels. All in eval mode.
+    """
     plain = {"score": "ce", "steps": 10, "mode": "eval", "start": "uniform", "project": True, "range": "unit"}
     attack = settings.adversary.model_copy(update=plain)
-    correct = {"clean": 0, "robust": 0}
+    correct = {"acc_clean": 0, "acc_robust": 0}
+    energy = 0.0
     for start in range(0, len(validation), VALIDATION_BATCH):
         index = slice(start, start + VALIDATION_BATCH)
         x, y = validation.internal(index), validation.labels[index]
         with evaluating(model):
-            correct["clean"] += int((model(x).argmax(1) == y).sum())
+            logits = model(x)
+            correct["acc_clean"] += int((logits.argmax(1) == y).sum())
+            energy += float(marginal_energy(logits).sum())
         if robust:
             x = neighbours(model, x, y, attack, generator(validation.device, "validation", start))
             with evaluating(model):
-                correct["robust"] += int((model(x).argmax(1) == y).sum())
-    return {name: n / len(validation) for name, n in correct.items() if name == "clean" or robust}
+                correct["acc_robust"] += int((model(x).argmax(1) == y).sum())
+    found = {name: n / len(validation) for name, n in correct.items() if name == "acc_clean" or robust}
+    return {**found, "energy": energy / len(validation)}
 
 
 class Progress:
