@@ -118,7 +118,9 @@ def sections(*paths):
     def get(wildcards):
         found = {}
         for path in paths:
-            path = path.format(**settings.section_names(PROFILE, dict(wildcards.items())))
+            path = path.format(
+                **settings.section_names(PROFILE, dict(wildcards.items()))
+            )
             value = RAW
             for key in path.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
