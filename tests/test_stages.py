@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.optim.swa_utils import AveragedModel
 
 from ebjdat import params
 from ebjdat.data import prepared
@@ -19,6 +20,7 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.stages import evaluate, train
 from ebjdat.stages.context import Context
 from ebjdat.training import checkpoint
+from ebjdat.training.loop import TrainingError
 
 from .conftest import ROOT
 
@@ -136,6 +138,106 @@ def test_seeds_give_different_initialisations(files: Files, monkeypatch: pytest.
     train.pretrain(files.context, "scratch", 1, files.data_path, files.out("scratch1"), None)
     one, two = (checkpoint.load(files.out(name).checkpoint).weights["stem.weight"] for name in ("scratch", "scratch1"))
     assert not torch.equal(one, two)
+
+
+def diverging(files: Files, **more: str) -> Context:
+    """The reduced profile with EB-JDAT at 100 times its rate, 4 epochs."""
+    own = {"optimizer.lr": "30", "epochs": "4", "schedule.name": "constant", "healing.every": "5", **more}
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), *(f"experiments.eb_jdat.training.{k}={v}" for k, v in own.items())]
+    return Context(params.load(ROOT / "params/digits.yaml", overrides), "diverging")
+
+
+def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EBJDAT_TRACKING", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    context, out = diverging(files), files.out("healed")
+    train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    result = read_json(out.metrics)
+    assert result["collapse_epoch"] == 1
+    assert result["recoveries"] == len(result["events"]) >= 2
+    assert "a new noise seed" in result["events"][0]
+    assert "the rate x 0.1" in result["events"][1]
+    assert checkpoint.load(out.checkpoint).header.metrics["recoveries"] == result["recoveries"]
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("diverging").experiment_id])
+    assert len(runs) == 2
+    for run in runs:  # the experiment's and its stage's
+        assert run.data.metrics["collapse_epoch"] == 1
+        assert run.data.metrics["recoveries"] == result["recoveries"]
+        assert [run.data.tags[f"event_{i}"] for i in range(1, len(result["events"]) + 1)] == result["events"]
+
+
+def test_a_hopeless_training_leaves_earlier_results_alone(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    out = train.Outputs(*(tmp_path / f"result.{kind}" for kind in ("safetensors", "json", "csv")))
+    train.finetune(files.context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    before = [path.read_bytes() for path in vars(out).values()]
+    hopeless = diverging(files, **{"optimizer.lr": "1.0e+20", "healing.ladder": "[{change: seed}]"})
+    with pytest.raises(TrainingError, match=r"This was tried before:\n  1\. epoch 1"):
+        train.finetune(hopeless, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    assert [path.read_bytes() for path in vars(out).values()] == before
+    assert list((tmp_path / "state").rglob("epoch.pt"))
+
+
+def test_a_state_that_another_process_trains_is_left_alone(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock is held by a real other process, as after a kill -9 of the workflow alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    job = (files.context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, files.out("alone"), None)
+    folder = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train", lambda model, job, *rest: folder.append(job.state) or sys.exit("seen"))
+        with pytest.raises(SystemExit, match="seen"):
+            train.finetune(*job)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder[0] / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match="another process is training this right now"):
+            train.finetune(*job)
+        other.communicate("")
+    train.finetune(*job)
+
+
+def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ema_* is recomputed here from the checkpoint's averaged weights; the averages themselves by their recursion."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.attack.autoattack.n=0", "experiments.eb_jdat.training.ema=0.9"]
+    context, out = Context(params.load(ROOT / "params/digits.yaml", overrides), "ema"), files.out("ema")
+    seen = []
+    average = AveragedModel.update_parameters
+
+    def update_and_note(self: AveragedModel, model: torch.nn.Module) -> None:
+        average(self, model)
+        seen.append({k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()})
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", update_and_note)
+    train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    loaded = checkpoint.load(out.checkpoint)
+    assert loaded.ema is not None
+    expected = seen[0]
+    for later in seen[1:]:
+        expected = {k: 0.9 * v + 0.1 * later[k] for k, v in expected.items()}
+    assert all(torch.allclose(loaded.ema[k], v, atol=1e-5) for k, v in expected.items())  # float32, 18 steps
+    assert not torch.equal(loaded.ema["head.weight"], loaded.weights["head.weight"])
+
+    evaluate.attack(context, "eb_jdat", 0, files.data_path, out.checkpoint, tmp_path / "attack.json", None)
+    result = read_json(tmp_path / "attack.json")
+    images, labels = files.data.split("test")
+    for prefix, weights in (("", loaded.weights), ("ema_", loaded.ema)):
+        network = loaded.network(torch.device("cpu"), weights)
+        assert result[f"{prefix}clean_correct"] == (logits(network, images).argmax(1) == labels).sum()
+    pictures = (tmp_path / "g.json", tmp_path / "s.npz", tmp_path / "g.png")
+    evaluate.generate(context, "eb_jdat", 0, files.data_path, out.checkpoint, files.out("clean").checkpoint, *pictures, None)
+    generated = read_json(tmp_path / "g.json")
+    assert generated["ema_frechet"] > 0
+    assert generated["ema_frechet"] != generated["frechet"]
 
 
 STAGES = {"prepare": "prepare", "train": "train", "attack": "evaluate", "report": "report"}

@@ -68,6 +68,20 @@ def test_dvc_reruns_the_same_and_leaves_nothing_for_snakemake(after_snakemake: P
     assert ran(after_snakemake.run("dvc", "repro")) == set()
 
 
+def test_a_row_of_the_family_reruns_what_stands_on_it_alone(after_snakemake: Project) -> None:
+    file = after_snakemake.folder / "params/digits.yaml"
+    old = file.read_text()
+    after_snakemake.change(bases={"jempp": {"chain": {"step_size": 0.05}}})
+    planned = after_snakemake.planned()
+    assert {k: v for k, v in planned.items() if k not in ("all", "record")} == DOWNSTREAM
+    assert not any("/classifier/" in name for name in after_snakemake.planned_targets())
+    assert set(re.findall(r"^(\S+):$", after_snakemake.run("dvc", "status"), re.M)) == {"finetune-eb_jdat-seed0"}
+    file.write_text(old)
+    after_snakemake.change(bases={"sadajem": {"chain": {"step_size": 0.05}}})
+    assert after_snakemake.planned() == {}
+    file.write_text(old)
+
+
 def test_key_order_and_comments_of_the_profile_mean_nothing(after_snakemake: Project) -> None:
     file = after_snakemake.folder / "params/digits.yaml"
     old = file.read_text()
