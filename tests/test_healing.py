@@ -204,7 +204,9 @@ def test_where_collapses_are_recorded_training_goes_on_as_if_nothing_had_been(
 def test_a_recorded_training_that_breaks_ends_with_what_it_had(settings: TrainingSettings, digits: Prepared, tmp_path: Path) -> None:
     schedule = {"name": "multistep", "milestones": [2], "factor": 1e30}
     record = changed(settings, epochs=4, schedule=schedule, selection={"after": 0.9}, healing={"mode": "record"})
-    _, result = run(digits, record, tmp_path / "a")
+    events: list[Event] = []
+    _, result = run(digits, record, tmp_path / "a", events=events)
+    assert events == result.events
     assert len(result.rows) == 2
     assert result.selected.epoch == 2
     assert result.events[0].epoch == 3

@@ -187,9 +187,11 @@ def train(
                 if not math.isfinite(row["validation_energy"]):  # in eval mode: broken running statistics show only here
                     raise Diverged(progress.step, ("validation energies that are not finite",))
             except Diverged as found:
+                known = len(progress.events)
                 progress = recover(job, learner, progress, found)
-                on_event(progress.events[-1])
-                bar.line(f"DIVERGED: {progress.events[-1]}")
+                for event in progress.events[known:]:
+                    on_event(event)
+                bar.line(f"DIVERGED: {found}; " + ("ends here" if progress.ended else str(progress.events[-1].change)))
                 bar.at(progress.epoch * per_epoch)
                 continue
             row["seconds"] = progress.seconds
