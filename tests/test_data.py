@@ -268,6 +268,8 @@ def test_density_images_get_noise_of_the_stated_size(train_data: DeviceData) -> 
     noise = batch.x_density - batch.x
     assert abs(noise.std() - 0.03) < 0.001  # 256 * 64 draws: standard error 0.0002
     assert abs(noise.mean()) < 0.001
+    as_is = next(epoch_batches(train_data, 64, AugmentSettings(pad=0, noise=0.0, density="plain"), 0, 0))
+    assert as_is.x_density is as_is.x  # nothing to undo, no second forward
     silent = next(epoch_batches(train_data, 64, AugmentSettings(pad=0, noise=0.0), 0, 0))
     assert silent.x_density is silent.x
 

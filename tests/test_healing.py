@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebjdat.data import batches
 from ebjdat.data.batches import Batch
 from ebjdat.data.prepared import Prepared
+from ebjdat.objectives import draws, recipes
 from ebjdat.params import HealingSettings, ParamsError, Rung, TrainingSettings, load
-from ebjdat.training import healing, loop
+from ebjdat.training import healing, loop, schedules
 from ebjdat.training.healing import Event, adjusted, symptoms, usable, vitals
 from ebjdat.training.loop import TrainingError
 
@@ -87,6 +90,10 @@ def test_rungs_add_up(settings: TrainingSettings) -> None:
     assert after.optimizer.lr == pytest.approx(settings.optimizer.lr * 0.05)
     assert after.chain.steps == 2 * settings.chain.steps
     assert after.weights.energy_l2 == 0.01
+    strict = changed(settings, weights={"energy_l2": 0.5}, chain={"steps": 3})
+    assert adjusted(strict, [Rung(change="energy_l2", by=0.01)])[0].weights.energy_l2 == 0.5  # never lowered
+    assert adjusted(strict, [Rung(change="steps", by=1.1)])[0].chain.steps == 4  # never for nothing
+    assert usable([Rung(change="energy_l2", by=0.01), Rung(change="steps", by=2)], ("adversarial",)) == ()
     assert adjusted(settings, []) == (settings, 0)
     assert [r.change for r in usable(rungs, ())] == ["lr", "lr"]
     assert [r.change for r in usable(rungs, ("adversarial",))] == ["seed", "lr", "lr", "seed"]
@@ -124,9 +131,9 @@ def test_a_hundred_times_the_rate_recovers_and_finishes_the_same_way_every_time(
     _, result = run(digits, wild, tmp_path / "a", events=events)
     assert len(result.rows) == 8
     assert events == result.events
-    assert [e.change for e in events[:2]] == ["a new noise seed", "the rate x 0.1"]
+    assert [e.action for e in events[:2]] == [f"back to the end of epoch 0, {change}" for change in ("a new noise seed", "the rate x 0.1")]
     assert all(e.step <= 100 and e.symptoms for e in events)
-    assert result.rows[-1]["lr"] == pytest.approx(wild.optimizer.lr * 0.1 ** sum("rate" in str(e.change) for e in events))
+    assert result.rows[-1]["lr"] == pytest.approx(wild.optimizer.lr * 0.1 ** sum("rate" in e.action for e in events))
     assert result.rows[-1]["batch_acc_clean"] > 0.3  # a guess is 0.1
     assert all(torch.isfinite(v).all() for v in result.selected.weights.values())
     _, again = run(digits, wild, tmp_path / "b")
@@ -168,7 +175,7 @@ def test_it_goes_back_to_the_last_healthy_epoch(settings: TrainingSettings, digi
     _, result = run(digits, jump, tmp_path / "a")
     _, first = run(digits, calm, tmp_path / "b")
     (event,) = result.events
-    assert (event.epoch, event.back_to, event.change) == (3, 2, "the rate x 1e-06")
+    assert (event.epoch, event.action, event.healed) == (3, "back to the end of epoch 2, the rate x 1e-06", True)
     assert [row["loss"] for row in result.rows[:2]] == [row["loss"] for row in first.rows]
     assert result.rows[2]["lr"] == pytest.approx(settings.optimizer.lr)
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
@@ -176,9 +183,12 @@ def test_it_goes_back_to_the_last_healthy_epoch(settings: TrainingSettings, digi
 
 def test_after_the_ladders_end_the_error_says_what_was_tried(wild: TrainingSettings, digits: Prepared, tmp_path: Path) -> None:
     hopeless = changed(wild, optimizer={"lr": 1e20}, healing={"ladder": [{"change": "seed"}, {"change": "lr", "by": 0.5}]})
+    events: list[Event] = []
     with pytest.raises(TrainingError) as caught:
-        run(digits, hopeless, tmp_path / "state")
+        run(digits, hopeless, tmp_path / "state", events=events)
     text = str(caught.value)
+    assert [e.healed for e in events] == [True, True, False]
+    assert events[-1].action == "nothing is left on the ladder"
     assert re.search(r"diverged in epoch 1, step \d+: values that are not finite", text)
     assert "1. epoch 1" in text
     assert "a new noise seed" in text
@@ -196,23 +206,145 @@ def test_where_collapses_are_recorded_training_goes_on_as_if_nothing_had_been(
     _, result = run(digits, record, tmp_path / "a")
     _, plain = run(digits, changed(settings, epochs=2), tmp_path / "b")
     (event,) = result.events
-    assert (event.epoch, event.step, event.change) == (1, 4, None)
+    assert (event.epoch, event.step, event.action, event.healed) == (1, 4, "recorded only", False)
     assert "energy gap" in event.symptoms[0]
     assert same(result, plain)
 
 
-def test_a_recorded_training_that_breaks_ends_with_what_it_had(settings: TrainingSettings, digits: Prepared, tmp_path: Path) -> None:
+def test_a_recorded_training_that_breaks_ends_with_what_it_had(
+    settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     schedule = {"name": "multistep", "milestones": [2], "factor": 1e30}
     record = changed(settings, epochs=4, schedule=schedule, selection={"after": 0.9}, healing={"mode": "record"})
     events: list[Event] = []
     _, result = run(digits, record, tmp_path / "a", events=events)
     assert events == result.events
+    assert [(e.epoch, e.action, e.healed) for e in events] == [(3, "ended with the state of epoch 2", False)]
     assert len(result.rows) == 2
     assert result.selected.epoch == 2
     assert result.events[0].epoch == 3
     assert all(torch.isfinite(v).all() for v in result.selected.weights.values())
-    _, again = run(digits, record, tmp_path / "a")  # called again, it is already at its end
+    monkeypatch.setattr(loop, "run_epoch", lambda *_: pytest.fail("it is already at its end"))
+    _, again = run(digits, record, tmp_path / "a")
     assert same(result, again)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, target: object, name: str, note: Callable[..., object]) -> list[Any]:
+    """What `note` makes of each call's arguments; the real function runs."""
+    seen: list[Any] = []
+    real = getattr(target, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        seen.append(note(*arguments, **named))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(target, name, call)
+    return seen
+
+
+def sick_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next check finds a symptom, later ones none: exactly one rung is climbed."""
+    verdicts = iter([("sick",)])
+    monkeypatch.setattr(healing, "symptoms", lambda *_: next(verdicts, ()))
+
+
+def test_each_rung_reaches_what_it_is_to_change(
+    settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try's noise, chain steps, penalty and rate, as the sampler, the loss and the optimiser see them."""
+    purposes = spy(monkeypatch, loop, "generator", lambda device, *purpose: purpose)
+    steps = spy(monkeypatch, draws, "walk", lambda model, x, y, spec, noise: spec.steps)
+    penalties = spy(monkeypatch, recipes, "_generation", lambda *arguments: arguments[-1].energy_l2)
+    ladders = {"seed": {}, "steps": {"by": 2}, "energy_l2": {"by": 0.125}, "lr": {"by": 0.5}}
+    for change, by in ladders.items():
+        sick_once(monkeypatch)
+        for seen in (purposes, steps, penalties):
+            seen.clear()
+        _, result = run(digits, changed(settings, epochs=1, healing={"ladder": [{"change": change, **by}]}), tmp_path / change)
+        noise = [purpose for purpose in purposes if purpose[0] == "step"]
+        assert len(noise) == len(steps) == len(penalties) == 8
+        assert (noise[:4] == noise[4:]) == (change != "seed")
+        assert steps == [2] * 4 + [4 if change == "steps" else 2] * 4
+        assert penalties == [0] * 4 + [0.125 if change == "energy_l2" else 0] * 4
+        assert result.rows[0]["lr"] == pytest.approx(schedule_end(settings) * (0.5 if change == "lr" else 1))
+
+
+def schedule_end(settings: TrainingSettings) -> float:
+    """The rate at the last of 4 steps."""
+    return settings.optimizer.lr * schedules.onecycle(settings.schedule, 3, 4, 1)
+
+
+def test_noise_differs_from_step_to_step_epoch_to_epoch_and_seed_to_seed(
+    settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purposes = spy(monkeypatch, loop, "generator", lambda device, *purpose: purpose)
+    images = spy(monkeypatch, batches, "generator", lambda device, *purpose: purpose)
+    run(digits, changed(settings, epochs=2), tmp_path / "a")
+    for seen, kind in ((purposes, "step"), (images, "augment")):
+        of_kind = [purpose for purpose in seen if purpose[0] == kind]
+        assert len(of_kind) == len(set(of_kind)) == 8
+    assert ("buffer", 0) in purposes
+
+
+def test_checks_come_when_they_are_asked_for_and_change_nothing(
+    settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step or once per epoch: the same weights; in between a broken step is seen at once."""
+    checks = spy(monkeypatch, healing, "vitals", lambda *_: 1)
+    often, seldom = (run(digits, changed(settings, epochs=1, healing={"every": n}), tmp_path / str(n))[1] for n in (1, 100))
+    assert len(checks) == 4 + 1
+    assert same(often, seldom)
+    broken = changed(settings, optimizer={"lr": 1e20}, schedule={"name": "constant"}, healing={"every": 1, "ladder": []})
+    events: list[Event] = []
+    with pytest.raises(TrainingError, match=r"healing\.ladder is empty"):
+        run(digits, broken, tmp_path / "broken", events=events)
+    assert events[0].step == 1
+
+
+def test_weights_that_break_in_eval_mode_alone_are_not_kept(
+    settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running statistics are broken after the first epoch's last check: validation sees it, and the epoch is done again."""
+    real, calls = loop.validate, []
+
+    def validate(learner: loop.Learner, *rest: Any) -> float:
+        calls.append(1)
+        if len(calls) == 1:
+            learner.model.norm.running_var.fill_(inf)
+            learner.model.norm.running_mean.fill_(nan)
+        return real(learner, *rest)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    _, result = run(digits, changed(settings, epochs=1), tmp_path / "a")
+    (event,) = result.events
+    assert event.symptoms == ("validation energies that are not finite",)
+    assert len(result.rows) == 1
+    assert all(torch.isfinite(v).all() for v in result.selected.weights.values())
+
+
+def test_a_state_to_go_back_to_that_is_gone_is_an_error(
+    wild: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = healing.symptoms
+
+    def symptoms(*arguments: Any) -> tuple[str, ...]:
+        (tmp_path / "state/epoch.pt").unlink(missing_ok=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(healing, "symptoms", symptoms)
+    with pytest.raises(TrainingError, match="the state to go back to is gone"):
+        run(digits, wild, tmp_path / "state")
+
+
+def test_vitals_are_relative_to_the_right_images_and_the_number_of_classes() -> None:
+    """Saturation against the images themselves, spreads against the noisy ones, cross-entropy against log K."""
+    noisy = Batch(IMAGES, IMAGES * 2, BATCH.y % 4)
+    values = {name: torch.tensor(value) for name, value in HEALTHY.items()}
+    found = vitals(values, values, noisy, CHAINS, torch.zeros(64, 4))
+    assert found["cross_entropy"] == pytest.approx(1)  # a guess
+    assert found["diversity"] == pytest.approx(float(CHAINS.std(0).mean() / (2 * IMAGES).std(0).mean()), rel=1e-5)
+    black = Batch(-torch.ones_like(IMAGES), IMAGES, BATCH.y % 4)
+    assert vitals(values, values, black, torch.sign(CHAINS), torch.zeros(64, 4))["saturation"] == 0
 
 
 def test_every_bound_has_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ebjdat import params
 from ebjdat.data.batches import Batch, DeviceData, epoch_batches
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives import recipes
+from ebjdat.objectives import draws, recipes
 from ebjdat.objectives.draws import DrawState, adversarial, negatives, neighbours
 from ebjdat.params import AdversarySettings, TrainingSettings, WeightSettings
 from ebjdat.pixels import internal_distance
@@ -198,6 +199,29 @@ def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_d
     rise, radius = reach("released")
     assert (rise < 0).all()
     assert 8 < radius <= 9 + 1e-3
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_chains_walk_in_their_mode_to_their_own_class_and_start_afresh_by_chance(
+    mode: str, state: DrawState, network: WideResNet, train_data: DeviceData, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler is handed, with a buffer of fives: reinit 1 starts every chain anew, 0 none."""
+    seen: list[tuple[bool, Tensor, Tensor]] = []
+    monkeypatch.setattr(draws, "walk", lambda model, x, y, spec, noise: seen.append((model.training, x.clone(), y)) or x)
+    network.train()
+    batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
+    assert state.buffer is not None
+    for reinit in (0.0, 1.0):
+        state.buffer.images.fill_(5.0)
+        chain = state.settings.chain.model_copy(update={"mode": mode, "reinit": reinit})
+        negatives(network, batch, replace(state, settings=state.settings.model_copy(update={"chain": chain})), rng)
+        training, x, y = seen[-1]
+        assert training == (mode == "train")
+        assert (x == 5.0).all() == (reinit == 0.0)
+        assert (x != 5.0).flatten(1).any(1).all() == (reinit == 1.0)
+    means = state.pool.mean[y]
+    assert float(((x - means) ** 2).mean()) < float(((x - means.roll(1, 0)) ** 2).mean())  # labels are the chains', not the batch's
+    assert not torch.equal(y, batch.y)
 
 
 @pytest.mark.parametrize("start", ["uniform", "gaussian", "clean"])

@@ -219,6 +219,20 @@ def test_divergences_are_in_the_summary_the_table_and_the_page(profile: Profile,
     assert "<b>eb_jdat</b>, seed 0: epoch 2, step 5: seen; done" in (filled / "report.html").read_text()
 
 
+def test_several_seeds_divergences_are_summed_and_a_pretrainings_are_listed(tmp_path: Path) -> None:
+    profile = params.load(ROOT / "params/digits.yaml", ["seeds=[0, 1, 2]"])
+    fill(profile, tmp_path)
+    rows = collect(profile, tmp_path, "d1")
+    more = {1: {"recoveries": 2, "collapse_epoch": 5}, 2: {"recoveries": 0, "collapse_epoch": None}}
+    rows = [dataclasses.replace(r, metrics={**r.metrics, **more.get(r.seed, {})}) if r.experiment == "eb_jdat" else r for r in rows]
+    record = aggregate(profile, rows).set_index("experiment").loc["eb_jdat"]
+    assert tables.collapse_cell(record) == "2 of 3: epoch 2, 5; 3 healed"
+    write_json(tmp_path / "pretraining/clean/seed0/pretrain.json", {"train_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]})
+    events = {(r.experiment, r.seed): r.metrics["events"] for r in collect(profile, tmp_path, "d1")}
+    assert events["pgd_at", 0] == ["pretraining clean, epoch 1, step 2: seen; done"]
+    assert events["pgd_at", 1] == events["classifier", 0] == []
+
+
 def test_averaged_weights_stand_beside_the_raw_ones(profile: Profile, filled: Path) -> None:
     rows = collect(profile, filled, "d1")
     assert tables.averaged_weights(rows) == []

@@ -60,7 +60,7 @@ def slow_pyld(model: WideResNet, x: Tensor, spec: ChainSettings) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("clamp", [None, 0.01])
+@pytest.mark.parametrize("clamp", [None, 0.01, 1.0])
 def test_pyld_matches_a_slow_loop(clamp: float | None, network: WideResNet, rng: torch.Generator) -> None:
     spec = ChainSettings(steps=3, inner_steps=2, step_size=0.5, clamp=clamp, noise=0.0)
     x = torch.rand(3, 1, 8, 8, generator=rng) * 2 - 1
@@ -153,6 +153,24 @@ def test_pyld_goes_down_the_energy_and_stays_an_image(network: WideResNet, rng: 
         assert (network(moved).logsumexp(1) > network(x).logsumexp(1)).all()
     assert moved.abs().max() <= 1
     assert not moved.requires_grad
+
+
+@pytest.mark.parametrize("sampler", [pyld, clipped_sgld])
+def test_noise_does_not_leave_the_range(sampler: Any, network: WideResNet, rng: torch.Generator) -> None:
+    with moving_images(network, "eval"):
+        moved = sampler(network, torch.zeros(8, 1, 8, 8), marginal_energy, ChainSettings(steps=2, noise=2.0), rng)
+    assert moved.abs().max() == 1
+
+
+def test_clamps_of_one_bind_too(network: WideResNet, rng: torch.Generator) -> None:
+    """On logits scaled until gradients are beyond 1, one step moves every pixel by at most the step size, many by exactly that."""
+    with torch.no_grad():
+        network.head.weight.mul_(1e4)
+    x = torch.zeros(4, 1, 8, 8)
+    with moving_images(network, "eval"):
+        moved = clipped_sgld(network, x, marginal_energy, ChainSettings(steps=1, step_size=0.1, clamp=1.0), rng)
+    assert moved.abs().max() == pytest.approx(0.1)
+    assert (moved.abs() > 0.0999).float().mean() > 0.2
 
 
 def test_pyld_noise_is_per_outer_step(network: WideResNet) -> None:

@@ -14,12 +14,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from ebjdat import params
 from ebjdat.data import prepared
+from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation.frechet import frechet_distance
+from ebjdat.evaluation.generate import fresh_chains
 from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
+from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import evaluate, train
 from ebjdat.stages.context import Context
-from ebjdat.training import checkpoint
+from ebjdat.training import checkpoint, healing
 from ebjdat.training.loop import TrainingError
 
 from .conftest import ROOT
@@ -170,6 +173,44 @@ def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path
         assert [run.data.tags[f"event_{i}"] for i in range(1, len(result["events"]) + 1)] == result["events"]
 
 
+def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And done again without one, nothing of it is left on the experiment's current run."""
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EBJDAT_TRACKING", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), "experiments.eb_jdat.training.epochs=2"]
+    own = ["experiments.eb_jdat.training.healing.mode=record", "experiments.eb_jdat.training.healing.gap=1.0e-9"]
+    context, out = Context(params.load(ROOT / "params/digits.yaml", [*overrides, *own]), "recorded"), files.out("recorded")
+    train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    result = read_json(out.metrics)
+    assert (result["collapse_epoch"], result["recoveries"], len(result["events"])) == (1, 0, 1)
+    assert checkpoint.load(out.checkpoint).header.events == tuple(result["events"])
+    client = MlflowClient()
+    where = [client.get_experiment_by_name("recorded").experiment_id]
+    for run in client.search_runs(where):
+        assert run.data.metrics["recoveries"] == 0
+        assert "event_1" in run.data.tags
+
+    monkeypatch.setattr(healing, "symptoms", lambda *_: ())
+    train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    (current,) = client.search_runs(where, "tags.kind = 'result' and tags.superseded = 'false'")
+    assert "event_1" not in current.data.tags
+    assert "collapse_epoch" not in current.data.metrics
+
+
+def test_an_experiment_has_the_network_of_its_pretraining(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), "pretraining.clean.model.norm=none", "pretraining.clean.epochs=0"]
+    context = Context(params.load(ROOT / "params/digits.yaml", overrides), "narrow")
+    train.pretrain(context, "clean", 0, files.data_path, files.out("plain"), None)
+    train.finetune(context, "eb_jdat", 0, files.data_path, files.out("plain").checkpoint, files.out("tuned"), None)
+    assert checkpoint.load(files.out("tuned").checkpoint).header.model.norm == "none"
+    assert not any("norm" in name for name in checkpoint.load(files.out("tuned").checkpoint).weights)
+
+
 def test_a_hopeless_training_leaves_earlier_results_alone(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
@@ -194,7 +235,7 @@ def test_a_state_that_another_process_trains_is_left_alone(files: Files, tmp_pat
         with pytest.raises(SystemExit, match="seen"):
             train.finetune(*job)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(folder[0] / "lock")]
+    command = [sys.executable, "-c", code, str(folder[0].parent / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -236,7 +277,14 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     pictures = (tmp_path / "g.json", tmp_path / "s.npz", tmp_path / "g.png")
     evaluate.generate(context, "eb_jdat", 0, files.data_path, out.checkpoint, files.out("clean").checkpoint, *pictures, None)
     generated = read_json(tmp_path / "g.json")
-    assert generated["ema_frechet"] > 0
+    spec, settings = loaded.header.training.chain, context.profile.evaluation.generate
+    train_data = DeviceData(files.data, "train", torch.device("cpu"))
+    pool = StartPool.of(train_data, torch.from_numpy(files.data.class_mean))
+    fresh, _ = fresh_chains(loaded.network(torch.device("cpu"), loaded.ema), pool, spec, settings)
+    images, ruler = fresh.images.numpy(), files.network("clean")
+    with torch.no_grad():
+        features = [ruler.features(torch.from_numpy(x).float() / 127.5 - 1).double().numpy() for x in (images, train_data.images.numpy())]
+    assert generated["ema_frechet"] == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert generated["ema_frechet"] != generated["frechet"]
 
 

@@ -22,6 +22,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.params import ModelSettings, OptimizerSettings, Profile, ScheduleSettings, TrainingSettings, UpdateSettings, merge
+from ebjdat.samplers.starts import StartPool
 from ebjdat.training import checkpoint, loop, schedules, updates
 from ebjdat.training.checkpoint import Checkpoint, CheckpointError, Header
 from ebjdat.training.healing import Event
@@ -78,6 +79,69 @@ def test_sam_on_a_quadratic_has_a_closed_form(adaptive: bool) -> None:
     e = 0.5 * (start**2 * g / (start.abs() * g).norm() if adaptive else g / g.norm())
     assert torch.allclose(w.detach(), start - 0.1 * a @ (start + e), atol=1e-12)
     assert float(terms["loss"].detach()) == pytest.approx(float(start @ a @ start / 2))  # the loss at w, not at w + e
+
+
+def test_sam_measures_its_radius_over_all_weights_together() -> None:
+    """Two parameter tensors, as one vector in the closed form: e = rho g / |g| over both."""
+    one, two = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in ([1.0, -2.0], [3.0]))
+    optimizer = torch.optim.SGD([one, two], lr=0.1)
+    updates.sam(
+        torch.nn.Module(), optimizer, lambda: {"loss": (one**2).sum() + 2 * (two**2).sum()}, UpdateSettings(rho=0.5, adaptive=False)
+    )
+    start, curvature = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.tensor([2.0, 2.0, 4.0], dtype=torch.float64)
+    g = curvature * start
+    expected = start - 0.1 * curvature * (start + 0.5 * g / g.norm())
+    assert torch.allclose(torch.cat([one, two]).detach(), expected, atol=1e-12)
+
+
+def test_adam_is_torchs_with_the_settings_betas() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    first = updates.adam([ours], OptimizerSettings(name="adam", lr=0.1, momentum=0.5, weight_decay=0.1))
+    second = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.999), weight_decay=0.1)
+    for _ in range(3):
+        for parameter, optimizer in ((ours, first), (theirs, second)):
+            optimizer.zero_grad()
+            (parameter**3).sum().backward()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_validation_attacks_by_one_protocol_whatever_the_training_does(
+    digits: Prepared, network: WideResNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released form trains with its own neighbours; validation is PGD-10 on cross-entropy, projected, in eval mode."""
+    released = FULL.training_settings("eb_jdat_released")
+    seen, real = [], loop.neighbours
+
+    def note(model: object, x: object, y: object, spec: object, noise: object) -> object:
+        seen.append(spec)
+        return real(model, x, y, spec, noise)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "neighbours", note)
+    loop.validation_scores(network, released, DeviceData(digits, "validation", torch.device("cpu")), robust=True)
+    (spec,) = seen
+    found = (spec.score, spec.steps, spec.mode, spec.start, spec.project, spec.range, spec.eps)
+    assert found == ("ce", 10, "eval", "uniform", True, "unit", released.adversary.eps)
+
+
+def test_averaged_weights_are_validated_by_themselves(digits: Prepared, network: WideResNet, settings: TrainingSettings) -> None:
+    job = Job("t", "eb_jdat", changed(settings, ema=0.9), 0, Path())
+    pool = StartPool.of(DeviceData(digits, "train", torch.device("cpu"), 200), torch.from_numpy(digits.class_mean))
+    learner = loop.Learner.of(network, job, pool)
+    assert learner.ema is not None
+    with torch.no_grad():
+        for weight in learner.ema.module.parameters():
+            weight.zero_()
+    row: dict[str, float] = {}
+    loop.validate(learner, job, DeviceData(digits, "validation", torch.device("cpu")), row)
+    assert row["validation_energy_ema"] == pytest.approx(-np.log(10), abs=1e-5)
+    assert row["validation_energy"] != pytest.approx(-np.log(10), abs=1e-3)
+
+
+def test_the_last_epoch_always_competes(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
+    _, result = run(digits, changed(settings, epochs=2, selection={"after": 1.0}), tmp_path / "state")
+    assert result.selected.epoch == 2
+    assert result.selected.score == (result.rows[-1]["validation_acc_clean"] + result.rows[-1]["validation_acc_robust"]) / 2 > 0
 
 
 def test_sam_evaluates_one_loss_twice_and_keeps_running_statistics_of_the_first(network: WideResNet) -> None:

@@ -129,7 +129,7 @@ class ModelSettings(Settings):
 class OptimizerSettings(Settings):
     name: Annotated[str, known(registry.OPTIMIZERS)] = "sgd"
     lr: Positive
-    momentum: Fraction01 = 0.9
+    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9  # adam: its first beta
     weight_decay: NotNegative = 0.0
 
 
@@ -170,6 +170,8 @@ class AdversarySettings(Settings):
     def step_within(self) -> Self:
         if self.step_size > 2 * self.eps:
             raise ValueError(f"step_size {self.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
+        if self.score == "kl" and self.start == "clean":
+            raise ValueError("score 'kl' has no gradient at the clean image; start 'uniform' or 'gaussian' is allowed")
         return self
 
 
@@ -207,7 +209,7 @@ class UpdateSettings(Settings):
 class Rung(Settings):
     """One change that a diverged training is continued with.
 
-    by: lr and steps are multiplied by it, energy_l2 becomes it; a new noise seed needs none.
+    by: lr and steps are multiplied by it (steps are rounded up), energy_l2 becomes at least it; a new noise seed needs none.
     """
 
     change: Literal["seed", "lr", "steps", "energy_l2"]
@@ -441,8 +443,17 @@ def training_layers(
 
 ROWS: Mapping[str, Mapping[str, registry.Row]] = {"base": registry.BASES, "form": registry.FORMS}
 
-# What every row of BASES sets: a value under the profile's training.chain would never be used.
-SET_BY_BASES = tuple(set.intersection(*(set(row.defaults["chain"]) for row in registry.BASES.values())))
+# Chain settings that only samplers read, and those of the profile's training.chain that no training would ever see: every row
+# of BASES either sets them itself or has a sampler that does not read them.
+READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
+NEVER_USED = frozenset(
+    key
+    for key in ("sampler", "start", "mode", *READ_BY_SAMPLERS)
+    if all(
+        key in row.defaults["chain"] or (key in READ_BY_SAMPLERS and key not in registry.SAMPLERS[row.defaults["chain"]["sampler"]].reads)
+        for row in registry.BASES.values()
+    )
+)
 
 
 def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
@@ -613,7 +624,13 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
                 continue
             row, form = (str(entry.get(key)) if str(entry.get(key)) in rows else None for key, rows in ROWS.items())
             own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
-            trainings.append(((section, name, "training"), merge(*training_layers(training, bases, method, row, form, override), own)))
+            merged = merge(*training_layers(training, bases, method, row, form, override), own)
+            trainings.append(((section, name, "training"), merged))
+            sampler = registry.SAMPLERS.get(str(_mapping(merged.get("chain")).get("sampler", "pyld")))
+            for key in sorted(READ_BY_SAMPLERS & set(_mapping(override.get("chain")))):
+                if sampler is not None and key not in sampler.reads:
+                    what = f"is not read by sampler {merged['chain']['sampler']!r}; it reads {', '.join(sampler.reads)}"
+                    yield (section, name, "training", "chain", key), what
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
@@ -621,7 +638,7 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
         if not found and size is not None and isinstance(batch, int) and batch > size:
             yield (*where, "batch_size"), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
     chain = training.get("chain")
-    for key in sorted(set(SET_BY_BASES) & set(chain if isinstance(chain, Mapping) else {})):
+    for key in sorted(NEVER_USED & set(_mapping(chain))):
         yield ("training", "chain", key), f"is never used, since every row of the JEM family sets it; set bases.<base>.chain.{key}"
 
 

@@ -62,7 +62,7 @@ METHODS: Mapping[str, Method] = {
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
         draws=("adversarial",),
         selection="robust",
-        defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}, "weights": {"beta": 6.0}},
+        defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}},
     ),
     "jem": Method("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", draws=("negatives",), bases=("jem",)),
     "jempp": Method("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", draws=("negatives",), bases=("jempp",)),

@@ -15,14 +15,14 @@ from ebjdat.pixels import internal_from_unit
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norm's running statistics stay as they are, whatever is run in train mode."""
-    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
         for m, _ in norms:
-            m.momentum = 0.0  # running = 1 * running + 0 * batch
+            m.track_running_stats = False  # in eval mode they are used all the same
         yield
     finally:
-        for m, momentum in norms:
-            m.momentum = momentum
+        for m, tracked in norms:
+            m.track_running_stats = tracked
 
 
 @contextlib.contextmanager

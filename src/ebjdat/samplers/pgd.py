@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ebjdat.models.energy import joint_energy
 
-Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,), each of its own image alone
+Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,)
 
 
 def cross_entropy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, Header
+from ebjdat.training.healing import Event
 from ebjdat.training.loop import Job, Trained, TrainingError, train
 
 # What a resumed training depends on beside its inputs; an edit there starts it again.
@@ -87,46 +88,61 @@ def _train(
     state = Path("state") / context.run / job.title / made_from[:16]
     job = replace(job, state=state)
     train_data, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
-    with _alone(state):
-        result = train(
-            model,
-            job,
-            train_data,
-            validation,
-            torch.from_numpy(data.class_mean),
-            lambda row: tracker.metrics(row, int(row["epoch"])),
-            tracker.event,
-        )
+    events: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        tracker.event(event)
+
+    with _alone(state.parent):
+        try:
+            result = train(
+                model,
+                job,
+                train_data,
+                validation,
+                torch.from_numpy(data.class_mean),
+                lambda row: tracker.metrics(row, int(row["epoch"])),
+                on_event,
+            )
+        except TrainingError:
+            tracker.final(_divergences(events))
+            raise
         _write(job, settings, model_settings, data, result, out, tracker)
         shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
 
 
 @contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Refuse to continue a state that another process is training, e.g. one that outlived its killed workflow."""
+def _alone(place: Path) -> Iterator[None]:
+    """Refuse to train what another process is training, e.g. one that outlived its killed workflow: both write the same files."""
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(lock(state / "lock", wait=False))
+            held.enter_context(lock(place / "lock", wait=False))
         except BlockingIOError:
             raise TrainingError(
-                f"{state}: another process is training this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
+                f"{place}: another process is training this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
             ) from None
         yield
+
+
+def _divergences(events: Sequence[Event]) -> dict[str, float]:
+    """How often training was brought back, and the epoch in which it first diverged, if it did."""
+    found: dict[str, float] = {"recoveries": sum(event.healed for event in events)}
+    return found | ({"collapse_epoch": events[0].epoch} if events else {})
 
 
 def _write(
     job: Job, settings: TrainingSettings, model_settings: ModelSettings, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
 ) -> None:
-    selected, collapsed = result.selected, [event.epoch for event in result.events]
+    selected = result.selected
     metrics: dict[str, float] = {
         "train_seconds": round(result.seconds, 3),
         "selected_epoch": selected.epoch,
         "selection_score": selected.score,
-        "epochs": settings.epochs,
+        "epochs": len(result.rows),
         "n_validation": len(data.validation),
         "n_train": len(data.train),
-        "recoveries": sum(event.change is not None for event in result.events),
-        **({"collapse_epoch": collapsed[0]} if collapsed else {}),
+        **_divergences(result.events),
     }
     header = Header(
         title=job.title,
@@ -139,12 +155,13 @@ def _write(
         data_hash=data.data_hash,
         git_commit=git_commit(),
         metrics=metrics,
+        events=tuple(map(str, result.events)),
     )
     checkpoint.save(Checkpoint(header, selected.weights, selected.buffer, selected.buffer_labels, selected.ema), out.checkpoint)
     columns = list(dict.fromkeys(name for row in result.rows for name in row)) or ["epoch"]
     lines = [",".join(columns), *(",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in result.rows)]
     write_text(out.curve, "\n".join(lines) + "\n")
-    told = {"collapse_epoch": None, **metrics, "events": [str(event) for event in result.events]}
+    told = {"collapse_epoch": None, **metrics, "events": header.events}
     write_json(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
     tracker.final(metrics)
     tracker.artifact(out.curve)

@@ -101,10 +101,9 @@ class Tracker:
         self._safely(call)
 
     def event(self, event: Any) -> None:
-        """A divergence of the training: a point of the curve `recoveries`, and a tag that says what was seen and done."""
+        """A divergence of the training: a tag, on the stage's run and the experiment's, that says what was seen and done."""
         self._events += 1
         number = self._events
-        self.metrics({"recoveries": number}, event.epoch)
 
         def call() -> None:
             for run in filter(None, (self._run, self._parent)):
@@ -208,9 +207,13 @@ def _search(client: Any, experiment: str, subject: Subject, kind: str, more: str
 
 
 def _parent(client: Any, experiment: str, subject: Subject, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-    """The run of this experiment and seed; a new one when the settings differ from what the old one says (params are immutable)."""
+    """The run of this experiment and seed; a new one when the settings differ from what the old one says (params are immutable).
+
+    Also a new one when the old training diverged and is done again: what was logged of that cannot be taken back.
+    """
     found = _search(client, experiment, subject, subject.kind)
-    if found and found[0].data.params == params:
+    stale = subject.stage == "finetune" and bool(found) and any(tag.startswith("event_") for tag in found[0].data.tags)
+    if found and found[0].data.params == params and not stale:
         for name, value in tags.items():
             client.set_tag(found[0].info.run_id, name, value)
         return str(found[0].info.run_id)

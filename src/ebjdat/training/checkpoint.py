@@ -39,6 +39,7 @@ class Header:
     data_hash: str
     git_commit: str
     metrics: dict[str, float]
+    events: tuple[str, ...] = ()  # divergences, and what was changed in `training` after them
     version: str = __version__
 
     def dump(self) -> str:
@@ -55,6 +56,7 @@ class Header:
                 "training": TrainingSettings.model_validate(plain["training"]),
                 "image_shape": tuple(plain["image_shape"]),
                 "classes": tuple(plain["classes"]),
+                "events": tuple(plain["events"]),
             }
         )
 

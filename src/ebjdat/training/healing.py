@@ -27,19 +27,18 @@ AT_END = 1e-3  # a pixel this near to an end of the range, or beyond it, counts 
 class Event:
     """A divergence: where it was seen, by what, and what was done.
 
-    epoch, step: counted from 1, of the training as it then was. change: the ladder's change in words; None when it was
-    only recorded. back_to: finished epochs of the state that training went back to.
+    epoch, step: counted from 1, of the training as it then was. healed: whether training went back to a healthy state and
+    on with a change.
     """
 
     epoch: int
     step: int
     symptoms: tuple[str, ...]
-    change: str | None
-    back_to: int
+    action: str
+    healed: bool
 
     def __str__(self) -> str:
-        done = "recorded only" if self.change is None else f"back to the end of epoch {self.back_to}, {self.change}"
-        return f"epoch {self.epoch}, step {self.step}: {'; '.join(self.symptoms)}; {done}"
+        return f"epoch {self.epoch}, step {self.step}: {'; '.join(self.symptoms)}; {self.action}"
 
 
 def vitals(terms: Mapping[str, Tensor], sums: Mapping[str, Tensor], batch: Batch, chains: Tensor | None, after: Tensor) -> dict[str, float]:
@@ -124,6 +123,6 @@ def adjusted(settings: TrainingSettings, climbed: Sequence[Rung]) -> tuple[Train
         elif rung.by is not None:
             rate = rate * rung.by if rung.change == "lr" else rate
             steps = steps * rung.by if rung.change == "steps" else steps
-            penalty = rung.by if rung.change == "energy_l2" else penalty
-    changes = {"optimizer": {"lr": rate}, "chain": {"steps": round(steps)}, "weights": {"energy_l2": penalty}}
+            penalty = max(penalty, rung.by) if rung.change == "energy_l2" else penalty
+    changes = {"optimizer": {"lr": rate}, "chain": {"steps": math.ceil(steps)}, "weights": {"energy_l2": penalty}}
     return TrainingSettings.model_validate(merge(settings.model_dump(), changes)), seeds

@@ -187,12 +187,13 @@ def train(
                 if not math.isfinite(row["validation_energy"]):  # in eval mode: broken running statistics show only here
                     raise Diverged(progress.step, ("validation energies that are not finite",))
             except Diverged as found:
-                known = len(progress.events)
                 progress = recover(job, learner, progress, found)
-                for event in progress.events[known:]:
-                    on_event(event)
-                bar.line(f"DIVERGED: {found}; " + ("ends here" if progress.ended else str(progress.events[-1].change)))
+                event = progress.events[-1]
+                on_event(event)
+                bar.line(f"DIVERGED: {event}")
                 bar.at(progress.epoch * per_epoch)
+                if not event.healed and not progress.ended:
+                    raise TrainingError(_at_the_ladders_end(job, progress)) from None
                 continue
             row["seconds"] = progress.seconds
             if progress.epoch + 1 > job.settings.selection.after * epochs or progress.epoch + 1 == epochs:
@@ -276,37 +277,44 @@ def _judge(job: Job, progress: Progress, bar: Bar, on_event: Callable[[Event], N
     if job.settings.healing.mode == "heal" or not progress.vitals["finite"]:
         raise Diverged(progress.step, found)
     if not progress.events:
-        progress.events.append(Event(progress.epoch + 1, progress.step, found, None, progress.epoch))
+        progress.events.append(Event(progress.epoch + 1, progress.step, found, "recorded only", healed=False))
         on_event(progress.events[-1])
         bar.line(f"COLLAPSED: {progress.events[-1]}")
 
 
 def recover(job: Job, learner: Learner, progress: Progress, found: Diverged) -> Progress:
-    """Load the last healthy state, the end of an epoch, into `learner`, and climb one rung of the ladder.
+    """Load the last healthy state, the end of an epoch, into `learner`; the last event of what is returned says how to go on.
 
-    Where collapses are only recorded, training ends there instead. Raises TrainingError after the ladder's end.
+    It has climbed one rung of the ladder; or, where collapses are only recorded, training ends there; or, after the
+    ladder's end, nothing is left to try.
     """
     settings = job.settings.healing
     rungs = healing.usable(settings.ladder, registry.METHODS[job.method].draws)
     healthy = Progress.restore(job.state, learner, healthy=True)
     healthy.seconds = progress.seconds
-    healthy.events = progress.events
-    where = (progress.epoch + 1, found.step, found.symptoms)
-    if settings.mode == "record":
-        healthy.ended = True
-        if not healthy.events:
-            healthy.events.append(Event(*where, None, healthy.epoch))
+    healthy.ended = settings.mode == "record"
+    healed = False
+    if healthy.ended:
+        action = f"ended with the state of epoch {healthy.epoch}"
     elif progress.recoveries < len(rungs):
-        healthy.events.append(Event(*where, healing.describe(rungs[progress.recoveries]), healthy.epoch))
+        healed, action = True, f"back to the end of epoch {healthy.epoch}, {healing.describe(rungs[progress.recoveries])}"
     else:
-        tried = "".join(f"\n  {i}. {event}" for i, event in enumerate(progress.events, 1)) or "\n  nothing: healing.ladder is empty"
-        raise TrainingError(
-            f"{job.title}: diverged in epoch {where[0]}, step {where[1]}: {found}. This was tried before:{tried}\n"
-            f"Lower optimizer.lr, add chain steps, or extend healing.ladder. The healthy state of epoch {healthy.epoch} is kept in "
-            f"{job.state}; results of other experiments are not touched."
-        )
-    healthy.save(job.state, learner)
+        action = "nothing is left on the ladder"
+    healthy.events = [*progress.events, Event(progress.epoch + 1, found.step, found.symptoms, action, healed)]
+    if healed or healthy.ended:
+        healthy.save(job.state, learner)
     return healthy
+
+
+def _at_the_ladders_end(job: Job, progress: Progress) -> str:
+    *tried, last = progress.events
+    lines = "".join(f"\n  {i}. {event}" for i, event in enumerate(tried, 1)) or "\n  nothing: healing.ladder is empty"
+    chains = "add chain steps, " if "negatives" in registry.METHODS[job.method].draws else ""
+    return (
+        f"{job.title}: diverged in epoch {last.epoch}, step {last.step}: {'; '.join(last.symptoms)}. This was tried before:{lines}\n"
+        f"Lower optimizer.lr, {chains}or extend healing.ladder, and run again: with changed settings this training starts anew. "
+        f"Its healthy state of epoch {progress.epoch} stays in {job.state}; results of other experiments are not touched."
+    )
 
 
 def validate(learner: Learner, job: Job, validation: DeviceData, row: dict[str, float]) -> float:
@@ -372,7 +380,7 @@ class Progress:
 
     @property
     def recoveries(self) -> int:
-        return sum(event.change is not None for event in self.events)
+        return sum(event.healed for event in self.events)
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -419,13 +427,18 @@ class Progress:
 
     @classmethod
     def restore(cls, folder: Path, learner: Learner, healthy: bool = False) -> Progress:
-        """The saved progress, loaded into the learner; a fresh one when nothing was saved. healthy: the last end of an epoch."""
+        """The saved progress, loaded into the learner; a fresh one when nothing was saved.
+
+        healthy: the last end of an epoch; TrainingError when there is none.
+        """
         progress = cls()
         device = next(learner.model.parameters()).device
         content = _read(folder / END_OF_EPOCH, device)
         if content is None:
+            if healthy:
+                raise TrainingError(f"{folder / END_OF_EPOCH}: the state to go back to is gone; run again, training starts anew")
             return progress
-        within = None if healthy else _read(folder / WITHIN_EPOCH, device)
+        within = None if healthy or content["ended"] else _read(folder / WITHIN_EPOCH, device)
         if within is not None and (within["epoch"], _recoveries(within)) == (content["epoch"], _recoveries(content)):
             content = within  # else it is from an epoch that was finished or given up since
         learner.load(content)
@@ -433,7 +446,7 @@ class Progress:
         progress.seconds, progress.rows, progress.sums = content["seconds"], content["rows"], content["sums"]
         progress.vitals = content["vitals"]
         progress.events = [Event(**{**event, "symptoms": tuple(event["symptoms"])}) for event in content["events"]]
-        progress.selected = Selected(**content["selected"])
+        progress.selected = Selected(**{name: _to_cpu(value) for name, value in content["selected"].items()})
         return progress
 
 
@@ -441,7 +454,13 @@ END_OF_EPOCH, WITHIN_EPOCH = "epoch.pt", "step.pt"
 
 
 def _recoveries(content: Mapping[str, Any]) -> int:
-    return sum(event["change"] is not None for event in content["events"])
+    return sum(event["healed"] for event in content["events"])
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _to_cpu(item) for name, item in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
