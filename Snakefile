@@ -19,6 +19,12 @@ localrules:
     record,
 
 
+onerror:
+    print(
+        f"Some jobs failed: what each says is above and in {LOGS}/. The others are kept, and the same command goes on from there."
+    )
+
+
 rule all:
     default_target: True
     input:

@@ -192,6 +192,7 @@ def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path:
     for run in client.search_runs(where):
         assert run.data.metrics["recoveries"] == 0
         assert "event_1" in run.data.tags
+        assert (run.data.tags["base"], run.data.tags["form"]) == ("jempp", "paper")
 
     monkeypatch.setattr(healing, "symptoms", lambda *_: ())
     train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)

@@ -405,6 +405,12 @@ def base_of(method: str, base: str | None) -> str | None:
     return base or (bases[0] if bases else None)
 
 
+def form_of(method: str, form: str | None) -> str | None:
+    """The form of a method: the one that was asked for, or its first, if it has any."""
+    forms = registry.METHODS[method].forms
+    return form or (forms[0] if forms else None)
+
+
 def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
     """A workflow job's wildcards and "base", by which rules name the sections of the profile that they read."""
     entries: dict[str, Trained] = {}
@@ -431,7 +437,7 @@ def training_layers(
     """
     entry = registry.METHODS[method]
     row = base_of(method, base)
-    shape = form or (entry.forms[0] if entry.forms else None)
+    shape = form_of(method, form)
     return [
         training,
         *([registry.BASES[row].defaults, bases.get(row, {})] if row else []),

@@ -95,7 +95,7 @@ def folder(settings: DataSettings) -> Raw:
 
     Archives are read in memory, member by member: nothing is unpacked to disk. Archives may have one enclosing folder.
     All images must have one square size, or get it from `settings.size`: the shorter side is scaled to it, the centre is
-    cropped. Grey images stay grey, everything else becomes RGB.
+    cropped. Grey images stay grey where all are, everything else becomes RGB.
     """
     path = Path(settings.path or "")
     if not path.exists():
@@ -214,6 +214,11 @@ def _assemble(path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np
     if len(classes) < 2:
         raise DataError(f"{path}: only the class {classes[0]!r}; at least two are needed")
 
+    depths = {image.shape[0] for split in SPLITS for c in classes for _, image in images[split][c]}
+    if len(depths) > 1:  # grey pictures among colour ones, as ImageNet has them
+        for split in SPLITS:
+            for c in classes:
+                images[split][c] = [(name, np.repeat(x, 3, 0) if len(x) == 1 else x) for name, x in images[split][c]]
     shapes = Counter(image.shape for split in SPLITS for c in classes for _, image in images[split][c])
     usual = shapes.most_common(1)[0][0]
     for split in SPLITS:

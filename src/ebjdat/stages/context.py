@@ -52,6 +52,8 @@ class Context:
             {**self.profile.resolved(experiment), "seed": seed},
             {
                 "method": entry.method,
+                "base": params.base_of(entry.method, entry.base) or "",
+                "form": params.form_of(entry.method, entry.form) or "",
                 "params_hash": self.profile.params_hash(experiment, seed),
                 "data_hash": data_hash,
             },

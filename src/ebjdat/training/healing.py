@@ -64,7 +64,7 @@ def vitals(terms: Mapping[str, Tensor], sums: Mapping[str, Tensor], batch: Batch
     if chains is not None:
         images = batch.x_density
         ours, theirs = _at_ends(chains), _at_ends(batch.x)
-        found["saturation"] = (ours - theirs) / (1 - theirs).clamp_min(1e-6)
+        found["saturation"] = ((ours - theirs) / (1 - theirs).clamp_min(1e-6)).clamp_min(0)
         found["contrast"] = chains.flatten(1).std(1).mean() / images.flatten(1).std(1).mean().clamp_min(1e-6)
         found["diversity"] = chains.std(0).mean() / images.std(0).mean().clamp_min(1e-6)
     return dict(zip(found, torch.stack([value.detach().float() for value in found.values()]).tolist(), strict=True))
