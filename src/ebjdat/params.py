@@ -271,7 +271,7 @@ class TrainingSettings(Settings):
         return self
 
 
-class Trained(Settings):
+class MethodSettings(Settings):
     """A method, the rows of settings it stands on, and what differs from them."""
 
     method: Annotated[str, known(registry.METHODS)] = "classifier"
@@ -288,14 +288,14 @@ class Trained(Settings):
         return self
 
 
-class Pretraining(Trained):
+class Pretraining(MethodSettings):
     """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
 
     epochs: CountOrZero
     model: dict[str, Any] = {}  # overrides of the profile's network, for every experiment that starts from here
 
 
-class Experiment(Trained):
+class Experiment(MethodSettings):
     method: Annotated[str, known(registry.METHODS)]
     pretraining: str
     note: str | None = None  # shown in the report
@@ -373,7 +373,7 @@ class Profile(Settings):
     def training_settings(self, experiment: str) -> TrainingSettings:
         return self._training(self.experiments[experiment])
 
-    def _training(self, entry: Trained, *more: Mapping[str, Any]) -> TrainingSettings:
+    def _training(self, entry: MethodSettings, *more: Mapping[str, Any]) -> TrainingSettings:
         layers = training_layers(self.training.model_dump(), self.bases, entry.method, entry.base, entry.form, entry.training)
         return TrainingSettings.model_validate(merge(*layers, *more))
 
@@ -413,13 +413,20 @@ def form_of(method: str, form: str | None) -> str | None:
 
 def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
     """A workflow job's wildcards and "base", by which rules name the sections of the profile that they read."""
-    entries: dict[str, Trained] = {}
+    entry: MethodSettings | None = None
     if "experiment" in job:
-        entries = dict(profile.experiments)
+        entry = profile.experiments[job["experiment"]]
     elif "pretraining" in job:
-        entries = dict(profile.pretraining)
-    entry = entries.get(job.get("experiment", job.get("pretraining", "")))
+        entry = profile.pretraining[job["pretraining"]]
     return {**job, "base": (entry and base_of(entry.method, entry.base)) or "none"}
+
+
+def section(raw: Mapping[str, Any], path: str) -> Any:
+    """What stands at "a.b.c" of raw settings; None where nothing does."""
+    value: Any = raw
+    for key in path.split("."):
+        value = _mapping(value).get(key)
+    return value
 
 
 def training_layers(
@@ -622,29 +629,27 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
     for base, values in bases.items():
         if base in registry.BASES:
             trainings.append((("bases", base), merge(training, registry.BASES[base].defaults, values)))
-    for section in ("pretraining", "experiments"):
-        for name, entry in _entries(raw, section).items():
+    for kind in ("pretraining", "experiments"):
+        for name, entry in _entries(raw, kind).items():
             override = entry.get("training", {})
             method = str(entry.get("method", "classifier"))
             if not isinstance(override, Mapping) or method not in registry.METHODS:
                 continue
             row, form = (str(entry.get(key)) if str(entry.get(key)) in rows else None for key, rows in ROWS.items())
-            own = {"epochs": entry["epochs"]} if section == "pretraining" and isinstance(entry.get("epochs"), int) else {}
+            own = {"epochs": entry["epochs"]} if kind == "pretraining" and isinstance(entry.get("epochs"), int) else {}
             merged = merge(*training_layers(training, bases, method, row, form, override), own)
-            trainings.append(((section, name, "training"), merged))
-            sampler = registry.SAMPLERS.get(str(_mapping(merged.get("chain")).get("sampler", "pyld")))
-            for key in sorted(READ_BY_SAMPLERS & set(_mapping(override.get("chain")))):
-                if sampler is not None and key not in sampler.reads:
-                    what = f"is not read by sampler {merged['chain']['sampler']!r}; it reads {', '.join(sampler.reads)}"
-                    yield (section, name, "training", "chain", key), what
+            trainings.append(((kind, name, "training"), merged))
+            sampler = str(_mapping(merged.get("chain")).get("sampler", ChainSettings().sampler))
+            reads = registry.SAMPLERS[sampler].reads if sampler in registry.SAMPLERS else tuple(READ_BY_SAMPLERS)
+            for key in sorted(READ_BY_SAMPLERS & set(_mapping(override.get("chain"))) - set(reads)):
+                yield (kind, name, "training", "chain", key), f"is not read by sampler {sampler!r}; it reads {', '.join(reads)}"
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
         batch = settings.get("batch_size")
         if not found and size is not None and isinstance(batch, int) and batch > size:
             yield (*where, "batch_size"), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
-    chain = training.get("chain")
-    for key in sorted(NEVER_USED & set(_mapping(chain))):
+    for key in sorted(NEVER_USED & set(_mapping(training.get("chain")))):
         yield ("training", "chain", key), f"is never used, since every row of the JEM family sets it; set bases.<base>.chain.{key}"
 
 
@@ -660,7 +665,7 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
     for name, entry in pretrainings.items():
         if isinstance(entry.get("training"), Mapping) and "epochs" in entry["training"]:
             yield ("pretraining", name, "training", "epochs"), f"stands one level too deep; set pretraining.{name}.epochs"
-        network = merge(raw["model"] if isinstance(raw.get("model"), Mapping) else {}, _mapping(entry.get("model")))
+        network = merge(_mapping(raw.get("model")), _mapping(entry.get("model")))
         yield from _invalid(ModelSettings, network, ("pretraining", name, "model"))
         content = {"method": "classifier", "training": {}, **entry} if entry.get("epochs") != 0 else {"epochs": 0}
         content = {**content, "model": sorted(network.items())}

@@ -121,10 +121,7 @@ def sections(*paths):
             path = path.format(
                 **settings.section_names(PROFILE, dict(wildcards.items()))
             )
-            value = RAW
-            for key in path.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            found[path] = value
+            found[path] = settings.section(RAW, path)
         return json.dumps(found, sort_keys=True)
 
     return get

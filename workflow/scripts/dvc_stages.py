@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ebjdat.files import digest
-from ebjdat.params import Profile, load, merge, read_layers, section_names
+from ebjdat.params import Profile, load, merge, read_layers, section, section_names
 
 TARGET = Path("dvc.yaml")
 PARAMS = "params/digits.yaml"
@@ -84,7 +84,7 @@ def stage(job: dict[str, Any], paths: list[str], profile: Profile, raw: dict[str
     result: dict[str, Any] = {"cmd": [command, RECORDED] if job["rule"] == "report" else command}
     result["deps"] = job["input"]
     named = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
-    result["params"] = [{PARAMS: [p for p in named if exists(raw, p)]}]
+    result["params"] = [{PARAMS: [p for p in named if section(raw, p) is not None]}]  # DVC takes a missing one for an error
     outs = [o for o in job["output"] if not METRICS.search(o) and not CURVES.search(o)]
     metrics = [o for o in job["output"] if METRICS.search(o)]
     curves = [o for o in job["output"] if CURVES.search(o)]
@@ -95,15 +95,6 @@ def stage(job: dict[str, Any], paths: list[str], profile: Profile, raw: dict[str
     if curves:
         result["plots"] = [{c: {"x": "epoch", "y": "loss"}} for c in curves]
     return result
-
-
-def exists(raw: Any, path: str) -> bool:
-    """Whether the params file has this section; DVC takes a missing one for an error."""
-    for key in path.split("."):
-        if not isinstance(raw, dict) or key not in raw:
-            return False
-        raw = raw[key]
-    return True
 
 
 def render() -> str:

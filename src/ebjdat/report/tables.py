@@ -15,7 +15,7 @@ import yaml
 from scipy import stats
 
 from ebjdat.files import read_json, write_text
-from ebjdat.params import Profile, base_of, flat
+from ebjdat.params import Profile, base_of, flat, form_of
 from ebjdat.registry import BASES, FORMS, METHODS
 
 # The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
@@ -143,6 +143,7 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
     for name, experiment in profile.experiments.items():
         mine = [row.metrics for row in rows if row.experiment == name]
         record: dict[str, Any] = {"experiment": name, "method": experiment.method, "seeds": len(mine)}
+        paper = paper_numbers(profile, name)
         for metric in METRICS:
             values = [m[metric.name] for m in mine if m.get(metric.name) is not None]
             if len(values) < len(mine):
@@ -155,7 +156,7 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
                 record[f"{metric.name}_sd"] = float(np.std(values, ddof=1))
             if metric.n:
                 record[f"{metric.name}_n"] = int(mine[0][metric.n])
-            theirs = paper_numbers(profile, name).get(metric.paper or "")
+            theirs = paper.get(metric.paper or "")
             if theirs is not None and (metric.name != "frechet" or is_fid):
                 record[f"{metric.name}_paper"] = theirs / 100 if metric.percent else theirs
         record["frechet_extractor"] = mine[0]["frechet_extractor"]
@@ -180,9 +181,8 @@ def differences(profile: Profile, experiment: str) -> str:
     entry = profile.experiments[experiment]
     method, row = METHODS[entry.method], base_of(entry.method, entry.base)
     parts = [f"on {BASES[row].source}"] if row and len(method.bases) > 1 else []
-    if method.forms:
-        form = entry.form or method.forms[0]
-        parts.append(f"{form} form")
+    form = form_of(entry.method, entry.form)
+    parts += [f"{form} form"] if form else []
     parts += [f"{name} = {value}" for name, value in flat(entry.training).items()]
     return ", ".join(parts)
 
@@ -198,10 +198,10 @@ def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
     everything = yaml.safe_load(resources.files("ebjdat.report").joinpath("paper.yaml").read_text(encoding="utf-8"))
     entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
     rows: dict[str, dict[str, float]] = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
-    method = METHODS[entry.method]
-    if not method.forms:
+    name = form_of(entry.method, entry.form)
+    if name is None:
         return rows.get(entry.method, {})
-    form = FORMS[entry.form or method.forms[0]].defaults
+    form = FORMS[name].defaults
     if settings.adversary.score != form["adversary"]["score"]:
         return {}
     base, weights = base_of(entry.method, entry.base), [settings.weights.w1, settings.weights.w2, settings.weights.w3]

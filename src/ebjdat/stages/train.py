@@ -92,7 +92,7 @@ def _train(
 
     def on_event(event: Event) -> None:
         events.append(event)
-        tracker.event(event)
+        tracker.tag(f"event_{len(events)}", str(event))
 
     with _alone(state.parent):
         try:

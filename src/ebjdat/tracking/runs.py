@@ -58,7 +58,6 @@ class Tracker:
         self._client: Any = None
         self._run = ""
         self._parent: str | None = None
-        self._events = 0
         self._off = open_run is None
         if open_run is not None:
             self._safely(lambda: self._open(open_run))
@@ -100,14 +99,12 @@ class Tracker:
 
         self._safely(call)
 
-    def event(self, event: Any) -> None:
-        """A divergence of the training: a tag, on the stage's run and the experiment's, that says what was seen and done."""
-        self._events += 1
-        number = self._events
+    def tag(self, name: str, value: str) -> None:
+        """A tag, on the stage's run and on the experiment's."""
 
         def call() -> None:
             for run in filter(None, (self._run, self._parent)):
-                self._client.set_tag(run, f"event_{number}", str(event))
+                self._client.set_tag(run, name, value)
 
         self._safely(call)
 
