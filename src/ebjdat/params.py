@@ -18,9 +18,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ebjdat import registry
 from ebjdat.errors import UserError
 from ebjdat.files import digest
-from ebjdat.pixels import Budget
+from ebjdat.pixels import Budget, unit_distance
 
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
+PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
+STANDARD = "standard"  # the protocol whose figures stand first
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
@@ -301,23 +303,117 @@ class Experiment(MethodSettings):
     note: str | None = None  # shown in the report
 
 
-class AutoAttackSettings(Settings):
-    n: CountOrZero  # first n test examples; 0: not run
-    batch_size: Count = 250
+class PGDSettings(Settings):
+    """PGD-n on cross-entropy (Madry et al. 2018) from random starts in the ball."""
+
+    steps: Count = 20
+    step_size: Epsilon  # in the protocol's range
+    restarts: Count = 1
 
 
-class AttackSettings(Settings):
+class EnsembleSettings(Settings):
+    """One attack of an ensemble. Each reads what registry.ATTACKS says of it."""
+
+    steps: Count = 100
+    targets: Count = 9  # classes aimed at, in the order of the logits; never more than there are
+    queries: Count = 5000
+    range: Literal["unit", "internal"] = "unit"  # pixels FAB works in; its box is [0, 1] of them, internal: the brighter half
+
+
+class ProtocolSettings(Settings):
+    """How robustness is measured: data that name one column of the report."""
+
+    like: Annotated[str, known(registry.PROTOCOLS)] | None = None  # the row it stands on; None: the one of its own name
     norm: Norm = "Linf"
     eps: Epsilon
-    pgd20_step: Epsilon  # step size of PGD-20
-    autoattack: AutoAttackSettings
-    seed: CountOrZero = 0
-    batch_size: Count = 250
+    range: Literal["unit", "internal"] = "unit"  # pixels that eps and step sizes are stated in; internal: half as far, as released
+    noise: NotNegative = 0.0  # on the images before they are classified or attacked; internal range, standard deviation
+    n: CountOrZero  # the first n test examples meet the ensemble; 0: none. PGD meets the whole split
+    pgd: PGDSettings
+    attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
+
+    @property
+    def radius(self) -> float:
+        """Radius of the ball in [0, 1] pixels."""
+        return self.eps if self.range == "unit" else unit_distance(self.eps)
+
+    @property
+    def pgd_step(self) -> float:
+        """Step size of PGD in [0, 1] pixels."""
+        return self.pgd.step_size if self.range == "unit" else unit_distance(self.pgd.step_size)
+
+    @model_validator(mode="after")
+    def sensible(self) -> Self:
+        if self.pgd.step_size > 2 * self.eps:
+            raise ValueError(f"pgd.step_size {self.pgd.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
+        for name, attack in self.attacks.items():
+            unread = sorted(attack.model_fields_set - set(registry.ATTACKS[name].reads))
+            if unread:
+                raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(registry.ATTACKS[name].reads)}")
+        return self
+
+
+def with_rows(protocols: Any) -> Any:
+    """Protocols as they stand in a profile, each merged over the row of registry.PROTOCOLS that it stands on; a null attack is left out."""
+    if not isinstance(protocols, Mapping):
+        return protocols
+    merged: dict[Any, Any] = {}
+    for name, entry in protocols.items():
+        row = registry.PROTOCOLS.get(str(_mapping(entry).get("like") or name))
+        if not isinstance(entry, Mapping):
+            merged[name] = entry
+        elif row is None:
+            raise ValueError(f"protocol {name!r} needs `like`, the row that it stands on; allowed: {', '.join(registry.PROTOCOLS)}")
+        else:
+            whole = merge(row.defaults, entry)
+            attacks = whole["attacks"]
+            merged[name] = (
+                {**whole, "attacks": {k: v for k, v in attacks.items() if v is not None}} if isinstance(attacks, Mapping) else whole
+            )
+    return merged
+
+
+class CheckSettings(Settings):
+    """Integrity checks of an evaluation: how many examples they take, and how hard they try."""
+
+    n: Count = 100  # the first n test examples
+    sweep: tuple[Positive, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # radii of the sweep, in units of the standard protocol's
+    steps: Count = 100  # of the stronger PGD
+    restarts: Count = 3
 
 
 class ReferenceSettings(Settings):
     experiment: str = "classifier"
     seed: CountOrZero = 0
+
+
+class AttackSettings(Settings):
+    protocols: Annotated[dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], ProtocolSettings], BeforeValidator(with_rows)]
+    checks: CheckSettings = CheckSettings()
+    transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
+    seed: CountOrZero = 0
+    batch_size: Count = 250
+
+    @property
+    def standard(self) -> ProtocolSettings:
+        return self.protocols[STANDARD]
+
+    @model_validator(mode="after")
+    def has_standard(self) -> Self:
+        if STANDARD not in self.protocols:
+            raise ValueError(f"protocols: {STANDARD!r} is missing; every result is reported under it")
+        row, standard = registry.PROTOCOLS[STANDARD].defaults, self.standard
+        kept = {name: EnsembleSettings.model_validate(attack) for name, attack in row["attacks"].items()}
+        if (standard.range, standard.noise, standard.pgd.steps, standard.attacks) != (
+            row["range"],
+            row["noise"],
+            row["pgd"]["steps"],
+            kept,
+        ):
+            raise ValueError(
+                "protocols.standard: range, noise, pgd.steps and attacks are what its name means; add a protocol `like: standard`"
+            )
+        return self
 
 
 class GenerateSettings(Settings):
@@ -680,30 +776,29 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
 def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation: Evaluation) -> Iterator[Problem]:
     test = data.test or KNOWN_SIZES.get(data.source, (0, 0))[1] or None
     test = min(filter(None, (test, data.n_test)), default=None)
-    n = evaluation.attack.autoattack.n
-    if test and n > test:
-        yield ("evaluation", "attack", "autoattack", "n"), f"{n} is more than the test split has; allowed: 0 to {test}"
+    for name, protocol in evaluation.attack.protocols.items():
+        if test and protocol.n > test:
+            yield ("evaluation", "attack", "protocols", name, "n"), f"{protocol.n} is more than the test split has; allowed: 0 to {test}"
     if evaluation.energy.n and test and evaluation.energy.n > test:
         yield ("evaluation", "energy", "n"), f"{evaluation.energy.n} is more than the test split has; allowed: 1 to {test}"
-    if evaluation.attack.pgd20_step > 2 * evaluation.attack.eps:
-        yield (
-            ("evaluation", "attack", "pgd20_step"),
-            f"{evaluation.attack.pgd20_step:.4g} is more than the diameter 2 eps = {2 * evaluation.attack.eps:.4g}",
-        )
+    if evaluation.attack.transfer is not None:
+        yield from _no_such_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
     generate = evaluation.generate
     if generate.extractor == "inception" and data.source == "digits":
         yield ("evaluation", "generate", "extractor"), "Inception is for natural images; allowed for digits: reference"
     if generate.extractor != "inception":
-        experiments = _entries(raw, "experiments")
-        where = ("evaluation", "generate", "reference")
-        if generate.reference.experiment not in experiments:
-            yield (
-                (*where, "experiment"),
-                f"{generate.reference.experiment!r} is not an experiment of this profile; "
-                + nearest(generate.reference.experiment, list(experiments)),
-            )
-        if isinstance(raw.get("seeds"), list) and generate.reference.seed not in raw["seeds"]:
-            yield (*where, "seed"), f"{generate.reference.seed} is not one of the profile's seeds {raw['seeds']}"
+        yield from _no_such_run(raw, ("evaluation", "generate", "reference"), generate.reference)
+
+
+def _no_such_run(raw: Mapping[str, Any], where: tuple[str, ...], wanted: ReferenceSettings) -> Iterator[Problem]:
+    experiments = list(_entries(raw, "experiments"))
+    if wanted.experiment not in experiments:
+        yield (
+            (*where, "experiment"),
+            f"{wanted.experiment!r} is not an experiment of this profile; {nearest(wanted.experiment, experiments)}",
+        )
+    if isinstance(raw.get("seeds"), list) and wanted.seed not in raw["seeds"]:
+        yield (*where, "seed"), f"{wanted.seed} is not one of the profile's seeds {raw['seeds']}"
 
 
 def _invalid(model: type[BaseModel], raw: Any, prefix: tuple[str | int, ...]) -> Iterator[Problem]:

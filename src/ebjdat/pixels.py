@@ -54,3 +54,8 @@ def unit_from_internal(x: Tensor) -> Tensor:
 def internal_distance(unit_distance: float) -> float:
     """A distance or step (eps, step size) of the unit range, in the internal range."""
     return unit_distance * 2
+
+
+def unit_distance(internal_distance: float) -> float:
+    """A distance or step of the internal range, in [0, 1] pixels."""
+    return internal_distance / 2

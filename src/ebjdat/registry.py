@@ -183,6 +183,54 @@ SCHEDULES: Mapping[str, Entry] = {
     "constant": Entry("ebjdat.training.schedules:constant", "linear warm-up, then constant", reads=("warmup",)),
 }
 
+# Attacks of an ensemble, in the order of their cost; reads: settings of a protocol's entry that they use.
+ATTACKS: Mapping[str, Entry] = {
+    "apgd_ce": Entry("ebjdat.evaluation.ensemble:apgd_ce", "APGD on cross-entropy, arXiv 2003.01690; pyautoattack", reads=("steps",)),
+    "apgd_dlr": Entry("ebjdat.evaluation.ensemble:apgd_dlr", "APGD on DLR, untargeted, arXiv 2003.01690; pyautoattack", reads=("steps",)),
+    "apgd_t": Entry(
+        "ebjdat.evaluation.ensemble:apgd_t", "APGD on targeted DLR, arXiv 2003.01690; pyautoattack", reads=("steps", "targets")
+    ),
+    "fab": Entry("ebjdat.evaluation.ensemble:fab", "FAB, untargeted, arXiv 1907.02044; pyautoattack", reads=("steps", "range")),
+    "fab_t": Entry(
+        "ebjdat.evaluation.ensemble:fab_t", "FAB, targeted, arXiv 1907.02044; pyautoattack", reads=("steps", "targets", "range")
+    ),
+    "square": Entry("ebjdat.evaluation.ensemble:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
+}
+
+# Evaluation protocols: values alone. A profile's protocol of the same name, or one that is `like` it, stands on these.
+PROTOCOLS: Mapping[str, Row] = {
+    "standard": Row(
+        "RobustBench, arXiv 2010.09670: PGD-20 and AutoAttack standard, arXiv 2003.01690",
+        {
+            "norm": "Linf",
+            "range": "unit",
+            "noise": 0.0,
+            "pgd": {"steps": 20},
+            "attacks": {
+                "apgd_ce": {"steps": 100},
+                "apgd_t": {"steps": 100, "targets": 9},
+                "fab_t": {"steps": 100, "targets": 9},
+                "square": {"queries": 5000},
+            },
+        },
+    ),
+    "released": Row(
+        "the released evaluation of arXiv 2505.19459: half the radius, noise, a weaker ensemble",
+        {
+            "norm": "Linf",
+            "range": "internal",
+            "noise": 0.03,
+            "pgd": {"steps": 20},
+            "attacks": {
+                "apgd_ce": {"steps": 20},
+                "apgd_dlr": {"steps": 20},
+                "fab": {"steps": 20, "range": "internal"},
+                "square": {"queries": 5000},
+            },
+        },
+    ),
+}
+
 SOURCES: Mapping[str, Entry] = {
     "digits": Entry("ebjdat.data.sources:digits", "scikit-learn's bundled UCI digits, 8x8"),
     "cifar10": Entry("ebjdat.data.sources:cifar10", "torchvision"),

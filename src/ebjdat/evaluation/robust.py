@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ebjdat.data.batches import DeviceData, generator
 from ebjdat.errors import UserError
 from ebjdat.models.modes import moving_images
-from ebjdat.params import AttackSettings
-from ebjdat.pixels import UNIT
+from ebjdat.params import AttackSettings, ProtocolSettings
+from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
 
@@ -36,29 +36,41 @@ def predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     return torch.cat([model(x[part]).argmax(1) for part in batches(len(x), batch_size)])
 
 
-def pgd_examples(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings, bar: Bar | None = None) -> Tensor:
-    """PGD-20 on cross-entropy from a random start (Madry et al. 2018): adversarial images in [0, 1].
+def pgd_examples(
+    model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, seed: int, batch_size: int, bar: Bar | None = None
+) -> Tensor:
+    """PGD-n on cross-entropy from a random start (Madry et al. 2018): adversarial images in [0, 1], all of one restart.
 
-    The same settings, images and weights give the same examples; a batch's start depends on its place only.
+    x: images of the protocol (noise, if it has any, already on them). The same settings, images and weights give the same
+    examples; a batch's start depends on its place only.
     """
     found = []
     with moving_images(model, "eval"):
-        for part in batches(len(x), settings.batch_size):
+        for part in batches(len(x), batch_size):
+            start = random_point(x[part], protocol.radius, protocol.norm, UNIT, generator(x.device, "pgd", seed, part.start))
             found.append(
                 projected_gradient(
                     cross_entropy_score(model, x[part], y[part]),
                     x[part],
-                    eps=settings.eps,
-                    step_size=settings.pgd20_step,
-                    steps=PGD_STEPS,
-                    norm=settings.norm,
+                    eps=protocol.radius,
+                    step_size=protocol.pgd_step,
+                    steps=protocol.pgd.steps,
+                    norm=protocol.norm,
                     bounds=UNIT,
-                    start=random_point(x[part], settings.eps, settings.norm, UNIT, generator(x.device, "pgd", settings.seed, part.start)),
+                    start=start,
                 )
             )
             if bar:
                 bar.advance(part.stop - part.start)
     return torch.cat(found)
+
+
+def seen_under(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
+    """Images in [0, 1] as the protocol shows them to the network: with its noise, the same for every network; not clamped, as released."""
+    if not protocol.noise:
+        return x
+    noise = torch.randn(x.shape, generator=generator(x.device, "protocol noise", seed), device=x.device)
+    return x + unit_distance(protocol.noise) * noise
 
 
 def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> tuple[Tensor, list[str]]:

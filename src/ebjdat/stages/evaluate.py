@@ -112,7 +112,7 @@ def energy(
         model = UnitRange(loaded.network(device)).eval()
         test = DeviceData(data, "test", device, settings.n)
         x, y = test.unit(), test.labels
-        moved = robust.pgd_examples(model, x, y, attack_settings)
+        moved = robust.pgd_examples(model, x, y, attack_settings.standard, attack_settings.seed, attack_settings.batch_size)
         with np.load(samples, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
         generated = unit_from_uint8(images.to(device))
