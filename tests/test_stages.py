@@ -240,7 +240,7 @@ def test_a_state_that_another_process_trains_is_left_alone(files: Files, tmp_pat
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(TrainingError, match="another process is training this right now"):
+        with pytest.raises(BusyError, match="another process is at work on this right now"):
             train.finetune(*job)
         other.communicate("")
     train.finetune(*job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -124,21 +125,43 @@ def finetune(
 @app.command()
 @friendly
 def attack(
-    params: ParamsFile,
-    experiment: Name,
-    seed: Seed,
-    data: Data,
-    weights: Weights,
+    data: Annotated[
+        Path, typer.Option(help="Prepared data (npz); with --model also any npz of images and labels, a folder or an archive.")
+    ],
     out: Out,
+    params: Annotated[
+        Path | None, typer.Option(help="Profile, e.g. params/digits.yaml; with --model its evaluation.attack is used.")
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="An experiment of the profile.")] = None,
+    seed: Seed = 0,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint (safetensors); with --model any file of weights.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Network of the transferred attack: a checkpoint; with --model another package.module:function.")
+    ] = None,
+    verdicts: Annotated[Path | None, typer.Option(help="Every verdict (Parquet); default: beside --out.")] = None,
+    model: Annotated[str | None, typer.Option(help="Any network: package.module:function that makes one for images in [0, 1].")] = None,
+    n: Annotated[int, typer.Option(help="With --model and no profile: images for each ensemble.", min=1)] = 1000,
+    size: Annotated[int | None, typer.Option(help="With --model: scale and crop images of a folder to this size.", min=8)] = None,
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
 ) -> None:
-    """Clean accuracy, PGD-20, AutoAttack standard."""
-    from ebjdat.stages import evaluate
-    from ebjdat.stages.context import Context
+    """Robustness under every protocol, with integrity checks: of a profile's experiment, or of any network (--model)."""
+    from ebjdat.params import usual_protocols
+    from ebjdat.stages import attack as stage
+    from ebjdat.stages.context import Context, device_for
 
+    verdicts = verdicts or out.with_suffix(".parquet")
+    if model is not None:
+        context = Context.load(params, override) if params else None
+        settings = context.profile.evaluation.attack if context else usual_protocols(n, override)
+        device = context.device(threads) if context else device_for("auto", threads or os.cpu_count() or 1)
+        stage.run_any(model, weights, source, data, size, settings, device, out, verdicts)
+        return
+    if params is None or experiment is None or weights is None:
+        raise ParamsError("--params, --experiment and --weights are needed, or --model for a network from elsewhere")
     context = Context.load(params, override)
-    evaluate.attack(context, _known(experiment, context.profile.experiments), seed, data, weights, out, threads)
+    name = _known(experiment, context.profile.experiments)
+    stage.run(context, name, seed, data, weights, Path(source) if source else None, out, verdicts, threads)
 
 
 @app.command()

@@ -353,6 +353,25 @@ class ProtocolSettings(Settings):
         return self
 
 
+def usual_protocols(n: int, overrides: Sequence[str] = ()) -> AttackSettings:
+    """The field's protocols for natural images (L-infinity 8/255, L2 0.5) and the released one, for networks without a profile.
+
+    n: images that each ensemble meets. overrides: YAML files or key.path=value of an AttackSettings.
+    """
+    raw: dict[str, Any] = {
+        "protocols": {
+            STANDARD: {"eps": "8/255", "pgd": {"step_size": "2/255"}, "n": n},
+            "released": {"eps": "8/255", "pgd": {"step_size": "1/255"}, "n": n},
+            "standard_l2": {"like": STANDARD, "norm": "L2", "eps": 0.5, "pgd": {"step_size": 0.1}, "n": n},
+        }
+    }
+    raw = merge(raw, *(content for item in overrides for _, content in read_layers(item)))
+    problems = [f"{'.'.join(map(str, where))}: {what}" for where, what in _invalid(AttackSettings, raw, ())]
+    if problems:
+        raise ParamsError("\n".join(problems))
+    return AttackSettings.model_validate(raw)
+
+
 def with_rows(protocols: Any) -> Any:
     """Protocols as they stand in a profile, each merged over the row of registry.PROTOCOLS that it stands on; a null attack is left out."""
     if not isinstance(protocols, Mapping):
@@ -391,6 +410,7 @@ class AttackSettings(Settings):
     protocols: Annotated[dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], ProtocolSettings], BeforeValidator(with_rows)]
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
+    search: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the ensemble's search; fp32 decides every verdict
     seed: CountOrZero = 0
     batch_size: Count = 250
 

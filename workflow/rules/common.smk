@@ -48,6 +48,11 @@ RESULTS = f"results/{RUN}"
 LOGS = f"logs/{RUN}"
 BENCHMARKS = f"benchmarks/{RUN}"
 REFERENCE = PROFILE.evaluation.generate.reference
+TRANSFER = [
+    f"{CHECKPOINTS}/{run.experiment}/seed{run.seed}.safetensors"
+    for run in [PROFILE.evaluation.attack.transfer]
+    if run is not None
+]
 REPORT = {
     "summary": f"{RESULTS}/summary.csv",
     "table_csv": f"{RESULTS}/table.csv",
@@ -89,10 +94,12 @@ CODE = {
     "train": package(
         *BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"
     ),
-    "attack": package(*EVALUATION, "stages/evaluate.py"),
-    "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
+    "attack": package(*EVALUATION, "statistics.py", "stages/attack.py"),
+    "draw": package(
+        *EVALUATION, "statistics.py", "stages/evaluate.py", "report/figures.py"
+    ),
     "report": [
-        *package(*BASE, "report", "stages/report.py"),
+        *package(*BASE, "statistics.py", "report", "stages/report.py"),
         "src/ebjdat/report/page.html.j2",
         "src/ebjdat/report/paper.yaml",
     ],

@@ -1,11 +1,13 @@
 rule attack:
-    """Clean accuracy, PGD-20, AutoAttack standard."""
+    """Clean accuracy, PGD and the ensembles of every protocol, with integrity checks."""
     input:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
+        source=TRANSFER,
         code=CODE["attack"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.json",
+        verdicts=f"{RESULTS}/{{experiment}}/seed{{seed}}/verdicts.parquet",
     log:
         f"{LOGS}/{{experiment}}/seed{{seed}}/attack.log",
     benchmark:
@@ -17,10 +19,11 @@ rule attack:
         gpu=GPU,
     params:
         settings=SETTINGS,
+        source=f"--source {TRANSFER[0]}" if TRANSFER else "",
         sections=sections("evaluation.attack"),
     shell:
         "python -m ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --weights {input.checkpoint} --out {output.metrics}"
+        " --data {input.data} --weights {input.checkpoint} {params.source} --out {output.metrics} --verdicts {output.verdicts}"
         " 2>&1 | tee -i {log}"
 
 

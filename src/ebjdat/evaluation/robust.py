@@ -1,29 +1,104 @@
-"""Clean accuracy, PGD-20 and AutoAttack standard, in fp32 and eval mode, on images in [0, 1]."""
+"""Robustness of any network that takes [0, 1] images and returns logits: verdicts, example by example, under a protocol.
+
+Clean predictions, PGD-n on every example, and the protocol's ensemble on its first n, in fp32 and eval mode. A verdict is
+decided here, by the network itself on the images that an attack returned; attacks only propose.
+"""
 
 from __future__ import annotations
 
-import logging
-import warnings
+import contextlib
+import copy
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ebjdat.data.batches import DeviceData, generator
+from ebjdat import registry
+from ebjdat.data.batches import generator
 from ebjdat.errors import UserError
+from ebjdat.evaluation import ensemble
+from ebjdat.files import write_atomic
 from ebjdat.models.modes import moving_images
-from ebjdat.params import AttackSettings, ProtocolSettings
+from ebjdat.params import STANDARD, AttackSettings, ProtocolSettings
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
+from ebjdat.statistics import wilson
 
-PGD_STEPS = 20
-FEWEST_CLASSES = 4  # below, the targeted DLR loss is not defined
+SLACK = 1e-5  # float rounding of distances
+FEWEST_CLASSES = {"apgd_t": 4, "apgd_dlr": 3}  # below, the loss is not defined
+NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
 
 
 class AttackError(UserError):
-    """An attack cannot be run, or what it returned must not be reported."""
+    """An attack cannot be run on this network."""
+
+
+@dataclass
+class Verdicts:
+    """What one protocol found, for N examples in the order of the test split.
+
+    prediction: class (N,) of each image as the protocol shows it. stands: attack -> int8 (N,): 1 correct after the attack, 0
+    broken by it, NOT_ATTACKED. done: finished batches of each attack. excess: how far the farthest image that an attack
+    returned lies outside the ball or [0, 1]; such images break nothing. seconds, flags: per attack; AutoAttack's own warnings.
+    """
+
+    y: Tensor
+    prediction: Tensor
+    stands: dict[str, Tensor] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
+    excess: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> Tensor:
+        return self.prediction == self.y
+
+    def survivors(self, attacks: list[str]) -> Tensor:
+        """Correct without an attack and after each of these (N,)."""
+        standing = self.clean.clone()
+        for name in attacks:
+            standing &= self.stands[name] != 0
+        return standing
+
+    def save(self, path: Path) -> None:
+        def write(temporary: Path) -> None:
+            arrays = {f"stands.{name}": value.cpu().numpy() for name, value in self.stands.items()}
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    allow_pickle=False,
+                    y=self.y.cpu().numpy(),
+                    prediction=self.prediction.cpu().numpy(),
+                    attacks=np.array(list(self.done), dtype=str),
+                    done=np.array(list(self.done.values()), dtype=np.int64),
+                    seconds=np.array([self.seconds.get(name, 0.0) for name in self.done]),
+                    excess=np.array(self.excess),
+                    flags=np.array(self.flags, dtype=str),
+                    **arrays,
+                )
+
+        write_atomic(path, write)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Verdicts:
+        with np.load(path, allow_pickle=False) as file:
+            names = file["attacks"].tolist()
+            return cls(
+                y=torch.from_numpy(file["y"]).to(device),
+                prediction=torch.from_numpy(file["prediction"]).to(device),
+                stands={name: torch.from_numpy(file[f"stands.{name}"]).to(device) for name in names},
+                done=dict(zip(names, file["done"].tolist(), strict=True)),
+                excess=float(file["excess"]),
+                seconds=dict(zip(names, file["seconds"].tolist(), strict=True)),
+                flags=file["flags"].tolist(),
+            )
 
 
 def batches(n: int, size: int) -> Iterator[slice]:
@@ -36,33 +111,34 @@ def predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     return torch.cat([model(x[part]).argmax(1) for part in batches(len(x), batch_size)])
 
 
-def pgd_examples(
-    model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, seed: int, batch_size: int, bar: Bar | None = None
-) -> Tensor:
-    """PGD-n on cross-entropy from a random start (Madry et al. 2018): adversarial images in [0, 1], all of one restart.
+def pgd_batch(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, start: Tensor) -> Tensor:
+    """PGD-n on cross-entropy (Madry et al. 2018) from `start`: adversarial images in [0, 1]."""
+    return projected_gradient(
+        cross_entropy_score(model, x, y),
+        x,
+        eps=protocol.radius,
+        step_size=protocol.pgd_step,
+        steps=protocol.pgd.steps,
+        norm=protocol.norm,
+        bounds=UNIT,
+        start=start,
+    )
 
-    x: images of the protocol (noise, if it has any, already on them). The same settings, images and weights give the same
-    examples; a batch's start depends on its place only.
+
+def pgd_start(x: Tensor, place: int, protocol: ProtocolSettings, seed: int, restart: int = 0) -> Tensor:
+    """Random points in the balls around x, a function of the batch's place in the split, the seed and the restart."""
+    noise = generator(x.device, "pgd", seed, place, *([restart] if restart else []))
+    return random_point(x, protocol.radius, protocol.norm, UNIT, noise)
+
+
+def pgd_examples(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, seed: int, batch_size: int) -> Tensor:
+    """PGD-n, one start: adversarial images (N, C, H, W) in [0, 1]; the same settings, images and weights give the same ones.
+
+    x: images of the protocol (noise, if it has any, already on them).
     """
-    found = []
     with moving_images(model, "eval"):
-        for part in batches(len(x), batch_size):
-            start = random_point(x[part], protocol.radius, protocol.norm, UNIT, generator(x.device, "pgd", seed, part.start))
-            found.append(
-                projected_gradient(
-                    cross_entropy_score(model, x[part], y[part]),
-                    x[part],
-                    eps=protocol.radius,
-                    step_size=protocol.pgd_step,
-                    steps=protocol.pgd.steps,
-                    norm=protocol.norm,
-                    bounds=UNIT,
-                    start=start,
-                )
-            )
-            if bar:
-                bar.advance(part.stop - part.start)
-    return torch.cat(found)
+        parts = [(part, pgd_start(x[part], part.start, protocol, seed)) for part in batches(len(x), batch_size)]
+        return torch.cat([pgd_batch(model, x[part], y[part], protocol, start) for part, start in parts])
 
 
 def seen_under(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
@@ -73,102 +149,203 @@ def seen_under(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
     return x + unit_distance(protocol.noise) * noise
 
 
-def autoattack_examples(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> tuple[Tensor, list[str]]:
-    """AutoAttack standard (Croce & Hein 2020, arXiv 2003.01690) through pyautoattack: APGD-CE, APGD-T, FAB-T, Square.
+def outside(adversarial: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
+    """How far each image (N, C, H, W) lies outside the ball around x (brought into [0, 1]) or outside [0, 1]: (N,), 0 inside."""
+    delta = (adversarial - x.clamp(*UNIT)).flatten(1)
+    size = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+    flat = adversarial.flatten(1)
+    return torch.stack([size - radius, UNIT[0] - flat.amin(1), flat.amax(1) - UNIT[1]]).amax(0).clamp_min(0)
 
-    Targeted attacks aim at 9 classes, or at all others when there are fewer. Returns adversarial images in [0, 1] and
-    the warnings that the ensemble's own checks gave (randomised output, vanishing gradients, ...). Raises AttackError
-    below 4 classes.
-    """
-    from pyautoattack import AutoAttack
 
-    with torch.no_grad():
-        classes = model(x[:1]).shape[1]
-    if classes < FEWEST_CLASSES:
-        raise AttackError(
-            f"AutoAttack standard needs at least {FEWEST_CLASSES} classes, here are {classes}; set evaluation.attack.autoattack.n to 0"
-        )
-
-    log = logging.getLogger("auto-attack")
-    heard = _Collect()
-    log.addHandler(heard)
-    old_level, log.propagate = log.level, False
-    log.setLevel(logging.DEBUG)
+@contextlib.contextmanager
+def judging(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the network as verdicts see it: eval mode, fp32 weights and arithmetic (no autocast, no TF32), no parameter gradients."""
+    judge = copy.deepcopy(model).eval().float().requires_grad_(False)
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = next((p.device.type for p in judge.parameters()), "cpu")
     try:
-        with moving_images(model, "eval"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            attack = AutoAttack(model, norm=settings.norm, eps=settings.eps, seed=settings.seed, version="standard", device=x.device)
-            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-            adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=settings.autoattack.batch_size)
+        with torch.autocast(device, enabled=False):
+            yield judge
     finally:
-        log.removeHandler(heard)
-        log.propagate = True
-        log.setLevel(old_level)
-    return adversarial, heard.warnings
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
-class _Collect(logging.Handler):
-    """Prints the ensemble's progress, keeps its warnings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.warnings: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warnings.append(message)
-        if "robust accuracy after" in message or record.levelno >= logging.WARNING:
-            print(f"autoattack: {message}", flush=True)
-
-
-def within(adversarial: Tensor, x: Tensor, settings: AttackSettings, slack: float = 1e-5) -> bool:
-    """Whether every adversarial image lies in the eps-ball and in [0, 1], up to float rounding."""
-    delta = (adversarial - x).flatten(1)
-    size = delta.abs().amax(1) if settings.norm == "Linf" else delta.norm(dim=1)
-    inside = (size <= settings.eps + slack).all() and adversarial.min() >= UNIT[0] and adversarial.max() <= UNIT[1]
-    return bool(inside)
+def classes_of(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """How many classes the network tells apart. Raises AttackError when what it returns are no finite logits for these labels."""
+    with torch.no_grad():
+        logits = model(x[:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise AttackError(f"the network returned {found} for one image; logits of shape (1, classes) are needed")
+    if not torch.isfinite(logits).all():
+        raise AttackError("the network returned logits that are not finite; check its weights and its input range, [0, 1]")
+    if int(y.max()) >= logits.shape[1]:
+        raise AttackError(f"labels go up to {int(y.max())}, but the network tells {logits.shape[1]} classes apart")
+    return int(logits.shape[1])
 
 
-def attack(model: nn.Module, data: DeviceData, settings: AttackSettings, title: str = "attack") -> dict[str, Any]:
-    """Clean accuracy and PGD-20 on all of `data`, AutoAttack standard on its first n; counts beside every fraction.
+def pgd_name(protocol: ProtocolSettings) -> str:
+    return f"pgd{protocol.pgd.steps}"
 
-    Raises AttackError when an attack returned images outside its budget: such a number must not be reported.
+
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, name: str, settings: AttackSettings, state: Path | None = None, title: str = "attack"
+) -> Verdicts:
+    """Verdicts on images x (N, C, H, W) in [0, 1] with labels y (N,) under the protocol `name` of the settings.
+
+    state: a folder in which finished batches are kept; called again after an interruption it goes on there and ends with the
+    same verdicts. Raises AttackError when the network does not return logits, or has too few classes for an attack.
     """
-    x, y = data.unit(), data.labels
-    n = min(settings.autoattack.n, len(x))
-    with Bar(f"{title}: PGD-{PGD_STEPS}", len(x)) as bar:
-        clean = predictions(model, x, settings.batch_size) == y
-        moved = pgd_examples(model, x, y, settings, bar)
-        survived = predictions(model, moved, settings.batch_size) == y
-        _require(within(moved, x, settings), "PGD")
-        bar.line(f"clean {clean.float().mean():.1%}, PGD-{PGD_STEPS} {survived.float().mean():.1%} (n = {len(x)})")
-    result: dict[str, Any] = {
-        "norm": settings.norm,
-        "eps": settings.eps,
-        "n_test": len(x),
+    protocol = settings.protocols[name]
+    with judging(model) as judge:
+        classes = classes_of(judge, x, y)
+        for attack, fewest in FEWEST_CLASSES.items():
+            if attack in protocol.attacks and classes < fewest and protocol.n:
+                raise AttackError(f"protocol {name!r}: {attack} needs at least {fewest} classes, here are {classes}; set its n to 0")
+        x = seen_under(protocol, x, settings.seed)
+        file = state / f"{name}.npz" if state else None
+        kept = file is not None and file.exists()
+        verdicts = Verdicts.load(file, x.device) if file and kept else Verdicts(y, predictions(judge, x, settings.batch_size))
+        run = _Run(judge, x, y, protocol, settings, verdicts, file, f"{title}: {name}")
+        run.pgd()
+        if protocol.n:
+            run.ensemble(classes)
+    return verdicts
+
+
+@dataclass
+class _Run:
+    judge: nn.Module
+    x: Tensor
+    y: Tensor
+    protocol: ProtocolSettings
+    settings: AttackSettings
+    verdicts: Verdicts
+    file: Path | None
+    title: str
+
+    def pgd(self) -> None:
+        """Every example, batch by batch in order; it stands when it does after each restart."""
+        name, size = pgd_name(self.protocol), self.settings.batch_size
+        parts = list(batches(len(self.x), size))
+        if self._begin(name) == len(parts):
+            return
+        with Bar(f"{self.title}, {name}", len(parts)) as bar:
+            bar.at(self.verdicts.done[name])
+            for i, part in enumerate(parts[self.verdicts.done[name] :], self.verdicts.done[name]):
+                started = time.perf_counter()
+                rows = self.verdicts.clean[part].nonzero().squeeze(1)  # within the batch
+                stands = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
+                for restart in range(self.protocol.pgd.restarts if len(rows) else 0):
+                    start = pgd_start(self.x[part], part.start, self.protocol, self.settings.seed, restart)[rows]
+                    moved = pgd_batch(self.judge, self.x[part][rows], self.y[part][rows], self.protocol, start)
+                    stands &= self._judged(moved, rows + part.start)
+                self._finish(name, i, rows + part.start, stands, time.perf_counter() - started)
+                bar.advance()
+            bar.line(self._told(name, len(self.x), self.verdicts.survivors([name])))
+
+    def ensemble(self, classes: int) -> None:
+        """The first n examples; each attack meets those that the ones before it left standing, in batches of their own order."""
+        n, size = self.protocol.n, self.settings.batch_size
+        network = ensemble.FastNetwork(self.judge, self.x[:size], self.settings.search == "bf16")
+        if not self.verdicts.flags:
+            self.verdicts.flags = ensemble.flags(self.judge, self.x[: min(n, size)], self.y[: min(n, size)], self.protocol)
+        before: list[str] = []
+        for name, settings in self.protocol.attacks.items():
+            standing = self.verdicts.survivors(before)[:n].nonzero().squeeze(1)
+            before.append(name)
+            parts = standing.split(size) if len(standing) else ()
+            if self._begin(name) == len(parts):
+                continue
+            attack = registry.load(registry.ATTACKS, name)
+            cost = ensemble.queries(name, settings, classes)
+            with Bar(f"{self.title}, {name}", cost * len(standing)) as bar:
+                network.count = bar.advance
+                for i, rows in enumerate(parts[self.verdicts.done[name] :], self.verdicts.done[name]):
+                    bar.at(cost * size * i)
+                    bar.show({"batch": i + 1, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
+                    started = time.perf_counter()
+                    with ensemble.heard() as told:
+                        moved = attack(network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed)
+                    self.verdicts.flags += [text for text in told if text not in self.verdicts.flags]
+                    self._finish(name, i, rows, self._judged(moved, rows), time.perf_counter() - started)
+                network.count = None
+                bar.line(self._told(name, n, self.verdicts.survivors(before)[:n]))
+
+    def _begin(self, name: str) -> int:
+        """How many batches of an attack are done."""
+        self.verdicts.stands.setdefault(name, torch.full_like(self.y, NOT_ATTACKED, dtype=torch.int8))
+        return self.verdicts.done.setdefault(name, 0)
+
+    def _judged(self, moved: Tensor, rows: Tensor) -> Tensor:
+        """Whether each example is still classified right; an image outside its ball or [0, 1] breaks nothing, but is kept count of."""
+        beyond = outside(moved, self.x[rows], self.protocol.norm, self.protocol.radius)
+        beyond *= (moved != self.x[rows]).flatten(1).any(1)  # an attack that found nothing returns the image as it was
+        self.verdicts.excess = max(self.verdicts.excess, float(beyond.max()))
+        return (predictions(self.judge, moved, self.settings.batch_size) == self.y[rows]) | (beyond > SLACK)
+
+    def _finish(self, name: str, batch: int, rows: Tensor, stands: Tensor, seconds: float) -> None:
+        self.verdicts.stands[name][rows] = stands.to(torch.int8)
+        self.verdicts.done[name] = batch + 1
+        self.verdicts.seconds[name] = self.verdicts.seconds.get(name, 0.0) + seconds
+        if self.file:
+            self.verdicts.save(self.file)
+
+    def _told(self, name: str, n: int, standing: Tensor) -> str:
+        return f"{float(standing.float().mean()):.1%} of {n} stand after it ({self.verdicts.seconds.get(name, 0.0):.1f} s)"
+
+
+def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[str, Any]:
+    """Counts, accuracies and Wilson 95 % intervals of a protocol, flat; names of protocols other than the standard one begin with theirs.
+
+    pgd<n>_acc: of all examples. autoattack_acc: of the first n, after the whole ensemble; after_<attack>_correct: after this
+    and the attacks before it. pgd<n>_acc_first_n: PGD on the ensemble's examples, to compare.
+    """
+    pgd, n = pgd_name(protocol), protocol.n
+    clean, after_pgd = verdicts.clean, verdicts.survivors([pgd])
+    found: dict[str, Any] = {
+        "norm": protocol.norm,
+        "eps": protocol.eps,
+        "radius": protocol.radius,
+        "n_test": len(clean),
         **_counted("clean", clean),
-        **_counted("pgd20", survived & clean),
+        **_counted(pgd, after_pgd),
         "n_attack": n,
     }
     if n:
-        with Bar(f"{title}: AutoAttack", n) as bar:
-            moved, warned = autoattack_examples(model, x[:n], y[:n], settings)
-            _require(within(moved, x[:n], settings), "AutoAttack")
-            standing = (predictions(model, moved, settings.batch_size) == y[:n]) & clean[:n]
-            bar.advance(n)
-            bar.line(f"AutoAttack standard {standing.float().mean():.1%} (n = {n})")
-        result |= _counted("autoattack", standing)
-        result |= {"pgd20_acc_first_n": int((survived & clean)[:n].sum()) / n, "autoattack_warnings": warned}
-    return result
+        names = list(protocol.attacks)
+        found |= _counted("autoattack", verdicts.survivors(names)[:n])
+        for i, attack in enumerate(names):
+            found[f"after_{attack}_correct"] = int(verdicts.survivors(names[: i + 1])[:n].sum())
+        found |= {f"{pgd}_acc_first_n": int(after_pgd[:n].sum()) / n, "autoattack_warnings": verdicts.flags}
+        found["attack_seconds"] = round(sum(verdicts.seconds.values()), 3)
+    return found if name == STANDARD else {f"{name}_{key}": value for key, value in found.items()}
 
 
 def _counted(name: str, correct: Tensor) -> dict[str, Any]:
-    """How many of (N,) are correct, and the fraction."""
+    """How many of (N,) are correct, the fraction, and its interval."""
     count = int(correct.sum())
-    return {f"{name}_correct": count, f"{name}_acc": count / len(correct)}
+    low, high = wilson(count, len(correct))
+    return {f"{name}_correct": count, f"{name}_acc": count / len(correct), f"{name}_low": low, f"{name}_high": high}
 
 
-def _require(held: bool, name: str) -> None:
-    if not held:
-        raise AttackError(f"{name} returned images outside its budget or outside [0, 1]; its accuracy is not reported")
+def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[str, list[Any]]:
+    """The verdicts as a table, a row per example: what attacks.parquet holds of one protocol. A verdict that was not asked for is None."""
+    n = protocol.n
+    names = list(protocol.attacks)
+    after = verdicts.survivors(names) if n else verdicts.clean
+    worst = verdicts.survivors([pgd_name(protocol), *(names if n else [])])
+    asked = {
+        attack: [None if value == NOT_ATTACKED else bool(value) for value in stands.tolist()] for attack, stands in verdicts.stands.items()
+    }
+    return {
+        "protocol": [name] * len(worst),
+        "index": list(range(len(worst))),
+        "label": verdicts.y.tolist(),
+        "prediction": verdicts.prediction.tolist(),
+        "clean": verdicts.clean.tolist(),
+        **asked,
+        "autoattack": [bool(value) if i < n else None for i, value in enumerate(after.tolist())],
+        "worst": worst.tolist(),
+    }

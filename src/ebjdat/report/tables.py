@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
 from ebjdat.files import read_json, write_text
 from ebjdat.params import Profile, base_of, flat, form_of
 from ebjdat.registry import BASES, FORMS, METHODS
+from ebjdat.statistics import normal, over_seeds, wilson
 
 # The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
 SUMMARY_COLUMNS = (
@@ -41,7 +40,6 @@ SUMMARY_COLUMNS = (
     "recoveries",
 )
 STAGES = ("finetune", "attack", "generate", "energy")
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,6 @@ def write_summary(rows: Sequence[Row], path: Path) -> None:
     write_text(path, frame.to_csv(index=False))
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Wilson score interval of a fraction at 95 %."""
-    interval = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Student t interval of the mean over seeds at 95 %."""
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
-
-
 def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     """95 % interval: over seeds when there are several; else Wilson over examples, or normal from a standard error."""
     values = [m[metric.name] for m in metrics]
@@ -131,8 +117,8 @@ def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[floa
     if metric.correct and metrics[0].get(metric.correct) is not None:
         return wilson(metrics[0][metric.correct], metrics[0][metric.n])
     if metric.se:
-        half = stats.norm.ppf((1 + CONFIDENCE) / 2) * metrics[0][metric.se]
-        return max(0.0, values[0] - float(half)), values[0] + float(half)  # a gap is not negative
+        low, high = normal(values[0], metrics[0][metric.se])
+        return max(0.0, low), high  # a gap is not negative
     return None
 
 

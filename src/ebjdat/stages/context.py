@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any
 
 import torch
 
+import ebjdat
 from ebjdat import params
-from ebjdat.files import git_commit
+from ebjdat.errors import UserError
+from ebjdat.files import git_commit, lock
 from ebjdat.params import Profile
 from ebjdat.tracking.runs import Subject, Tracker, track
+
+
+class BusyError(UserError):
+    """Another process has this work in hand."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +35,7 @@ class Context:
 
     def device(self, threads: int | None = None) -> torch.device:
         """The device of the settings, with exactly the threads that were asked for, and deterministic algorithms."""
-        torch.set_num_threads(threads or self.profile.runtime.threads)
-        wanted = self.profile.runtime.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise params.ParamsError("runtime.device is 'cuda', but torch finds no GPU; allowed here: cpu, auto")
-        if wanted == "cuda":  # what runs here is deterministic on a CPU as it is
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-        return torch.device(wanted)
+        return device_for(self.profile.runtime.device, threads or self.profile.runtime.threads)
 
     def track(self, subject: Subject, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> AbstractContextManager[Tracker]:
         return track(subject, settings, {"git_commit": git_commit(), **hashes})
@@ -58,3 +54,37 @@ class Context:
                 "data_hash": data_hash,
             },
         )
+
+
+def device_for(wanted: str, threads: int) -> torch.device:
+    """ "cpu", "cuda" or "auto" as a device, with exactly these threads, fp32 that means fp32, and deterministic algorithms."""
+    torch.set_num_threads(threads)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise params.ParamsError("runtime.device is 'cuda', but torch finds no GPU; allowed here: cpu, auto")
+    if wanted == "cuda":  # what runs here is deterministic on a CPU as it is
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device(wanted)
+
+
+def source_files(*names: str) -> list[Path]:
+    """This package's files: modules ("params.py") and packages ("data") by name. State made by other code is not continued."""
+    root = Path(ebjdat.__file__).parent
+    return [file for name in names for file in sorted([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Refuse to do what another process is doing, e.g. one that outlived its killed workflow: both write the same files."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(place / "lock", wait=False))
+        except BlockingIOError:
+            raise BusyError(
+                f"{place}: another process is at work on this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
+            ) from None
+        yield

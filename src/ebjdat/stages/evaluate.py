@@ -1,4 +1,4 @@
-"""Stages `attack`, `generate` and `energy`: checkpoint -> measurements, samples, figures.
+"""Stages `generate` and `energy`: checkpoint -> measurements, samples, figures.
 
 matplotlib and scipy take a second each to import, so only the stages that use them do.
 """
@@ -20,23 +20,6 @@ from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages.context import Context
 from ebjdat.training import checkpoint
-
-
-def attack(context: Context, experiment: str, seed: int, data_path: Path, weights: Path, out: Path, threads: int | None) -> None:
-    data = prepared.load(data_path)
-    device = context.device(threads)
-    loaded = checkpoint.load(weights, data_hash=data.data_hash)
-    with context.track_result(experiment, seed, "attack", data.data_hash) as tracker:
-        model = UnitRange(loaded.network(device)).eval()
-        settings = context.profile.evaluation.attack
-        test = DeviceData(data, "test", device)
-        result = robust.attack(model, test, settings, f"{experiment}/seed{seed}")
-        if loaded.ema is not None:
-            averaged = UnitRange(loaded.network(device, loaded.ema)).eval()
-            again = robust.attack(averaged, test, settings, f"{experiment}/seed{seed}, averaged weights")
-            result |= {f"ema_{name}": value for name, value in again.items() if name not in ("norm", "eps", "n_test", "n_attack")}
-        write_json(out, {**result, "git_commit": git_commit()})
-        tracker.final(result)
 
 
 def generate(

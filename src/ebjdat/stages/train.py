@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import ebjdat
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
-from ebjdat.files import digest, git_commit, lock, write_json, write_text
+from ebjdat.files import digest, git_commit, write_json, write_text
 from ebjdat.models import wrn
 from ebjdat.params import ModelSettings, TrainingSettings
-from ebjdat.stages.context import Context
+from ebjdat.stages.context import Context, alone, source_files
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, Header
@@ -83,7 +81,7 @@ def _train(
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     machine = [str(device), torch.get_num_threads(), torch.__version__]
-    inputs = [data.data_hash, *([initial] if initial else []), *_code()]
+    inputs = [data.data_hash, *([initial] if initial else []), *source_files(*CODE)]
     made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, machine, *inputs)
     state = Path("state") / context.run / job.title / made_from[:16]
     job = replace(job, state=state)
@@ -94,7 +92,7 @@ def _train(
         events.append(event)
         tracker.tag(f"event_{len(events)}", str(event))
 
-    with _alone(state.parent):
+    with alone(state.parent):
         try:
             result = train(
                 model,
@@ -110,19 +108,6 @@ def _train(
             raise
         _write(job, settings, model_settings, data, result, out, tracker)
         shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Refuse to train what another process is training, e.g. one that outlived its killed workflow: both write the same files."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(lock(place / "lock", wait=False))
-        except BlockingIOError:
-            raise TrainingError(
-                f"{place}: another process is training this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
-            ) from None
-        yield
 
 
 def _divergences(events: Sequence[Event]) -> dict[str, float]:
@@ -165,8 +150,3 @@ def _write(
     write_json(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
     tracker.final(metrics)
     tracker.artifact(out.curve)
-
-
-def _code() -> list[Path]:
-    root = Path(ebjdat.__file__).parent
-    return [file for name in CODE for file in sorted([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]

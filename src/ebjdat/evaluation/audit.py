@@ -1,0 +1,57 @@
+"""The whole robustness evaluation of one network: every protocol, the integrity checks, and a table of verdicts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor, nn
+
+from ebjdat.evaluation import checks, robust
+from ebjdat.files import write_atomic
+from ebjdat.params import AttackSettings
+
+
+@dataclass(frozen=True)
+class Audit:
+    """metrics: what robust.summary and checks.run say, flat. table: a row per protocol and example (see docs/results-format.md)."""
+
+    metrics: dict[str, Any]
+    table: pa.Table
+
+
+def audit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    settings: AttackSettings,
+    source: nn.Module | None = None,
+    state: Path | None = None,
+    title: str = "attack",
+    with_checks: bool = True,
+) -> Audit:
+    """Evaluate any network under every protocol of the settings, and check the evaluation.
+
+    model: images (N, C, H, W) in [0, 1] -> logits (N, K); its own preprocessing inside. It is copied, and left as it is.
+    x: such images; y: labels (N,) int64, on the model's device. source: a network whose adversarial examples are tried on the
+    model. state: folder of finished batches, from which an interrupted evaluation goes on. Raises AttackError when the network
+    does not return finite logits or has too few classes for an attack.
+    """
+    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title) for name in settings.protocols}
+    metrics: dict[str, Any] = {}
+    for name, protocol in settings.protocols.items():
+        metrics |= robust.summary(name, protocol, verdicts[name])
+    if with_checks:
+        metrics |= checks.run(model, x, y, settings, verdicts, source)
+    tables = [pa.table(robust.columns(name, protocol, verdicts[name])) for name, protocol in settings.protocols.items()]
+    return Audit(metrics, pa.concat_tables(tables, promote_options="default"))
+
+
+def write_table(table: pa.Table, path: Path, about: dict[str, Any]) -> None:
+    """Parquet, with what the verdicts are about (settings, data, weights) as JSON in its metadata under "ebjdat"."""
+    described = table.replace_schema_metadata({b"ebjdat": json.dumps(about, sort_keys=True).encode()})
+    write_atomic(path, lambda temporary: pq.write_table(described, temporary))

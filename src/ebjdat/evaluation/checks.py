@@ -1,0 +1,196 @@
+"""Integrity checks of a robustness evaluation: is the network one that the attacks can read, and did they do their work?
+
+Each returns what it found, the limit, and pass or fail; None where it could not be asked. A failed check does not change a
+figure: it says that the figure must not be believed as it is. Most follow Carlini et al. 2019, arXiv 1902.06705, section 5.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebjdat.evaluation.robust import SLACK, Verdicts, batches, judging, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.params import AttackSettings, PGDSettings, ProtocolSettings
+
+POINT = 0.01  # one point of accuracy
+DIFFERENCE = 1e-4  # of logits over their length; what another order of summation may change
+LARGE = 0.5  # L-infinity radius at which every image can become the same grey one
+
+
+@dataclass(frozen=True)
+class Check:
+    """name; passed (None: not asked); value and its limit, in the unit that `says` names."""
+
+    name: str
+    passed: bool | None
+    value: float | None
+    limit: float | None
+    says: str
+
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float, says: str) -> Check:
+        value = round(value, 9)  # differences of fractions: one point is 0.01, not 0.010000000000000009
+        return cls(name, value <= limit, value, limit, says)
+
+
+def deterministic(model: nn.Module, x: Tensor) -> Check:
+    """The same image gives the same logits, again and in another batch. x: (N, C, H, W)."""
+    with torch.no_grad():
+        first = model(x)
+        again = [model(x) for _ in range(4)] + [torch.cat([model(image[None]) for image in x])]
+    length = first.norm(dim=1).clamp_min(1e-12)
+    value = max(float(((other - first).norm(dim=1) / length).max()) for other in again)
+    return Check(
+        "deterministic output", value <= DIFFERENCE, value, DIFFERENCE, "largest change of the logits between repeats, of their length"
+    )
+
+
+def logits_not_probabilities(model: nn.Module, x: Tensor) -> Check:
+    """Losses of attacks and energies mean nothing on softmax outputs."""
+    with torch.no_grad():
+        output = model(x)
+    probability = (output >= 0).all(1) & ((output.sum(1) - 1).abs() < 1e-4)
+    value = _share(probability)
+    return Check.at_most("logits, not probabilities", value, 0.0, "share of outputs that are probabilities")
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, seed: int) -> Check:
+    """Cross-entropy has a gradient at a random point of the ball around each image that is classified right there."""
+    moved = pgd_start(x, 0, protocol, seed).requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(moved)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), moved, allow_unused=False)
+    right = logits.argmax(1) == y
+    name, says = "gradients do not vanish", "share of correct images whose gradient is zero or not finite"
+    if not right.any():
+        return Check(name, None, None, POINT, "no image is classified right")
+    size = gradient.flatten(1)[right]
+    value = _share((size == 0).all(1) | ~torch.isfinite(size).all(1))
+    return Check.at_most(name, value, POINT, says)
+
+
+def black_box(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
+    """Square, which sees no gradient, breaks what white-box attacks left standing."""
+    name, says = "black-box attack adds nothing", "share of the examples that only Square breaks"
+    others = [attack for attack in protocol.attacks if attack != "square"]
+    if not protocol.n or not others or len(others) == len(protocol.attacks):
+        return Check(name, None, None, POINT, "Square was not run after white-box attacks")
+    value = _share(verdicts.stands["square"][: protocol.n] == 0)
+    return Check.at_most(name, value, POINT, says)
+
+
+def inside(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
+    """Adversarial images, as tensors, against the ball and [0, 1]."""
+    return Check.at_most("adversarial images lie in the ball and in [0, 1]", verdicts.excess, SLACK, "farthest outside")
+
+
+def sweep(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> list[tuple[float, float]]:
+    """(radius, accuracy under PGD) at 0, at multiples of the standard protocol's radius, and at one that reaches every image."""
+    protocol = settings.standard
+    large = LARGE if protocol.norm == "Linf" else LARGE * x[0].numel() ** 0.5
+    radii = sorted({protocol.radius * factor for factor in settings.checks.sweep if protocol.radius * factor < large} | {large})
+    found = [(0.0, _accuracy(model, x, y))]
+    for radius in radii:
+        step = min(radius * protocol.pgd_step / protocol.radius, 1.0)
+        found.append((radius, _under_pgd(model, x, y, settings, radius, step, protocol.pgd.steps, [0])))
+    return found
+
+
+def falls(curve: Sequence[tuple[float, float]]) -> Check:
+    """Robust accuracy falls as the radius grows. curve: of `sweep`."""
+    value = max(later[1] - earlier[1] for earlier, later in itertools.pairwise(curve))
+    return Check.at_most("accuracy falls with the radius", value, POINT, "largest rise from one radius to the next")
+
+
+def reaches_chance(curve: Sequence[tuple[float, float]], classes: int) -> Check:
+    """At a radius that reaches every image, accuracy is that of a guess, or less. curve: of `sweep`."""
+    radius, accuracy = curve[-1]
+    return Check.at_most("accuracy reaches chance", accuracy, 1 / classes, f"accuracy at radius {radius:.3g}")
+
+
+def more_effort(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> Check:
+    """PGD with more steps and restarts finds hardly more."""
+    protocol, checks = settings.standard, settings.checks
+    usual = _under_pgd(model, x, y, settings, protocol.radius, protocol.pgd_step, protocol.pgd.steps, [0])
+    restarts = list(range(checks.restarts))
+    harder = _under_pgd(model, x, y, settings, protocol.radius, protocol.pgd_step, checks.steps, restarts)
+    value = usual - harder
+    says = f"points of accuracy that PGD-{checks.steps} with {checks.restarts} restarts takes beyond PGD-{protocol.pgd.steps}"
+    return Check.at_most("more steps and restarts do not help", value, POINT, says)
+
+
+def transfer(model: nn.Module, source: nn.Module | None, x: Tensor, y: Tensor, settings: AttackSettings, verdicts: Verdicts) -> Check:
+    """PGD's examples of another model are weaker here than this model's own. verdicts: of the standard protocol, on x and beyond."""
+    name = "a transferred attack is weaker"
+    if source is None:
+        return Check(name, None, None, 0.0, "no other model was given")
+    protocol = settings.standard
+    with judging(source) as other:
+        moved = pgd_batch(other, x, y, protocol, pgd_start(x, 0, protocol, settings.seed))
+    transferred = _share(predictions(model, moved, settings.batch_size) == y)
+    own = _share(verdicts.survivors([pgd_name(protocol)])[: len(x)])
+    return Check.at_most(name, own - transferred, 0.0, "accuracy under the own attack less that under the transferred one")
+
+
+def own_flags(verdicts: Verdicts) -> Check:
+    """What AutoAttack's own checks warned of."""
+    value = len(verdicts.flags)
+    return Check.at_most("AutoAttack's own checks", value, 0.0, "; ".join(verdicts.flags) or "warnings")
+
+
+def run(
+    model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings, verdicts: dict[str, Verdicts], source: nn.Module | None
+) -> dict[str, Any]:
+    """Every check, on the first n images; those of one protocol carry its name.
+
+    x: images (N, C, H, W) in [0, 1]; y: labels; verdicts: protocol -> what it found on them; source: the network that a
+    transferred attack is made on. Returns {"checks": [...], "checks_failed": how many, "sweep": [[radius, accuracy], ...]}.
+    """
+    x, y, standard = x[: settings.checks.n], y[: settings.checks.n], settings.standard
+    with judging(model) as judge:
+        curve = sweep(judge, x, y, settings)
+        with torch.no_grad():
+            classes = judge(x[:1]).shape[1]
+        found = [
+            deterministic(judge, x),
+            logits_not_probabilities(judge, x),
+            gradients(judge, x, y, standard, settings.seed),
+            falls(curve),
+            reaches_chance(curve, classes),
+            more_effort(judge, x, y, settings),
+            transfer(judge, source, x, y, settings, verdicts["standard"]),
+        ]
+    rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in found]
+    for name, protocol in settings.protocols.items():
+        mine = [inside(protocol, verdicts[name]), black_box(protocol, verdicts[name]), own_flags(verdicts[name])]
+        n = (len(verdicts[name].y), protocol.n, protocol.n)
+        rows += [{**asdict(check), "protocol": name, "n": size} for check, size in zip(mine, n, strict=True)]
+    return {"checks": rows, "checks_failed": sum(row["passed"] is False for row in rows), "sweep": [list(point) for point in curve]}
+
+
+def _share(which: Tensor) -> float:
+    return int(which.sum()) / len(which)
+
+
+def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return _share(predictions(model, x, len(x)) == y)
+
+
+def _under_pgd(
+    model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings, radius: float, step: float, steps: int, restarts: Sequence[int]
+) -> float:
+    """Accuracy after PGD of these settings, the worst of the restarts for each image."""
+    protocol = settings.standard.model_copy(update={"eps": radius, "pgd": PGDSettings.model_construct(steps=steps, step_size=step)})
+    stands = predictions(model, x, settings.batch_size) == y
+    for restart in restarts:
+        for part in batches(len(x), settings.batch_size):
+            start = pgd_start(x[part], part.start, protocol, settings.seed, restart)
+            moved = pgd_batch(model, x[part], y[part], protocol, start)
+            stands[part] &= predictions(model, moved, settings.batch_size) == y[part]
+    return _share(stands)

@@ -1,0 +1,280 @@
+"""The attacks of AutoAttack, each one call of pyautoattack's own code, on a network that costs less per query.
+
+An attack is `attack(network, x, y, settings, protocol, seed) -> images`: x (B, C, H, W) in [0, 1], y (B,), adversarial images
+like x where one was found, else anything. Whoever calls judges the images again; nothing here decides a verdict.
+Attacks draw from the same generator in the same order as in pyautoattack, so the same batches give the same starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyautoattack import checks
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from ebjdat.params import EnsembleSettings, ProtocolSettings
+from ebjdat.pixels import internal_distance, internal_from_unit, unit_from_internal
+
+PIXELS_AT_ONCE = 65_536  # on a CPU; more images in one pass leave its caches
+CLEAR = 4.0  # a decision of bf16 stands where its margin exceeds so many times the largest error that was seen
+LOG = logging.getLogger("ebjdat.autoattack")
+
+
+class FastNetwork(nn.Module):
+    """A network for searching: the same function, arranged to cost less. Images (B, C, H, W) in [0, 1] -> logits (B, K) in fp32.
+
+    Channels last, no gradients for parameters, passes that fit a CPU's caches. With `bf16`, the network runs in bf16, and
+    where a prediction is not clear of bf16's error (calibrated on `x`), without gradients, again in fp32: argmax of the
+    logits is fp32's.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, bf16: bool = False) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.at_once = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1])) if x.device.type == "cpu" else 1 << 30
+        self.bf16 = bf16
+        self.count: Callable[[int], None] | None = None  # told how many images each pass was asked for
+        self.clear = 0.0
+        if bf16:
+            with torch.no_grad():
+                part = x[: self.at_once]
+                self.clear = CLEAR * float((self._logits(part, True) - self._logits(part, False)).abs().max())
+
+    def _logits(self, x: Tensor, bf16: bool) -> Tensor:
+        x = x.view_as(x)
+        if x.requires_grad:
+            x.register_hook(torch.Tensor.contiguous)  # pyautoattack views gradients as rows
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            parts = [self.model(part.contiguous(memory_format=torch.channels_last)) for part in x.split(self.at_once)]
+        return torch.cat(parts).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.count:
+            self.count(len(x))
+        logits = self._logits(x, self.bf16)
+        return logits if logits.requires_grad else self.decided(x, logits)
+
+    @torch.no_grad()
+    def decided(self, x: Tensor, logits: Tensor) -> Tensor:
+        """These logits without gradient, those that bf16 leaves unclear from fp32."""
+        logits = logits.detach()
+        if not self.bf16:
+            return logits
+        best = logits.topk(2, dim=1).values
+        unclear = (best[:, 0] - best[:, 1] < self.clear).nonzero().squeeze(1)
+        return logits.index_copy(0, unclear, self._logits(x[unclear], False)) if len(unclear) else logits
+
+
+class _AllBrokenError(Exception):
+    """Every example of the run is broken; the rest of its steps can be left out."""
+
+
+class _Watched(nn.Module):
+    """What one run of APGD queries: examples that are broken are left out of the network's work.
+
+    APGD keeps every point in the ball, so the first misclassified one settles an example. It gets its last logits from then
+    on, without gradient, which changes nothing for the others.
+    """
+
+    def __init__(self, network: FastNetwork, x: Tensor, y: Tensor) -> None:
+        super().__init__()
+        self.network, self.y = network, y
+        self.found, self.standing = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.standing.nonzero().squeeze(1)
+        fresh = self.network(x[rows])
+        logits = fresh if self.last is None else self.last.index_copy(0, rows, fresh)
+        self.last = logits.detach()
+        with torch.no_grad():
+            predicted = self.network.decided(x[rows], fresh).argmax(1)
+            broken = rows[predicted != self.y[rows]]
+            self.found[broken] = x[broken].detach()
+            self.standing[broken] = False
+        if not self.standing.any():
+            raise _AllBrokenError
+        return logits
+
+
+class _Settling:
+    """Mixed into pyautoattack's APGD: its steps work on the examples that still stand."""
+
+    model: Any  # FastNetwork; _Watched during a run
+
+    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        network = self.model
+        watched = _Watched(network, x, y)
+        self.model = watched
+        try:
+            with contextlib.suppress(_AllBrokenError):
+                super().attack_single_run(x, y, x_init)  # type: ignore[misc]
+        finally:
+            self.model = network
+        return x, watched.standing, torch.zeros(len(x), device=x.device), watched.found
+
+
+class _SettlingAPGD(_Settling, APGDAttack):  # type: ignore[misc]
+    pass
+
+
+class _SettlingTargetedAPGD(_Settling, APGDAttack_targeted):  # type: ignore[misc]
+    pass
+
+
+def apgd_ce(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """APGD on cross-entropy, one random start."""
+    return _apgd(network, x, y, "ce", settings, protocol, seed)
+
+
+def apgd_dlr(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """APGD on the untargeted difference-of-logits ratio, one random start; at least 3 classes."""
+    return _apgd(network, x, y, "dlr", settings, protocol, seed)
+
+
+def _apgd(
+    network: FastNetwork, x: Tensor, y: Tensor, loss: str, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
+) -> Tensor:
+    attack = _SettlingAPGD(network, loss=loss, n_iter=settings.steps, **_common(x, protocol, seed), logger=LOG)
+    with _own_randomness():
+        return attack.perturb(x, y)
+
+
+def apgd_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """APGD on the targeted difference-of-logits ratio, a run per target class; at least 4 classes."""
+    targets = min(settings.targets, _classes(network, x) - 1)
+    attack = _SettlingTargetedAPGD(network, n_iter=settings.steps, n_target_classes=targets, **_common(x, protocol, seed), logger=LOG)
+    with _own_randomness():
+        return attack.perturb(x, y)
+
+
+def fab(network: nn.Module, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """FAB towards the nearest class. range internal: on pixels in [-1, 1], its box left at [0, 1] of them, as released."""
+    return _fab(network, x, y, False, settings, protocol, seed)
+
+
+def fab_t(network: nn.Module, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """FAB, a run per target class; `range` as for `fab`."""
+    return _fab(network, x, y, True, settings, protocol, seed)
+
+
+def _fab(
+    network: nn.Module, x: Tensor, y: Tensor, targeted: bool, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
+) -> Tensor:
+    targets = min(settings.targets, _classes(network, x) - 1)
+    common = _common(x, protocol, seed)
+    internal = settings.range == "internal"
+    if internal:
+        common["eps"] = internal_distance(protocol.radius)
+    attack = FABAttack_PT(
+        _OfInternal(network) if internal else network, n_iter=settings.steps, targeted=targeted, n_target_classes=targets, **common
+    )
+    with _own_randomness():
+        found = attack.perturb(internal_from_unit(x) if internal else x, y)
+    return unit_from_internal(found) if internal else found
+
+
+class _OfInternal(nn.Module):
+    """A network of [0, 1] images, as seen from [-1, 1]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(unit_from_internal(x))
+        return logits
+
+
+def square(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+    """Square: random search without gradients."""
+    attack = SquareAttack(network, p_init=0.8, n_queries=settings.queries, resc_schedule=False, **_common(x, protocol, seed))
+    with _own_randomness():
+        return attack.perturb(x, y)
+
+
+def queries(name: str, settings: EnsembleSettings, classes: int) -> int:
+    """At most how many images an attack shows the network per example; for progress."""
+    targets = min(settings.targets, classes - 1)
+    steps = settings.steps + 3
+    return {
+        "apgd_ce": steps,
+        "apgd_dlr": steps,
+        "apgd_t": targets * steps + 2,
+        "fab": 2 * steps,
+        "fab_t": targets * 2 * steps + 2,
+        "square": settings.queries + 2,
+    }[name]
+
+
+def _common(x: Tensor, protocol: ProtocolSettings, seed: int) -> dict[str, Any]:
+    return {"norm": protocol.norm, "eps": protocol.radius, "n_restarts": 1, "seed": seed, "verbose": False, "device": x.device}
+
+
+@torch.no_grad()
+def _classes(network: nn.Module, x: Tensor) -> int:
+    return int(network(x[:1]).shape[1])
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """pyautoattack seeds torch's global generator; it is put back."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def flags(network: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings) -> list[str]:
+    """Warnings of AutoAttack's own checks on these examples: randomised, probabilities for logits, gradients taken inside, classes."""
+    names = {"apgd_ce": "apgd-ce", "apgd_dlr": "apgd-dlr", "apgd_t": "apgd-t", "fab": "fab", "fab_t": "fab-t", "square": "square"}
+    with heard() as told:
+        checks.check_randomized(network, x, y, bs=len(x), logger=LOG)
+        classes = checks.check_range_output(network, x, logger=LOG)
+        checks.check_dynamic(network, x, False, logger=LOG)
+        targets = {name: min(a.targets, classes - 1) for name, a in protocol.attacks.items()}
+        checks.check_n_classes(
+            classes, [names[name] for name in protocol.attacks], targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG
+        )
+    return told
+
+
+def square_flag(accuracies: dict[str, float]) -> list[str]:
+    """AutoAttack's own warning when Square still lowers the accuracy that white-box attacks left. accuracies: after each attack."""
+    with heard() as told:
+        checks.check_square_sr(accuracies, logger=LOG)
+    return told
+
+
+class _Collect(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self.told:
+            self.told.append(message)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """What AutoAttack's code warns of inside, each warning once."""
+    collect, propagate = _Collect(), LOG.propagate
+    LOG.addHandler(collect)
+    LOG.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield collect.told
+    finally:
+        LOG.removeHandler(collect)
+        LOG.propagate = propagate
