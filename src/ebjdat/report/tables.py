@@ -40,7 +40,7 @@ SUMMARY_COLUMNS = (
     "collapse_epoch",
     "recoveries",
 )
-STAGES = ("finetune", "attack", "generate", "energy")
+STAGES = ("finetune", "attack", "generate", "energy", "reliability")
 CONFIDENCE = 0.95
 
 
