@@ -14,7 +14,7 @@ from sklearn.calibration import calibration_curve
 Values = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are looked at: without an error on validation, none is cold enough
+COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are looked at
 
 
 def probabilities(logits: Values, temperature: float = 1.0) -> Values:
@@ -56,22 +56,21 @@ def expected_calibration_error(curve: dict[str, Values]) -> float:
     return float(np.nansum(curve["share"] * gap))
 
 
-def fit_temperature(logits: Values, labels: Labels) -> float:
+def fit_temperature(logits: Values, labels: Labels) -> float | None:
     """The T > 0 that minimises the mean -log softmax(logits / T)[y] (temperature scaling, Guo et al. 2017).
 
-    The likelihood is convex in 1 / T. T is looked for from COLDEST to HOTTEST; at one of these ends, there was no minimum.
+    None where there is no such T between COLDEST and HOTTEST: without an error, the likelihood grows as T falls to 0; and
+    with logits that say less than nothing, as T rises.
     """
+    if (logits.argmax(1) == labels).all():
+        return None
 
-    def nll(log_temperature: float) -> float:
+    def nll(log_temperature: float) -> float:  # has one minimum: it is convex in 1 / T
         return negative_log_likelihood(logits, labels, math.exp(log_temperature))
 
     ends = (math.log(COLDEST), math.log(HOTTEST))
-    return math.exp(minimize_scalar(nll, bounds=ends, method="bounded", options={"xatol": 1e-6}).x)
-
-
-def at_an_end(temperature: float) -> bool:
-    """Whether fit_temperature found no minimum within its range."""
-    return not COLDEST * 1.001 < temperature < HOTTEST / 1.001
+    found = math.exp(minimize_scalar(nll, bounds=ends, method="bounded", options={"xatol": 1e-6}).x)
+    return found if COLDEST * 1.001 < found < HOTTEST / 1.001 else None
 
 
 def measure(logits: Values, labels: Labels, temperature: float, bins: int) -> tuple[dict[str, float], dict[str, dict[str, Values]]]:

@@ -59,8 +59,14 @@ def auroc_interval(area: float, n_inside: int, n_outside: int) -> tuple[float, f
     """95 % score interval of an AUROC (Newcombe 2006, Statistics in Medicine 25, part 2, method 5).
 
     Every area whose distance to the one found is within z standard errors of Hanley & McNeil (1982). Unlike the found
-    area +- z of them, it stays in [0, 1] and has a width at 0 and 1. Both samples count as independent.
+    area +- z of them, it stays in [0, 1] and has a width at 0 and 1. Both samples count as independent; near 0 and 1 it
+    covers rather more than 95 %.
     """
+    # the variance of an area and of its complement are the same, and so is what lies below one and above the other
+    return _lower_end(area, n_inside, n_outside), 1 - _lower_end(1 - area, n_inside, n_outside)
+
+
+def _lower_end(area: float, n_inside: int, n_outside: int) -> float:
     z = norm.ppf((1 + CONFIDENCE) / 2)
     m = (n_inside + n_outside) / 2 - 1
 
@@ -68,9 +74,8 @@ def auroc_interval(area: float, n_inside: int, n_outside: int) -> tuple[float, f
         variance = a * (1 - a) * (1 + m * ((1 - a) / (2 - a) + a / (1 + a))) / (n_inside * n_outside)
         return (area - a) ** 2 - z**2 * variance
 
-    low = 0.0 if area == 0 else brentq(excess, 0.0, area)
-    high = 1.0 if area == 1 else brentq(excess, area, 1.0)
-    return float(low), float(high)
+    # below 1, where the excess has a root of its own
+    return float(brentq(excess, 0.0, min(area, 1 - 1e-9))) if area else 0.0
 
 
 def separation(inside: Values, outside: Values, name: str) -> dict[str, float]:

@@ -73,8 +73,8 @@ def _torchvision(name: str, x: Tensor, whence: Whence) -> Tensor:
     try:
         images, _, _ = sources.torchvision_split(name, "test", whence.root, whence.download)
     except sources.MISSING as error:
-        tried = " and could not be fetched" if whence.download else ""
-        raise DataError(f"{name} is not (whole) under {whence.root!r}{tried}: {error}") from error
+        tried = f" and could not be fetched: {error}" if whence.download else ""
+        raise DataError(f"{name} is not (whole) under {whence.root!r}{tried}") from error
     return _like(images, x, whence)
 
 

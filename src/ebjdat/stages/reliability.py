@@ -40,8 +40,10 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
         others, missing = ood.choose(x, context.profile.data, settings)  # before anything that takes long
 
         logits, labels = detection.logits_of(model, x, size), y.cpu().numpy()
-        temperature = calibration.fit_temperature(detection.logits_of(model, validation.unit(), size), validation.labels.cpu().numpy())
-        result: dict[str, Any] = {"temperature": temperature, "temperature_at_an_end": calibration.at_an_end(temperature)}
+        held_out = detection.logits_of(model, validation.unit(), size)
+        fitted = calibration.fit_temperature(held_out, validation.labels.cpu().numpy())
+        temperature = 1.0 if fitted is None else fitted
+        result: dict[str, Any] = {"temperature": temperature, "temperature_fitted": fitted is not None}
         measured, curves = calibration.measure(logits, labels, temperature, settings.bins)
         result |= {**measured, "n_calibration": len(x), "n_temperature": len(validation), "ece_bins": settings.bins}
         values: dict[str, Any] = {"labels": labels, "logits": logits}
