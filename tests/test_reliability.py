@@ -235,8 +235,9 @@ def test_what_auto_cannot_have_is_named_and_what_was_asked_for_is_an_error(x: Te
     assert set(missing) == {"svhn", "folder"}  # cifar100 is the data itself
     assert list(tmp_path.iterdir()) == []
     assert list(ood.choose(x[:, :1], DIGITS, ReliabilitySettings())[0]) == list(ood.MADE)
-    with pytest.raises(DataError, match=r"ood: 'folder' cannot be had: nowhere: there is no such folder"):
-        ood.choose(x, data, ReliabilitySettings(ood="folder", ood_path="nowhere"))
+    for asked in ("folder", "auto"):  # a path asks for what is there
+        with pytest.raises(DataError, match=r"ood: 'folder' cannot be had: nowhere: there is no such folder"):
+            ood.choose(x, data, ReliabilitySettings(ood=asked, ood_path="nowhere"))
 
 
 def test_a_set_asked_for_by_name_may_be_fetched_and_auto_fetches_nothing(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

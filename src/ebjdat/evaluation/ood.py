@@ -94,7 +94,7 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
     """OOD sets by name, as images in [0, 1] of the shape of test images x; and, of `auto`, what is missing and why.
 
     `auto`: MADE; beside colour images NATURAL too, of which nothing is downloaded and the data's own set is left out; and a
-    folder that was named. Raises DataError where a set that was asked for by its own name cannot be had.
+    folder that was named. Raises DataError where a set that was asked for, by its name or its path, cannot be had.
     """
     automatic = AUTO in settings.ood
     names = settings.ood
@@ -107,7 +107,7 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
         try:
             found[name] = registry.load(registry.OOD_SETS, name)(x, whence)
         except DataError as error:
-            if not automatic:
+            if not automatic or (name == "folder" and settings.ood_path):
                 raise DataError(f"evaluation.reliability.ood: {name!r} cannot be had: {error}") from error
             missing[name] = f"not available: {error}"
     return found, missing
