@@ -99,6 +99,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                 "energy_gap_generated_se": 0.2,
             }
             write_json(folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"})
+            write_json(folder / "reliability.json", {"ece": 0.02, "temperature": 1.5, "ood_missing": {}, "git_commit": "abc"})
             groups = ("clean", "adversarial", "generated")
             np.savez(folder / "energy.npz", **{p + g: np.random.default_rng(i).normal(size=50) for g in groups for p in ("", "joint_")})
             pd.DataFrame({"epoch": [1, 2], "validation_acc_clean": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(

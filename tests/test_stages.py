@@ -289,7 +289,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     assert generated["ema_frechet"] != generated["frechet"]
 
 
-STAGES = {"prepare": "prepare", "train": "train", "attack": "evaluate", "report": "report"}
+STAGES = {"prepare": "prepare", "train": "train", "attack": "evaluate", "reliability": "reliability", "report": "report"}
 OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.tracking", "ebjdat.tracking.runs"}
 
 

@@ -214,6 +214,29 @@ def energy(
 
 @app.command()
 @friendly
+def reliability(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    weights: Weights,
+    out: Out,
+    values: Annotated[Path, typer.Option(help="Scores of every image (npz).")],
+    figure: Annotated[Path, typer.Option(help="Reliability diagram (PNG).")],
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
+    from ebjdat.stages import reliability as stage
+    from ebjdat.stages.context import Context
+
+    context = Context.load(params, override)
+    name = _known(experiment, context.profile.experiments)
+    stage.run(context, name, seed, data, weights, stage.Outputs(out, values, figure), threads)
+
+
+@app.command()
+@friendly
 def report(
     params: ParamsFile,
     card: Annotated[Path, typer.Option(help="Data card (JSON).")],

@@ -452,10 +452,39 @@ class EnergySettings(Settings):
     batch_size: Count = 250
 
 
+AUTO = "auto"  # the OOD sets that suit the data and are there
+
+
+def one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class ReliabilitySettings(Settings):
+    """Calibration, and detection of out-of-distribution and of adversarial images."""
+
+    n: TwoOrMore | None = None  # first n test images; None: all
+    bins: Count = 15  # of the calibration error, equally wide
+    ood: Annotated[tuple[Annotated[str, known({AUTO: None, **registry.OOD_SETS})], ...], BeforeValidator(one_or_more)] = (AUTO,)
+    ood_path: str | None = None  # set folder: a folder or archive of class folders, as data.path
+    seed: CountOrZero = 0
+    batch_size: Count = 250
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if AUTO in self.ood and len(self.ood) > 1:
+            raise ValueError(f"`ood` is {AUTO!r} or a list of sets, not both")
+        if "folder" in self.ood and not self.ood_path:
+            raise ValueError("ood 'folder' needs `ood_path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
+        if self.ood_path and not {"folder", AUTO} & set(self.ood):
+            raise ValueError("`ood_path` is for ood 'folder', which is not in `ood`")
+        return self
+
+
 class Evaluation(Settings):
     attack: AttackSettings
     generate: GenerateSettings
     energy: EnergySettings = EnergySettings()
+    reliability: ReliabilitySettings = ReliabilitySettings()
 
 
 class Runtime(Settings):
@@ -808,6 +837,13 @@ def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation:
         yield ("evaluation", "generate", "extractor"), "Inception is for natural images; allowed for digits: reference"
     if generate.extractor != "inception":
         yield from _no_such_run(raw, ("evaluation", "generate", "reference"), generate.reference)
+    reliability = evaluation.reliability
+    if reliability.n and test and reliability.n > test:
+        yield ("evaluation", "reliability", "n"), f"{reliability.n} is more than the test split has; allowed: 2 to {test}"
+    if data.source != "folder" and data.source in reliability.ood:
+        yield ("evaluation", "reliability", "ood"), f"{data.source!r} is what the networks are trained on; name another set"
+    if data.path and reliability.ood_path == data.path:
+        yield ("evaluation", "reliability", "ood_path"), "is data.path, what the networks are trained on; name another set"
 
 
 def _no_such_run(raw: Mapping[str, Any], where: tuple[str, ...], wanted: ReferenceSettings) -> Iterator[Problem]:

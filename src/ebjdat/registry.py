@@ -244,6 +244,17 @@ EXTRACTORS: Mapping[str, Entry] = {
     "reference": Entry("ebjdat.evaluation.frechet:reference_features", "penultimate features of the reference classifier"),
 }
 
+# What is told from test images: made from them, or other sets, brought to their shape.
+OOD_SETS: Mapping[str, Entry] = {
+    "noise": Entry("ebjdat.evaluation.ood:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
+    "inverted": Entry("ebjdat.evaluation.ood:inverted", "1 - x; the same pixels' negatives"),
+    "shuffled": Entry("ebjdat.evaluation.ood:shuffled", "x with its pixels in another order; each image its own"),
+    "svhn": Entry("ebjdat.evaluation.ood:svhn", "torchvision, its test split"),
+    "cifar100": Entry("ebjdat.evaluation.ood:cifar100", "torchvision, its test split"),
+    "cifar10": Entry("ebjdat.evaluation.ood:cifar10", "torchvision, its test split"),
+    "folder": Entry("ebjdat.evaluation.ood:folder", "class folders, or an archive of them: its test images"),
+}
+
 
 def load(registry: Mapping[str, Entry], name: str) -> Callable[..., Any]:
     """Import and return the implementation of `name`."""

@@ -14,7 +14,7 @@ import pytest
 from ..conftest import ROOT
 from .conftest import Project
 
-DOWNSTREAM = {"finetune": 1, "attack": 1, "generate": 1, "energy": 1, "report": 1}
+DOWNSTREAM = {"finetune": 1, "attack": 1, "generate": 1, "energy": 1, "reliability": 1, "report": 1}
 
 
 def ran(text: str) -> set[str]:
@@ -61,7 +61,7 @@ def test_snakemake_reruns_what_a_finetuning_parameter_changes_and_nothing_else(a
 def test_dvc_reruns_the_same_and_leaves_nothing_for_snakemake(after_snakemake: Project) -> None:
     before = stamps(after_snakemake)
     text = after_snakemake.run("dvc", "repro")
-    assert ran(text) == {"report", *(f"{stage}-eb_jdat-seed0" for stage in ("finetune", "attack", "generate", "energy"))}
+    assert ran(text) == {"report", *(f"{stage}-eb_jdat-seed0" for stage in ("finetune", "attack", "generate", "energy", "reliability"))}
     changed = {name for name, stamp in stamps(after_snakemake).items() if before[name] != stamp}
     assert [re.sub(".*/checkpoints/", "", name) for name in changed] == ["digits/eb_jdat/seed0.safetensors"]
     assert after_snakemake.planned() == {}
@@ -99,10 +99,10 @@ def test_a_code_change_reruns_what_reads_it_under_both(after_snakemake: Project)
     file.write_text(old + "\n# a change\n")
     try:
         planned = after_snakemake.planned()
-        assert {k for k in planned if k not in ("all", "record")} == {"attack", "generate", "energy", "report"}
+        assert {k for k in planned if k not in ("all", "record")} == {"attack", "generate", "energy", "reliability", "report"}
         status = after_snakemake.run("dvc", "status")
         assert set(re.findall(r"^(\S+):$", status, re.M)) == {
-            f"{s}-{e}-seed0" for s in ("attack", "generate", "energy") for e in ("classifier", "eb_jdat")
+            f"{s}-{e}-seed0" for s in ("attack", "generate", "energy", "reliability") for e in ("classifier", "eb_jdat")
         }
     finally:
         file.write_text(old)
@@ -134,7 +134,7 @@ def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
 def test_after_dvc_repro_from_clean_snakemake_has_nothing_to_do(after_snakemake: Project) -> None:
     after_snakemake.clear()
     text = after_snakemake.run("dvc", "repro")
-    assert len(ran(text)) == 1 + 2 + 2 * 4 + 1
+    assert len(ran(text)) == 1 + 2 + 2 * 5 + 1
     assert after_snakemake.planned() == {}
     assert "up to date" in after_snakemake.run("dvc", "status")
     assert not list((after_snakemake.folder / "state").rglob("*.pt"))

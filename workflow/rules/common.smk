@@ -41,6 +41,7 @@ GPU = int(
 
 # An archive of images is an input; where it is missing, the command says so better than Snakemake would.
 ARCHIVE = [p for p in [PROFILE.data.path] if p and Path(p).is_file()]
+OOD_PATH = PROFILE.evaluation.reliability.ood_path
 DATA = f"data/{RUN}/data.npz"
 CARD = f"data/{RUN}/card.json"
 CHECKPOINTS = f"checkpoints/{RUN}"
@@ -81,6 +82,7 @@ BASE = (
 )
 EVALUATION = (
     *BASE,
+    "statistics.py",
     "data",
     "models",
     "samplers",
@@ -94,10 +96,9 @@ CODE = {
     "train": package(
         *BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"
     ),
-    "attack": package(*EVALUATION, "statistics.py", "stages/attack.py"),
-    "draw": package(
-        *EVALUATION, "statistics.py", "stages/evaluate.py", "report/figures.py"
-    ),
+    "attack": package(*EVALUATION, "stages/attack.py"),
+    "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
+    "reliability": package(*EVALUATION, "stages/reliability.py", "report/figures.py"),
     "report": [
         *package(*BASE, "statistics.py", "report", "stages/report.py"),
         "src/ebjdat/report/page.html.j2",
@@ -134,10 +135,10 @@ def sections(*paths):
     return get
 
 
-def listing():
-    """Digest of a folder of images (names, sizes, times), so that replaced images are noticed; "" for other sources."""
-    folder = Path(PROFILE.data.path or "")
-    if not PROFILE.data.path or not folder.is_dir():
+def listing(path):
+    """Digest of a folder of images (names, sizes, times), so that replaced images are noticed; "" for anything else."""
+    folder = Path(path or "")
+    if not path or not folder.is_dir():
         return ""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return digest([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])

@@ -95,3 +95,39 @@ rule energy:
         " --data {input.data} --weights {input.checkpoint} --samples {input.samples}"
         " --out {output.metrics} --values {output.values} --figure {output.figure}"
         " 2>&1 | tee -i {log}"
+
+
+rule reliability:
+    """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
+    input:
+        data=DATA,
+        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
+        ood=[p for p in [OOD_PATH] if p and Path(p).is_file()],
+        code=CODE["reliability"],
+    output:
+        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.json",
+        values=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.npz",
+        figure=report(
+            f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.png",
+            caption="../report/reliability.rst",
+            category="Reliability",
+            labels={"experiment": "{experiment}", "seed": "{seed}"},
+        ),
+    log:
+        f"{LOGS}/{{experiment}}/seed{{seed}}/reliability.log",
+    benchmark:
+        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/reliability.tsv"
+    conda:
+        "../envs/ebjdat.yaml"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        settings=SETTINGS,
+        listing=listing(OOD_PATH),
+        sections=sections("data.root", "evaluation.reliability", "evaluation.attack"),
+    shell:
+        "python -m ebjdat reliability {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
+        " --data {input.data} --weights {input.checkpoint}"
+        " --out {output.metrics} --values {output.values} --figure {output.figure}"
+        " 2>&1 | tee -i {log}"

@@ -14,7 +14,7 @@ rule prepare:
         "../envs/ebjdat.yaml"
     params:
         settings=SETTINGS,
-        listing=listing(),
+        listing=listing(PROFILE.data.path),
         sections=sections("data"),
     shell:
         "python -m ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee -i {log}"

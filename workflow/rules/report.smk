@@ -10,6 +10,8 @@ rule report:
             "samples.png",
             "energy.json",
             "energy.npz",
+            "reliability.json",
+            "reliability.png",
         ),
         pretraining=sorted(
             {

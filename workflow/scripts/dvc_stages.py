@@ -29,7 +29,7 @@ HEAD = """\
 """
 # DVC records its own runs; this tells the rule `record` so.
 RECORDED = "mkdir -p .dvc/tmp && touch .dvc/tmp/recorded"
-METRICS = re.compile(r"/(finetune|pretrain|attack|generate|energy)\.json$")
+METRICS = re.compile(r"/(finetune|pretrain|attack|generate|energy|reliability)\.json$")
 CURVES = re.compile(r"_curve\.csv$")
 
 
@@ -106,7 +106,7 @@ def render() -> str:
         name = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
         assert name not in stages, name
         stages[name] = stage(job, paths[job["rule"]], profile, raw)
-    order = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "report"]
+    order = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"]
     by_rule = sorted(stages.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0]))
     return HEAD + yaml.safe_dump({"stages": dict(by_rule)}, sort_keys=False, width=120)
 

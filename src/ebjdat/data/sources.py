@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".zip")
 MEMBER_LIMIT = 64 * 2**20  # bytes; no image file is that large, a decompression bomb is
 SPLITS = ("train", "test")
+MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # what torchvision raises where a set is not whole
 
 
 class DataError(UserError):
@@ -70,24 +71,32 @@ def svhn(settings: DataSettings) -> Raw:
 
 def _torchvision(name: str, settings: DataSettings) -> Raw:
     """A torchvision set: its checksums are verified, and it is downloaded to `root` only when it is missing there."""
-    import torchvision.datasets
-
-    images, labels, classes = [], [], ()
+    images, labels = [], []
+    classes: tuple[str, ...] = ()
     for split in SPLITS:
-        choice = {"split": split} if name == "SVHN" else {"train": split == "train"}
         try:
-            found = getattr(torchvision.datasets, name)(root=settings.root, download=True, **choice)
-        except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
+            found_images, found_labels, classes = torchvision_split(name, split, settings.root, download=True)
+        except MISSING as error:
             raise DataError(
                 f"{name} is not (whole) under {settings.root!r} and could not be fetched: {error}. Put the official archive there, "
                 "set data.root to a folder that has it, or use source 'folder' with an archive of class folders."
             ) from error
-        data = found.data if name == "SVHN" else found.data.transpose(0, 3, 1, 2)
-        images.append(np.ascontiguousarray(data, dtype=np.uint8))
-        labels.append(np.asarray(found.labels if name == "SVHN" else found.targets, dtype=np.int64))
-        classes = tuple(getattr(found, "classes", None) or map(str, range(10)))
+        images.append(found_images)
+        labels.append(found_labels)
     test = np.repeat([False, True], [len(labels[0]), len(labels[1])])
     return Raw(np.concatenate(images), np.concatenate(labels), test, classes, ordered=True)
+
+
+def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    """Images uint8 (N, C, H, W), labels (N,) and class names of "train" or "test". Raises one of MISSING where it is not whole."""
+    import torchvision.datasets
+
+    choice = {"split": split} if name == "SVHN" else {"train": split == "train"}
+    found = getattr(torchvision.datasets, name)(root=root, download=download, **choice)
+    images = found.data if name == "SVHN" else found.data.transpose(0, 3, 1, 2)
+    labels = found.labels if name == "SVHN" else found.targets
+    classes = tuple(getattr(found, "classes", None) or map(str, range(10)))
+    return np.ascontiguousarray(images, dtype=np.uint8), np.asarray(labels, dtype=np.int64), classes
 
 
 def folder(settings: DataSettings) -> Raw:

@@ -164,3 +164,40 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: int = 4) -> Fig
     for i in range(2):
         axes[i, 0].legend(handles[i].values(), handles[i].keys(), frameon=False, fontsize=7)
     return figure
+
+
+def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) -> Figure:
+    """A column per curve: accuracy against confidence, bin by bin, with the diagonal of a calibrated network; below, shares.
+
+    A curve, an array over equal bins of [0, 1] each: `confidence`, `accuracy` and its interval `low` to `high` (nan where a
+    bin is empty), and `share`, the fraction of images.
+    """
+    figure, axes = plt.subplots(
+        2,
+        len(curves),
+        figsize=(3.6 * len(curves), 4.6),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        height_ratios=(3, 1),
+    )
+    smallest = min(share for curve in curves.values() for share in curve["share"] if share)
+    for column, (name, curve) in enumerate(curves.items()):
+        above, below = axes[:, column]
+        at, accuracy = curve["confidence"], curve["accuracy"]
+        above.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="calibrated", zorder=1)
+        above.vlines(at, curve["low"], curve["high"], color="#BBBBBB", linewidth=1.5, label="95 % interval", zorder=1)
+        above.vlines(at, at, accuracy, color=COLOURS["adversarial"], linewidth=3, label="gap", zorder=2)
+        above.scatter(at, accuracy, s=30, color=COLOURS["clean"], label="accuracy", zorder=3)
+        edges = np.linspace(0, 1, len(at) + 1)
+        below.bar(edges[:-1], 100 * curve["share"], edges[1], align="edge", color=COLOURS["clean"], edgecolor="white")
+        error = np.nansum(curve["share"] * np.abs(accuracy - at))
+        above.set_title(f"{title}: {name}\nECE {100 * error:.1f} %", fontsize=9, loc="left")
+        above.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        below.set(yscale="log", ylim=(50 * smallest, 130), yticks=(1, 10, 100), yticklabels=("1", "10", "100"), xlabel="confidence")
+        below.tick_params(axis="y", which="minor", length=0)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("images, %\n(log scale)")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    return figure

@@ -39,7 +39,7 @@ SUMMARY_COLUMNS = (
     "collapse_epoch",
     "recoveries",
 )
-STAGES = ("finetune", "attack", "generate", "energy")
+STAGES = ("finetune", "attack", "generate", "energy", "reliability")
 
 
 @dataclass(frozen=True)
