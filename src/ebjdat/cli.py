@@ -245,14 +245,16 @@ def report(
     ],
     table_csv: Annotated[Path, typer.Option(help="The table with intervals (CSV).")],
     table_md: Annotated[Path, typer.Option(help="The table (Markdown).")],
-    html: Annotated[Path, typer.Option(help="The page.")],
+    html: Annotated[Path, typer.Option(help="The report page.")],
+    audit_html: Annotated[Path, typer.Option(help="The audit page: claims, checks, pairs of models.")],
+    audit_md: Annotated[Path, typer.Option(help="The claims (Markdown).")],
     override: Overrides = NO_OVERRIDES,
 ) -> None:
-    """Tables and the HTML page from the result files."""
+    """Tables, the HTML report and the audit from the result files."""
     from ebjdat.stages import report as stage
     from ebjdat.stages.context import Context
 
-    stage.run(Context.load(params, override), summary.parent, card, stage.Outputs(summary, table_csv, table_md, html))
+    stage.run(Context.load(params, override), summary.parent, card, stage.Outputs(summary, table_csv, table_md, html, audit_html, audit_md))
 
 
 @app.command()
@@ -280,6 +282,7 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
     console.print(f"report:    {results / 'report.html'} (open in a browser; needs no network)", highlight=False)
+    console.print(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open", highlight=False)
     console.print(f"for programs: {results / 'summary.csv'}", highlight=False)
     console.print("all runs:  make ui, then http://127.0.0.1:5000", highlight=False)
 

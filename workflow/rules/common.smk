@@ -59,6 +59,8 @@ REPORT = {
     "table_csv": f"{RESULTS}/table.csv",
     "table_md": f"{RESULTS}/table.md",
     "html": f"{RESULTS}/report.html",
+    "audit_html": f"{RESULTS}/audit.html",
+    "audit_md": f"{RESULTS}/audit.md",
 }
 
 
@@ -101,7 +103,7 @@ CODE = {
     "reliability": package(*EVALUATION, "stages/reliability.py", "report/figures.py"),
     "report": [
         *package(*BASE, "statistics.py", "report", "stages/report.py"),
-        "src/ebjdat/report/page.html.j2",
+        *sorted(str(p) for p in Path("src/ebjdat/report").glob("*.j2")),
         "src/ebjdat/report/paper.yaml",
     ],
 }

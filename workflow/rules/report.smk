@@ -1,13 +1,15 @@
 rule report:
-    """summary.csv, the table, and one HTML page."""
+    """summary.csv, the table, the HTML report and its audit page."""
     input:
         card=CARD,
         results=per_result(
             "finetune.json",
             "finetune_curve.csv",
             "attack.json",
+            "verdicts.parquet",
             "generate.json",
             "samples.png",
+            "chains.gif",
             "energy.json",
             "energy.npz",
             "reliability.json",
@@ -28,6 +30,10 @@ rule report:
             REPORT["table_md"], caption="../report/table.rst", category="Summary"
         ),
         html=report(REPORT["html"], caption="../report/page.rst", category="Summary"),
+        audit_html=report(
+            REPORT["audit_html"], caption="../report/audit.rst", category="Summary"
+        ),
+        audit_md=REPORT["audit_md"],
     log:
         f"{LOGS}/report.log",
     benchmark:
@@ -40,4 +46,5 @@ rule report:
     shell:
         "python -m ebjdat report {params.settings} --card {input.card} --summary {output.summary}"
         " --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
+        " --audit-html {output.audit_html} --audit-md {output.audit_md}"
         " > {log} 2>&1"

@@ -201,3 +201,23 @@ def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) 
     axes[1, 0].set_ylabel("images, %\n(log scale)")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
     return figure
+
+
+def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping[str, float], chance: float) -> Figure:
+    """Accuracy under PGD against the radius. curves: title -> [(radius in [0, 1] pixels, accuracy)]; radii: dotted, by name."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    for i, (title, points) in enumerate(curves.items()):
+        radius, accuracy = zip(*points, strict=True)
+        style = ("-", "--", ":")[i // len(palette) % 3]
+        axis.plot(radius, 100 * np.asarray(accuracy), style, marker="o", markersize=3, color=palette[i % len(palette)], label=title)
+    for name, radius in radii.items():
+        axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
+        axis.annotate(name, (radius, 101), fontsize=7, ha="center", va="bottom", color="#666666", annotation_clip=False)
+    axis.axhline(100 * chance, color="#BBBBBB", linewidth=1)
+    axis.set_ylim(0, 101)
+    axis.set_xlim(0, 5 * max(radii.values()))
+    axis.set_xlabel("radius, [0, 1] pixels")
+    axis.set_ylabel("accuracy under PGD, %")
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,9 +13,9 @@ import pandas as pd
 import yaml
 
 from ebjdat.files import read_json, write_text
-from ebjdat.params import Profile, base_of, flat, form_of
+from ebjdat.params import STANDARD, Profile, base_of, flat, form_of
 from ebjdat.registry import BASES, FORMS, METHODS
-from ebjdat.statistics import normal, over_seeds, wilson
+from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
 
 # The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
 SUMMARY_COLUMNS = (
@@ -38,6 +38,10 @@ SUMMARY_COLUMNS = (
     "git_commit",
     "collapse_epoch",
     "recoveries",
+    "released_pgd20_acc",
+    "released_autoattack_acc",
+    "checks_failed",
+    "ece",
 )
 STAGES = ("finetune", "attack", "generate", "energy", "reliability")
 
@@ -202,15 +206,16 @@ def cell_parts(record: pd.Series, metric: Metric) -> list[str]:
     value = record.get(metric.name)
     if value is None or pd.isna(value):
         return ["–"]
-    scale, digits = (100, 1) if metric.percent else (1, 2 if abs(value) < 100 else 0)
-    parts = [f"{value * scale:.{digits}f}"]
+    scale = 100 if metric.percent else 1
+    form = ".1f" if metric.percent else ".2f" if abs(value) < 100 else ".0f" if abs(value) < 1e5 else ".2g"
+    parts = [f"{value * scale:{form}}"]
     sd, low, high, paper = (record.get(f"{metric.name}_{part}") for part in ("sd", "low", "high", "paper"))
     if sd is not None and not pd.isna(sd):
-        parts.append(f"± {sd * scale:.{digits}f}")
+        parts.append(f"± {sd * scale:{form}}")
     elif low is not None and not pd.isna(low):
-        parts.append(f"[{low * scale:.{digits}f}, {high * scale:.{digits}f}]")
+        parts.append(f"[{low * scale:{form}}, {high * scale:{form}}]")
     if paper is not None and not pd.isna(paper):
-        parts.append(f"(paper {paper * scale:.{digits}f})")
+        parts.append(f"(paper {paper * scale:{form}})")
     return parts
 
 
@@ -271,14 +276,180 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def protocol(profile: Profile, card: dict[str, Any]) -> str:
-    """What the numbers mean, in a paragraph."""
-    attack, generate = profile.evaluation.attack, profile.evaluation.generate
+    """What the numbers of the table mean, in a paragraph."""
+    standard, generate = profile.evaluation.attack.standard, profile.evaluation.generate
     spread = "± standard deviation over seeds" if len(profile.seeds) > 1 else "brackets: 95 % intervals (accuracies: Wilson)"
-    aa = f"AutoAttack standard on the first {attack.autoattack.n} of them" if attack.autoattack.n else "AutoAttack not run"
+    aa = f"AutoAttack standard on the first {standard.n} of them" if standard.n else "AutoAttack not run"
     return (
         f"Data {card['name']} ({card['data_hash']}), test split, {len(profile.seeds)} seed(s), {spread}. "
-        f"{attack.norm} eps = {attack.eps:.4g} in [0, 1] pixels, no noise, eval mode; PGD-20 with step {attack.pgd20_step:.4g} on all "
-        f"test examples, {aa}. Fréchet distance of {generate.n} fresh chains, none discarded, to the training split; it is "
-        "called FID only with Inception's features, and is biased in n. Gaps: mean |E(x) - E(adversarial)| over pairs; "
-        "|mean E(x) - mean E(generated)|."
+        f"Protocol standard: {standard.norm} eps = {standard.eps:.4g} in [0, 1] pixels, no noise, eval mode; PGD-20 with step "
+        f"{standard.pgd.step_size:.4g} on all test examples, {aa}. Fréchet distance of {generate.n} fresh chains, none discarded, to the "
+        "training split; it is called FID only with Inception's features, and is biased in n. Gaps: mean |E(x) - E(adversarial)| over "
+        "pairs; |mean E(x) - mean E(generated)|."
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over seeds with its 95 % interval (over seeds, or of one seed's count) and what it was measured on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def percent(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def accuracy(rows: Sequence[Row], experiment: str, name: str, n: str) -> Measured | None:
+    """An accuracy of an experiment: `name` as in "released_pgd20" (its `_acc` and `_correct`), n the count's name; None if not measured."""
+    mine = [row.metrics for row in rows if row.experiment == experiment and row.metrics.get(f"{name}_acc") is not None]
+    if not mine:
+        return None
+    values, size = [m[f"{name}_acc"] for m in mine], int(mine[0][n])
+    low, high = over_seeds(values) if len(values) > 1 else wilson(mine[0][f"{name}_correct"], size)
+    return Measured(float(np.mean(values)), low, high, size)
+
+
+def effective_radius(profile: Profile, name: str) -> str:
+    """A protocol's ball, as its column is headed: norm and radius in [0, 1] pixels."""
+    protocol = profile.evaluation.attack.protocols[name]
+    whole = protocol.radius * 255
+    size = f"{whole:.0f}/255" if protocol.norm == "Linf" and abs(whole - round(whole)) < 1e-6 else f"{protocol.radius:.4g}"
+    return f"{'L∞' if protocol.norm == 'Linf' else 'L2'} {size}"
+
+
+def side_by_side(profile: Profile, rows: Sequence[Row]) -> list[list[str]]:
+    """Header and a row per experiment: PGD and ensemble under every protocol, and what each differs from the standard one, in points."""
+    protocols = profile.evaluation.attack.protocols
+    heads, lines = ["experiment"], []
+    for kind in ("PGD", "ensemble"):
+        for name, protocol in protocols.items():
+            count = len(protocol.attacks) and protocol.n
+            label = f"PGD-{protocol.pgd.steps}" if kind == "PGD" else "AutoAttack standard" if name == STANDARD else "ensemble"
+            if kind == "ensemble" and not count:
+                continue
+            heads.append(f"{name}: {label} %, radius {effective_radius(profile, name)}" + (f", n={count}" if kind == "ensemble" else ""))
+            if name != STANDARD and protocol.norm == protocols[STANDARD].norm:
+                heads.append(f"{name} − standard, {kind}")
+    for experiment in profile.experiments:
+        line = [experiment]
+        for kind in ("PGD", "ensemble"):
+            standard = None
+            for name, protocol in protocols.items():
+                if kind == "ensemble" and not (len(protocol.attacks) and protocol.n):
+                    continue
+                prefix = "" if name == STANDARD else f"{name}_"
+                metric = f"{prefix}pgd{protocol.pgd.steps}" if kind == "PGD" else f"{prefix}autoattack"
+                found = accuracy(rows, experiment, metric, f"{prefix}{'n_test' if kind == 'PGD' else 'n_attack'}")
+                standard = found if name == STANDARD else standard
+                line.append(found.percent() if found else "–")
+                if name != STANDARD and protocol.norm == protocols[STANDARD].norm:
+                    line.append(f"{100 * (found.value - standard.value):+.1f}" if found and standard else "–")
+        lines.append(line)
+    return [heads, *lines]
+
+
+def checks_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every integrity check of every experiment and seed, with `experiment` and `seed`."""
+    return [{"experiment": row.experiment, "seed": row.seed, **check} for row in rows for check in row.metrics.get("checks", [])]
+
+
+def verdicts_of(results: Path, experiment: str, seed: int) -> pd.DataFrame:
+    """Verdicts of the raw weights, a row per protocol and example."""
+    frame = pd.read_parquet(results / experiment / f"seed{seed}" / "verdicts.parquet")
+    return frame[frame["weights"] == "raw"]
+
+
+def pairwise(profile: Profile, results: Path, seed: int, column: str, protocol: str = STANDARD) -> list[dict[str, Any]]:
+    """Every two experiments on the same examples of one seed: McNemar's counts and p, Holm's correction over all pairs.
+
+    column: of verdicts.parquet, e.g. "autoattack" or "pgd20"; examples where it is null are left out.
+    """
+    stands = {}
+    for name in profile.experiments:
+        frame = verdicts_of(results, name, seed)
+        values = frame[frame["protocol"] == protocol].sort_values("index")
+        if column in values:
+            known = (values["clean"] if column == "pgd20" else values[column]).notna()
+            stands[name] = [bool(value) for value in values.loc[known, column].fillna(value=False)]
+    found: list[dict[str, Any]] = []
+    names = [name for name in stands if stands[name]]
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            only_a, only_b, p = mcnemar(stands[a], stands[b])
+            found.append({"a": a, "b": b, "n": len(stands[a]), "only_a": only_a, "only_b": only_b, "p": p})
+    running = 0.0
+    for rank, pair in enumerate(sorted(found, key=lambda pair: pair["p"])):
+        running = max(running, min(1.0, pair["p"] * (len(found) - rank)))
+        pair["p_holm"] = running
+    return found
+
+
+def sample_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
+    """Heads, then (experiment, cells): how samples compare, of one seed. details: experiment -> metrics."""
+    heads = ["Fréchet", "KID ×1000", "precision %", "recall %", "score", "Fréchet, E(x, y) chains", "Fréchet, buffer", "Fréchet, released"]
+    lines: list[Any] = [heads]
+    for name, d in details.items():
+        score = "inception_score" if d.get("inception_score") is not None else "reference_score"
+        cells = [
+            _number(d["frechet"], ".2f", n=d["n_samples"]),
+            _number(d.get("kid"), ".2f", 1000, spread=d.get("kid_std")),
+            _number(d.get("precision"), ".1f", 100),
+            _number(d.get("recall"), ".1f", 100),
+            _number(d.get(score), ".2f", spread=d.get(f"{score}_std")),
+            _number(d.get("frechet_conditional"), ".2f", n=d.get("n_conditional")),
+            _number(d.get("frechet_buffer"), ".2f", n=d.get("n_buffer")),
+            _number(d.get("released_frechet"), ".2f", n=d.get("released_n_samples")),
+        ]
+        lines.append((name, cells))
+    return lines
+
+
+def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
+    """Heads, then (experiment, cells): calibration and detection, of one seed. details: experiment -> metrics."""
+    first = next(iter(details.values()))
+    asked = {"ood_auroc_energy_": "OOD: ", "detect_auroc_energy_": "PGD, "}
+    columns = {
+        key: label + key.removeprefix(start)
+        for start, label in asked.items()
+        for key in first
+        if key.startswith(start) and not key.endswith(("_low", "_high"))
+    }
+    heads = ["ECE %", "ECE, scaled %", "temperature", "NLL", *(f"{label} (energy)" for label in columns.values())]
+    lines: list[Any] = [heads]
+    for name, d in details.items():
+        cells = [
+            _number(d["ece"], ".1f", 100),
+            _number(d["ece_scaled"], ".1f", 100),
+            _number(d["temperature"], ".2f"),
+            _number(d["nll"], ".3f"),
+        ]
+        for key in columns:
+            value, low, high = (d.get(f"{key}{end}") for end in ("", "_low", "_high"))
+            cells.append("–" if value is None or low is None or high is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        lines.append((name, cells))
+    return lines
+
+
+def _number(value: float | None, form: str, scale: float = 1, spread: float | None = None, n: int | None = None) -> str:
+    if value is None:
+        return "–"
+    text = f"{value * scale:{form}}"
+    text += f" ± {spread * scale:{form}}" if spread is not None else ""
+    return text + (f" (n = {n})" if n else "")
+
+
+def write_audit_markdown(findings: Sequence[Any], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path) -> None:
+    """audit.md: the claims, both protocols side by side, and the checks that failed. findings: of report.claims.judge."""
+    rows = [[f.claim, f"**{f.verdict}**", f.paper, f.measured, f.protocol, f.why] for f in findings]
+    text = ["# Which claims hold?", "", *markdown_table([["claim", "verdict", "the paper", "measured here", "protocol", "why"], *rows]), ""]
+    text += ["# Robustness under every protocol", "", *markdown_table(side), "", "# Integrity checks that failed", ""]
+    failed = [check for check in checks if check["passed"] is False]
+    text += [
+        f"- {c['experiment']}, seed {c['seed']}: {c['name']}{' [' + c['protocol'] + ']' if c['protocol'] else ''}: "
+        f"{c['value']:.3g}, limit {c['limit']:.3g} ({c['says']})"
+        for c in failed
+    ] or [f"None of {len(checks)}."]
+    write_text(path, "\n".join(text) + "\n")

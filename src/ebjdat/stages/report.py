@@ -1,4 +1,4 @@
-"""Stage `report`: result files -> summary, tables, one HTML page; and every final metric on the experiments' MLflow runs."""
+"""Stage `report`: result files -> summary, tables, the HTML pages; and every final metric on the experiments' MLflow runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebjdat.files import read_json
-from ebjdat.report import page, tables
+from ebjdat.report import claims, page, tables
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject
 
@@ -17,6 +17,8 @@ class Outputs:
     table_csv: Path
     table_markdown: Path
     html: Path
+    audit_html: Path
+    audit_markdown: Path
 
 
 def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
@@ -27,10 +29,13 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     tables.write_csv(table, out.table_csv)
     tables.write_markdown(table, rows, context.profile, card, out.table_markdown)
     page.write(context.profile, context.run, results, card, rows, table, out.html)
+    findings = claims.judge(claims.Evidence(context.profile, rows, results))
+    page.write_audit(context.profile, context.run, results, card, rows, findings, out.audit_html)
+    tables.write_audit_markdown(findings, tables.side_by_side(context.profile, rows), tables.checks_of(rows), out.audit_markdown)
     print(out.table_markdown.read_text(encoding="utf-8"))
     for row in rows:
         with context.track_result(row.experiment, row.seed, None, card["data_hash"]) as tracker:
             tracker.final(row.metrics)
     with context.track(Subject(context.run, "report", 0, "report", kind="report"), {}, {"data_hash": card["data_hash"]}) as tracker:
-        for path in (out.html, out.table_csv, out.summary):
+        for path in (out.html, out.audit_html, out.table_csv, out.summary):
             tracker.artifact(path)

@@ -1,0 +1,359 @@
+"""The paper's claims against what was measured here: holds, fails or open, and why. One function per claim.
+
+A claim is judged with the uncertainty of both sides: "open" is what neither the data nor its size can decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ebjdat.params import STANDARD, Profile, base_of, form_of
+from ebjdat.registry import FORMS
+from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, verdicts_of
+from ebjdat.statistics import mcnemar, normal, over_seeds
+
+Verdict = Literal["holds", "fails", "open"]
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim. paper: what it says, with its number; measured: ours with n and intervals; protocol: how; why: of the verdict."""
+
+    claim: str
+    paper: str
+    measured: str
+    protocol: str
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured: the profile, a row per experiment and seed, and the folder with every verdict."""
+
+    profile: Profile
+    rows: Sequence[Row]
+    results: Path
+
+    def find(self, method: str, form: str | None = None, w2: float | None = None) -> str | None:
+        """The first experiment of a method as it is defined (its form's own score and weights; another w2 where asked for)."""
+        for name, entry in self.profile.experiments.items():
+            settings = self.profile.training_settings(name)
+            if entry.method != method or (form is not None and form_of(method, entry.form) != form):
+                continue
+            row = FORMS[form].defaults if form else {}
+            usual = [1.0, row.get("weights", {}).get("w2", 1.0) if w2 is None else w2, 1.0]
+            weights = [settings.weights.w1, settings.weights.w2, settings.weights.w3]
+            if form is None or (weights == usual and settings.adversary.score == row["adversary"]["score"]):
+                return name
+        return None
+
+    @property
+    def ours(self) -> str | None:
+        """EB-JDAT as its paper defines it, else with another inner score."""
+        return self.find("eb_jdat", "paper") or next((n for n, e in self.profile.experiments.items() if e.method == "eb_jdat"), None)
+
+    @property
+    def trained_robust(self) -> list[str]:
+        return [name for name in (self.find("pgd_at"), self.find("trades")) if name]
+
+    @property
+    def jem(self) -> str | None:
+        """The JEM that EB-JDAT's experiment stands on."""
+        entry = self.profile.experiments.get(self.ours or "")
+        return self.find(base_of(entry.method, entry.base) or "") if entry else None
+
+    def metrics(self, experiment: str) -> list[dict[str, Any]]:
+        return [row.metrics for row in self.rows if row.experiment == experiment]
+
+    def robust(self, experiment: str, protocol: str = STANDARD) -> Measured | None:
+        """After the protocol's ensemble, or after PGD where no ensemble was run."""
+        prefix = "" if protocol == STANDARD else f"{protocol}_"
+        settings = self.profile.evaluation.attack.protocols[protocol]
+        found = accuracy(self.rows, experiment, f"{prefix}autoattack", f"{prefix}n_attack") if settings.n else None
+        return found or accuracy(self.rows, experiment, f"{prefix}pgd{settings.pgd.steps}", f"{prefix}n_test")
+
+    def spread(self, experiment: str, name: str) -> Measured | None:
+        """A metric that is no accuracy, with its interval: over seeds, or from its standard error, or none (low = high = nan)."""
+        mine = [m[name] for m in self.metrics(experiment) if m.get(name) is not None]
+        if not mine:
+            return None
+        first = self.metrics(experiment)[0]
+        if len(mine) > 1:
+            low, high = over_seeds(mine)
+        elif first.get(f"{name}_se") is not None:
+            low, high = normal(mine[0], first[f"{name}_se"])
+        else:
+            low = high = float("nan")
+        return Measured(float(np.mean(mine)), low, high, len(mine))
+
+    def better(self, a: str, b: str, column: str) -> tuple[Verdict, str]:
+        """Whether a classifies more of the same examples right than b: "holds" more, "fails" fewer; and how that was decided.
+
+        column: of verdicts.parquet under the standard protocol. One seed: McNemar; several: t interval of the differences.
+        """
+        counts = []
+        for seed in self.profile.seeds:
+            stands = []
+            for name in (a, b):
+                frame = verdicts_of(self.results, name, seed)
+                values = frame[frame["protocol"] == STANDARD].sort_values("index")[column]
+                stands.append([bool(v) for v in (values.fillna(value=False) if column.startswith("pgd") else values.dropna())])
+            counts.append((*mcnemar(*stands), len(stands[0])))
+        differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
+        if len(counts) == 1:
+            only_a, only_b, p, n = counts[0]
+            significant, how = p < SIGNIFICANT, f"McNemar on the same {n} examples: only {a} right {only_a}, only {b} {only_b}, p = {p:.2g}"
+        else:
+            low, high = over_seeds(differences)
+            significant = low > 0 or high < 0
+            how = f"difference over {len(counts)} seeds {100 * np.mean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        if not significant:
+            return "open", f"{how}: no difference that these examples can show"
+        return ("holds" if np.mean(differences) > 0 else "fails"), how
+
+
+Claim = Callable[[Evidence], Finding | None]  # None: no experiment of the profile is about it
+
+
+def stated_robustness(e: Evidence) -> Finding | None:
+    if e.ours is None:
+        return None
+    standard = e.robust(e.ours)
+    theirs = paper_numbers(e.profile, e.ours).get("autoattack")
+    claim, protocol = "EB-JDAT withstands AutoAttack at 8/255", f"standard, {effective_radius(e.profile, STANDARD)}"
+    paper = f"{theirs:.2f} %" if theirs else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10"
+    measured = f"{e.ours}: {standard.percent()} %, n = {standard.n}" if standard else "not measured"
+    if theirs is None or standard is None:
+        return Finding(
+            claim, paper, measured, protocol, "open", "other data, network and radius than the paper's: its number is not at stake here"
+        )
+    if standard.high * 100 < theirs:
+        return Finding(claim, paper, measured, protocol, "fails", "the paper's number lies above the interval")
+    return Finding(claim, paper, measured, protocol, "holds", "the paper's number lies within or below the interval")
+
+
+def stated_protocol(e: Evidence) -> Finding | None:
+    if e.ours is None or "released" not in e.profile.evaluation.attack.protocols:
+        return None
+    standard, released = e.robust(e.ours), e.robust(e.ours, "released")
+    if standard is None or released is None:
+        return None
+    radius = effective_radius(e.profile, "released")
+    return Finding(
+        "The reported robustness is at the stated radius, under AutoAttack standard",
+        "L∞ 8/255, AutoAttack standard",
+        f"{e.ours}: {released.percent()} % as released ({radius}, noise, weaker ensemble), {standard.percent()} % as stated, "
+        f"n = {standard.n}",
+        f"released against standard, {effective_radius(e.profile, STANDARD)}",
+        "fails",
+        "the released evaluation applies its budget to [-1, 1] pixels: half as far in [0, 1], and without targeted APGD; "
+        f"that reads {100 * (released.value - standard.value):+.1f} points here",
+    )
+
+
+def beats_adversarial_training(e: Evidence) -> Finding | None:
+    if e.ours is None or not e.trained_robust:
+        return None
+    column = "autoattack" if e.profile.evaluation.attack.standard.n else "pgd20"
+    against = max(e.trained_robust, key=lambda name: found.value if (found := e.robust(name)) else 0.0)
+    mine, theirs = e.robust(e.ours), e.robust(against)
+    if mine is None or theirs is None:
+        return None
+    verdict, why = e.better(e.ours, against, column)
+    return Finding(
+        "EB-JDAT is more robust than adversarial training",
+        "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10",
+        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
+        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
+        verdict,
+        why,
+    )
+
+
+def keeps_accuracy(e: Evidence) -> Finding | None:
+    if e.ours is None or not e.trained_robust:
+        return None
+    against = max(e.trained_robust, key=lambda name: found.value if (found := accuracy(e.rows, name, "clean", "n_test")) else 0.0)
+    mine, theirs = accuracy(e.rows, e.ours, "clean", "n_test"), accuracy(e.rows, against, "clean", "n_test")
+    if mine is None or theirs is None:
+        return None
+    verdict, why = e.better(e.ours, against, "clean")
+    return Finding(
+        "EB-JDAT keeps more clean accuracy than adversarial training",
+        "90.30 % against 82.67 to 87.74 %, CIFAR-10",
+        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
+        "clean test images",
+        verdict,
+        why,
+    )
+
+
+def generates_like_its_jem(e: Evidence) -> Finding | None:
+    jem = e.jem
+    if e.ours is None or jem is None:
+        return None
+    mine, theirs = e.spread(e.ours, "frechet"), e.spread(jem, "frechet")
+    starts = e.spread(e.ours, "frechet_start")
+    if mine is None or theirs is None:
+        return None
+    extractor, n = e.metrics(e.ours)[0]["frechet_extractor"], e.metrics(e.ours)[0]["n_samples"]
+    measured = f"{e.ours} {mine.value:.2f}, {jem} {theirs.value:.2f}, {n} samples each"
+    verdict: Verdict = "open"
+    if mine.n > 1:
+        pairs = zip(e.metrics(e.ours), e.metrics(jem), strict=True)
+        low, high = over_seeds([a["frechet"] - b["frechet"] for a, b in pairs])
+        why = f"difference over {mine.n} seeds [{low:+.2f}, {high:+.2f}]"
+        verdict = "fails" if low > 0 else "holds"
+    else:
+        why = "one seed: the distance has no interval"
+    if starts is not None and mine.value >= starts.value:
+        verdict, why = "open", f"{why}; but the chains' starts alone reach {starts.value:.2f}, so the distance hardly measures the network"
+    return Finding(
+        "EB-JDAT generates about as well as the JEM it stands on",
+        "FID 39.67 against 37.12 (JEM++), CIFAR-10",
+        measured,
+        f"fresh chains, none discarded, against the training split, features: {extractor}",
+        verdict,
+        why,
+    )
+
+
+def fid_is_of_samples(e: Evidence) -> Finding | None:
+    if e.ours is None:
+        return None
+    fresh, released = e.spread(e.ours, "frechet"), e.spread(e.ours, "released_frechet")
+    if fresh is None or released is None:
+        return None
+    first = e.metrics(e.ours)[0]
+    return Finding(
+        "The reported FID is that of the model's samples",
+        "FID 39.67 (JEM++), 27.42 (SADA-JEM), CIFAR-10",
+        f"{e.ours}: {released.value:.2f} as released (n = {first['released_n_samples']}), {fresh.value:.2f} of fresh chains "
+        f"(n = {first['n_samples']})",
+        f"released against standard, features: {first['frechet_extractor']}",
+        "fails",
+        "the released evaluation takes the most confident 90 % of the training buffer and compares them with training and test images; "
+        "the two distances differ in n as well, which biases them",
+    )
+
+
+def _closes(e: Evidence, claim: str, paper: str, gap: str, who: str | None, against: str | None) -> Finding | None:
+    if who is None or against is None:
+        return None
+    mine, theirs = e.spread(who, gap), e.spread(against, gap)
+    if mine is None or theirs is None:
+        return None
+    verdict: Verdict = "holds" if mine.high < theirs.low else "fails" if mine.low > theirs.high else "open"
+    measured = (
+        f"{who} {mine.value:.2f} [{mine.low:.2f}, {mine.high:.2f}], {against} {theirs.value:.2f} [{theirs.low:.2f}, {theirs.high:.2f}]"
+    )
+    why = {"holds": "the intervals are apart", "fails": "the gap is larger, and the intervals are apart", "open": "the intervals meet"}[
+        verdict
+    ]
+    return Finding(claim, paper, measured, "energies of test images, PGD-20 neighbours (standard) and fresh chains, nats", verdict, why)
+
+
+def training_closes_first_gap(e: Evidence) -> Finding | None:
+    claim, paper = "Adversarial training narrows the gap of energies between clean and adversarial images", "1.46 against 10.18"
+    return _closes(e, claim, paper, "energy_gap_adversarial", e.find("pgd_at"), e.find("classifier"))
+
+
+def jem_closes_second_gap(e: Evidence) -> Finding | None:
+    claim, paper = "A JEM narrows the gap of energies between clean and generated images", "figure, no number"
+    return _closes(e, claim, paper, "energy_gap_generated", e.jem, e.find("pgd_at") or e.find("classifier"))
+
+
+def closes_first_gap(e: Evidence) -> Finding | None:
+    claim, paper = "EB-JDAT narrows the first gap further than adversarial training", "figure, no number"
+    return _closes(e, claim, paper, "energy_gap_adversarial", e.ours, e.find("pgd_at"))
+
+
+def closes_second_gap(e: Evidence) -> Finding | None:
+    claim, paper = "EB-JDAT narrows the second gap as a JEM does", "figure, no number"
+    return _closes(e, claim, paper, "energy_gap_generated", e.ours, e.find("pgd_at"))
+
+
+def alignment_prevents_collapse(e: Evidence) -> Finding | None:
+    without = e.find("eb_jdat", "paper", w2=0.0)
+    claim, paper = "Without energy alignment (h2) training collapses", "collapse at epoch 41 of 100 (weights 0 0 1, which leave out h1 too)"
+    if e.ours is None:
+        return None
+    if without is None:
+        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves h2 alone out (w = 1 0 1)")
+    counts = {name: [m.get("collapse_epoch") for m in e.metrics(name)] for name in (without, e.ours)}
+    told = ", ".join(f"{name}: {sum(c is not None for c in found)} of {len(found)} seeds diverged" for name, found in counts.items())
+    collapsed, kept = (all(c is not None for c in counts[without]), all(c is None for c in counts[e.ours]))
+    never = all(c is None for c in counts[without])
+    enough = len(counts[without]) > 2
+    verdict: Verdict = "holds" if collapsed and kept and enough else "fails" if never and enough else "open"
+    why = {
+        "holds": "every seed without it, none with it",
+        "fails": "no seed diverged without it, at this profile's chain steps and rates",
+        "open": "not every seed, or fewer than three",
+    }[verdict]
+    return Finding(claim, paper, told, "checks during training (docs/healing.md)", verdict, why)
+
+
+def code_is_the_paper(e: Evidence) -> Finding | None:
+    released = e.find("eb_jdat", "released")
+    if e.ours is None:
+        return None
+    claim, paper = "The released code computes what the paper defines", "implied"
+    if released is None:
+        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile has `form: released`")
+    mine, theirs = e.robust(e.ours), e.robust(released)
+    if mine is None or theirs is None:
+        return None
+    column = "autoattack" if e.profile.evaluation.attack.standard.n else "pgd20"
+    verdict, why = e.better(e.ours, released, column)
+    return Finding(
+        claim,
+        paper,
+        f"paper form {mine.percent()} %, released form {theirs.percent()} %, n = {mine.n}",
+        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
+        "open" if verdict == "open" else "fails",
+        f"inner walk, its budget and the alignment's sign differ; {why}",
+    )
+
+
+def more_steps_collapse(e: Evidence) -> Finding | None:
+    if e.ours is None:
+        return None
+    claim, paper = "More than 5 adversarial steps make the energy-based model collapse", "stated"
+    longer = [n for n, x in e.profile.experiments.items() if x.method == "eb_jdat" and e.profile.training_settings(n).adversary.steps > 5]
+    if not longer:
+        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile takes more than 5 (adversary.steps)")
+    collapsed = [n for n in longer if any(m.get("collapse_epoch") is not None for m in e.metrics(n))]
+    measured = f"{len(collapsed)} of {len(longer)} such experiments diverged"
+    return Finding(
+        claim, paper, measured, "checks during training (docs/healing.md)", "holds" if collapsed == longer else "fails", "counted"
+    )
+
+
+CLAIMS: tuple[Claim, ...] = (
+    stated_robustness,
+    stated_protocol,
+    beats_adversarial_training,
+    keeps_accuracy,
+    generates_like_its_jem,
+    fid_is_of_samples,
+    training_closes_first_gap,
+    jem_closes_second_gap,
+    closes_first_gap,
+    closes_second_gap,
+    alignment_prevents_collapse,
+    code_is_the_paper,
+    more_steps_collapse,
+)
+
+
+def judge(evidence: Evidence) -> list[Finding]:
+    """Every claim that this profile's experiments say something about, in the paper's order."""
+    return [found for claim in CLAIMS if (found := claim(evidence)) is not None]
