@@ -244,6 +244,17 @@ EXTRACTORS: Mapping[str, Entry] = {
     "reference": Entry("ebjdat.evaluation.frechet:reference_features", "penultimate features of the reference classifier"),
 }
 
+# Which samples are measured, and against which images: values alone. A profile's protocol that is `like` one stands on it.
+SAMPLE_PROTOCOLS: Mapping[str, Row] = {
+    "standard": Row(
+        "Heusel et al. 2017, arXiv 1706.08500: fresh samples, none discarded", {"source": "fresh", "select": 1.0, "against": "train"}
+    ),
+    "released": Row(
+        "the released evaluation of arXiv 2505.19459: the most confident of the training buffer, against every image there is",
+        {"source": "buffer", "select": 0.9, "against": "all"},
+    ),
+}
+
 
 def load(registry: Mapping[str, Entry], name: str) -> Callable[..., Any]:
     """Import and return the implementation of `name`."""
