@@ -32,9 +32,7 @@ def kernel_distance(a: Array, b: Array) -> tuple[float, float, int]:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = max(FEWEST, min(KID_SUBSET_SIZE, len(a) // KID_SHARE, len(b) // KID_SHARE))
-    found = kid_features_to_metric(
-        torch.from_numpy(a), torch.from_numpy(b), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
-    )
+    found = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size
 
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat import registry
-from ebjdat.data.batches import DeviceData, generator
+from ebjdat.data.batches import generator
 from ebjdat.evaluation.fidelity import compare
 from ebjdat.evaluation.frechet import Array, Features, frechet_distance
 from ebjdat.evaluation.robust import batches, predictions
 from ebjdat.models.modes import UnitRange, moving_images
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import STANDARD, ChainSettings, GenerateSettings, SampleProtocolSettings
+from ebjdat.params import STANDARD, ChainSettings, GenerateSettings
 from ebjdat.pixels import uint8_from_unit, unit_from_internal, unit_from_uint8
 from ebjdat.progress import Bar
 from ebjdat.samplers.chains import strides, walk
 from ebjdat.samplers.starts import StartPool
 
 MOST_FRAMES = 24  # of a watched chain, beside its start
+COUNTS = ("frechet_against", "n_samples", "n_reference")  # beside every protocol's distances
 
 
 @dataclass(frozen=True)
@@ -122,32 +123,26 @@ def measure(
     samples: "fresh", "conditional" and "buffer" (None: there is none). real: features of the "train" images and of "all".
     A name begins with its protocol, unless that is the standard one, and ends with its set, unless that is the fresh chains.
     """
-    model_of_unit = UnitRange(model).eval()
+    judge = UnitRange(model).eval()
     seen = {name: None if of is None else features(of.images) for name, of in samples.items()}
-
-    def under(protocol: SampleProtocolSettings) -> dict[str, Any]:
-        source, points, against = samples[protocol.source], seen[protocol.source], real[protocol.against]
-        if source is not None and points is not None and protocol.select < 1:
-            images = source.images.to(starts.images.device)
-            points = points[most_confident(model_of_unit, images, protocol.select, settings.batch_size).cpu().numpy()]
-        counts = {"frechet_against": protocol.against, "n_samples": 0 if points is None else len(points), "n_reference": len(against)}
-        return {**compare(points, against, extractor, features), **(dict.fromkeys(counts) if points is None else counts)}
-
-    def agreement(of: Samples | None) -> float | None:
-        if of is None:
-            return None
-        return float((predictions(model_of_unit, unit_from_uint8(of.images), settings.batch_size) == of.labels).float().mean())
-
     result: dict[str, Any] = {"frechet_extractor": extractor}
     for name, protocol in settings.protocols.items():
-        prefix = "" if name == STANDARD else f"{name}_"
-        result |= {f"{prefix}{key}": value for key, value in under(protocol).items()}
+        points, against = seen[protocol.source], real[protocol.against]
+        source = samples[protocol.source]
+        if points is not None and source is not None and protocol.select < 1:
+            images = source.images.to(starts.images.device)
+            points = points[most_confident(judge, images, protocol.select, settings.batch_size).cpu().numpy()]
+        found: dict[str, Any] = {**compare(points, against, extractor, features), **dict.fromkeys(COUNTS)}
+        if points is not None:
+            found |= zip(COUNTS, (protocol.against, len(points), len(against)), strict=True)
+        result |= {key if name == STANDARD else f"{name}_{key}": value for key, value in found.items()}
     for name in ("conditional", "buffer"):
-        result |= {f"{key}_{name}": value for key, value in compare(seen[name], real["train"], extractor, features).items()}
-        result[f"n_{name}"] = 0 if samples[name] is None else len(seen[name])
-    return {
-        **result,
-        "class_agreement": agreement(samples["fresh"]),
-        "class_agreement_conditional": agreement(samples["conditional"]),
-        "frechet_start": frechet_distance(features(starts.images), real["train"]),
-    }
+        points = seen[name]
+        result |= {f"{key}_{name}": value for key, value in compare(points, real["train"], extractor, features).items()}
+        result[f"n_{name}"] = 0 if points is None else len(points)
+    for key, name in (("class_agreement", "fresh"), ("class_agreement_conditional", "conditional")):
+        of = samples[name]
+        assert of is not None
+        agree = predictions(judge, unit_from_uint8(of.images), settings.batch_size) == of.labels
+        result[key] = float(agree.float().mean())
+    return {**result, "frechet_start": frechet_distance(features(starts.images), real["train"])}

@@ -22,7 +22,7 @@ COLOURS = {"clean": "#0072B2", "adversarial": "#D55E00", "generated": "#009E73"}
 INK = "#333333"
 Images = NDArray[np.uint8]
 Values = NDArray[np.float64]
-GIF_PIXELS = 700_000  # of all frames before they are enlarged: a byte each, when nothing compresses, is below 1 MB
+GIF_PIXELS = 600_000  # of all frames, enlarged in one direction (repetition compresses): noise then takes 1.4 bytes each
 GIF_WIDTH = 450  # pixels at most, where that much is needed
 
 plt.rcParams.update(
@@ -181,23 +181,23 @@ def animate(panels: Mapping[str, Images], steps: Sequence[int], classes: int, pa
     panels: title -> (T, B, C, H, W), chains that began at the classes in turn; steps: after how many each of the T was seen.
     Ten classes and four chains of each at most, fewer where frames are large or many: the file stays below 1 MB.
     """
-    frames, batch, _, height, width = next(iter(panels.values())).shape
+    frames, batch, channels, height, width = next(iter(panels.values())).shape
     across = min(classes, batch, 10)
-    side = height + 1
-    affordable = GIF_PIXELS // (frames * len(panels) * across * side * (width + 1))
-    down = max(1, min(4, batch // classes, affordable))
     scale = max(1, GIF_WIDTH // (across * (width + 1)))
+    affordable = GIF_PIXELS // (frames * len(panels) * (height + 1) * (width + 1) * scale)  # chains of each panel
+    across = max(1, min(across, affordable))
+    down = max(1, min(4, batch // classes, affordable // across))
+    band = 16  # pixels of a line of text
     pictures = []
     for t, step in enumerate(steps):
         blocks = [_chain_block(chains[t], classes, down, across, scale) for chains in panels.values()]
-        band = 16  # pixels of a line of text
         canvas = Image.new("RGB", (blocks[0].shape[1], sum(len(block) + band for block in blocks)), "white")
         draw, top = ImageDraw.Draw(canvas), 0
         for title, block in zip(panels, blocks, strict=True):
             draw.text((2, top + 2), f"{title}, step {step} of {steps[-1]}", fill=INK)
             canvas.paste(Image.fromarray(block), (0, top + band))
             top += band + len(block)
-        pictures.append(canvas.quantize(256, dither=Image.Dither.NONE))
+        pictures.append(canvas.convert("L") if channels == 1 else canvas.quantize(256, dither=Image.Dither.NONE))
     durations = [1000, *[250] * (frames - 2), 2500]  # milliseconds; start and end are looked at longest
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 

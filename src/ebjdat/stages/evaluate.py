@@ -86,7 +86,11 @@ def generate(
 
         write_atomic(samples_out, write_samples)
         panels = {"training images": data.split("train")}
-        shown = {f"{experiment}, seed {seed}: fresh chains down E(x)": fresh, "fresh chains down E(x, y)": conditional, "replay buffer": buffer}
+        shown = {
+            f"{experiment}, seed {seed}: fresh chains down E(x)": fresh,
+            "fresh chains down E(x, y)": conditional,
+            "replay buffer": buffer,
+        }
         panels |= {key: (of.images.cpu().numpy(), of.labels.cpu().numpy()) for key, of in shown.items() if of is not None}
         write_atomic(grid_out, lambda path: figures.save(figures.sample_grids(panels, data.classes, settings.grid, columns=2), path))
         watched = {}
