@@ -379,12 +379,16 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
         metrics={},
     )
     images, labels = (None, None) if buffer is None else (buffer.images, buffer.labels)
-    checkpoint.save(checkpoint.Checkpoint(header, network.state_dict(), images, labels), path)
+    averaged = build(settings, 1, 10, seed + 10).state_dict()
+    checkpoint.save(checkpoint.Checkpoint(header, network.state_dict(), images, labels, averaged), path)
     return network.eval()
 
 
 def test_the_stage_writes_measures_samples_and_pictures(tmp_path: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the command line; what is in the files is recomputed from the samples and the checkpoints."""
+    """Through the command line; what is in the files is recomputed from the samples and the checkpoints.
+
+    Relative tolerance 1e-4: features are float32 and the stage's networks have another memory layout.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
     data, card = prepared.prepare(profile.data)
@@ -402,12 +406,18 @@ def test_the_stage_writes_measures_samples_and_pictures(tmp_path: Path, profile:
     assert samples["images"].shape == samples["conditional"].shape == (100, 1, 8, 8)
     assert samples["labels"].tolist() == [i % 10 for i in range(100)]
     assert not np.array_equal(samples["images"], samples["conditional"])
-    features = frechet.reference_features(ruler, profile.evaluation.generate, CPU)
+    settings = profile.evaluation.generate
+    features = frechet.reference_features(ruler, settings, CPU)
     every = features(torch.from_numpy(data.images))
     seen = {name: features(torch.from_numpy(samples[name])) for name in ("images", "conditional")}
-    assert result["frechet"] == pytest.approx(frechet_distance(seen["images"], every[data.train]), rel=1e-6)
-    assert result["frechet_conditional"] == pytest.approx(frechet_distance(seen["conditional"], every[data.train]), rel=1e-6)
-    assert result["kid"] == pytest.approx(fidelity.kernel_distance(seen["images"], every[data.train])[0], rel=1e-6)
+    assert result["frechet"] == pytest.approx(frechet_distance(seen["images"], every[data.train]), rel=1e-4)
+    assert result["frechet_conditional"] == pytest.approx(frechet_distance(seen["conditional"], every[data.train]), rel=1e-4)
+    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    pool = StartPool.of(DeviceData(data, "train", CPU), torch.from_numpy(data.class_mean))
+    again, _ = generate.fresh_chains(loaded.network(CPU, loaded.ema), pool, loaded.header.training.chain, settings)
+    assert result["ema_frechet"] == pytest.approx(frechet_distance(features(again.images), every[data.train]), rel=1e-4)
+    assert result["ema_frechet"] != result["frechet"]
+    assert result["kid"] == pytest.approx(fidelity.kernel_distance(seen["images"], every[data.train])[0], rel=1e-4)
 
     class OfUnit(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -416,7 +426,7 @@ def test_the_stage_writes_measures_samples_and_pictures(tmp_path: Path, profile:
     kept = generate.most_confident(OfUnit(), buffer.images, 0.9, 250)
     assert result["released_n_samples"] == len(kept)
     assert result["released_n_reference"] == len(data.images) == 1170 + 130 + 100
-    assert result["released_frechet"] == pytest.approx(frechet_distance(features(buffer.images[kept]), every), rel=1e-6)
+    assert result["released_frechet"] == pytest.approx(frechet_distance(features(buffer.images[kept]), every), rel=1e-4)
     with Image.open(tmp_path / "c.gif") as gif, Image.open(tmp_path / "g.png") as grid:
         assert gif.n_frames == profile.evaluation.generate.steps + 1
         assert 300 <= gif.width <= 500
