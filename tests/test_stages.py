@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
             train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
         train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
         evaluate.attack(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, folder / "attack.json", None)
-        outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png")
+        outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png", folder / "chains.gif")
         checkpoints = (made.out("eb_jdat").checkpoint, made.out("clean").checkpoint)
         evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
         outputs = (folder / "energy.json", folder / "energy.npz", folder / "energy.png")
@@ -275,7 +275,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     for prefix, weights in (("", loaded.weights), ("ema_", loaded.ema)):
         network = loaded.network(torch.device("cpu"), weights)
         assert result[f"{prefix}clean_correct"] == (logits(network, images).argmax(1) == labels).sum()
-    pictures = (tmp_path / "g.json", tmp_path / "s.npz", tmp_path / "g.png")
+    pictures = (tmp_path / "g.json", tmp_path / "s.npz", tmp_path / "g.png", tmp_path / "c.gif")
     evaluate.generate(context, "eb_jdat", 0, files.data_path, out.checkpoint, files.out("clean").checkpoint, *pictures, None)
     generated = read_json(tmp_path / "g.json")
     spec, settings = loaded.header.training.chain, context.profile.evaluation.generate

@@ -176,16 +176,17 @@ def generate(
     out: Out,
     samples: Annotated[Path, typer.Option(help="The fresh chains' images (npz).")],
     grid: Annotated[Path, typer.Option(help="Picture of samples (PNG).")],
+    chains: Annotated[Path, typer.Option(help="Chains on their way (GIF).")],
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
 ) -> None:
-    """Run fresh chains; measure them and the replay buffer."""
+    """Run fresh chains, unconditional and class-conditional; measure them and the replay buffer."""
     from ebjdat.stages import evaluate
     from ebjdat.stages.context import Context
 
     context = Context.load(params, override)
     name = _known(experiment, context.profile.experiments)
-    evaluate.generate(context, name, seed, data, weights, reference, out, samples, grid, threads)
+    evaluate.generate(context, name, seed, data, weights, reference, out, samples, grid, chains, threads)
 
 
 @app.command()

@@ -436,6 +436,31 @@ class AttackSettings(Settings):
         return self
 
 
+class SampleProtocolSettings(Settings):
+    """Which samples are measured, and against which images; the name is part of the results' names."""
+
+    like: Annotated[str, known(registry.SAMPLE_PROTOCOLS)] | None = None  # the row it stands on; None: the one of its own name
+    source: Literal["fresh", "conditional", "buffer"]  # chains down E(x); chains down E(x, y); the training's replay buffer
+    select: Annotated[float, Number, Field(gt=0, le=1)] = 1.0  # most confident fraction of each predicted class; 1: no selection
+    against: Literal["train", "all"] = "train"  # all: validation and test images too
+
+
+def with_sample_rows(protocols: Any) -> Any:
+    """Every row of registry.SAMPLE_PROTOCOLS, then a profile's own protocols, each over its row; a null protocol is left out."""
+    if not isinstance(protocols, Mapping):
+        return protocols
+    merged: dict[Any, Any] = {name: dict(row.defaults) for name, row in registry.SAMPLE_PROTOCOLS.items()}
+    for name, entry in protocols.items():
+        row = registry.SAMPLE_PROTOCOLS.get(str(_mapping(entry).get("like") or name))
+        if entry is None:
+            merged.pop(name, None)
+        elif isinstance(entry, Mapping) and row is None:
+            raise ValueError(f"protocol {name!r} needs `like`, the row that it stands on; allowed: {', '.join(registry.SAMPLE_PROTOCOLS)}")
+        else:
+            merged[name] = merge(row.defaults, entry) if row and isinstance(entry, Mapping) else entry
+    return merged
+
+
 class GenerateSettings(Settings):
     n: TwoOrMore  # fresh chains
     steps: Count  # full gradients per fresh chain
@@ -445,6 +470,20 @@ class GenerateSettings(Settings):
     grid: Count = 10  # images per class in the grid
     seed: CountOrZero = 0
     batch_size: Count = 250
+    protocols: Annotated[
+        dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], SampleProtocolSettings], BeforeValidator(with_sample_rows)
+    ] = Field(default={}, validate_default=True)
+
+    @model_validator(mode="after")
+    def names_mean_what_they_say(self) -> Self:
+        if STANDARD not in self.protocols:
+            raise ValueError(f"protocols: {STANDARD!r} cannot be left out; every result is reported under it")
+        if "ema" in self.protocols:
+            raise ValueError("protocols: results of averaged weights are named ema_...; use another name")
+        for name, row in registry.SAMPLE_PROTOCOLS.items():
+            if name in self.protocols and self.protocols[name].model_dump(exclude={"like"}) != row.defaults:
+                raise ValueError(f"protocols.{name}: its values are what its name means; add a protocol `like: {name}`")
+        return self
 
 
 class EnergySettings(Settings):

@@ -253,6 +253,16 @@ OOD_SETS: Mapping[str, Entry] = {
     "cifar100": Entry("ebjdat.evaluation.ood:cifar100", "torchvision, its test split"),
     "cifar10": Entry("ebjdat.evaluation.ood:cifar10", "torchvision, its test split"),
     "folder": Entry("ebjdat.evaluation.ood:folder", "class folders, or an archive of them: its test images"),
+
+# Which samples are measured, and against which images: values alone. A profile's protocol that is `like` one stands on it.
+SAMPLE_PROTOCOLS: Mapping[str, Row] = {
+    "standard": Row(
+        "Heusel et al. 2017, arXiv 1706.08500: fresh samples, none discarded", {"source": "fresh", "select": 1.0, "against": "train"}
+    ),
+    "released": Row(
+        "the released evaluation of arXiv 2505.19459: the most confident of the training buffer, against every image there is",
+        {"source": "buffer", "select": 0.9, "against": "all"},
+    ),
 }
 
 

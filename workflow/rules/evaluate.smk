@@ -28,7 +28,7 @@ rule attack:
 
 
 rule generate:
-    """Fresh chains and the replay buffer: pictures and their Fréchet distance to the training images."""
+    """Fresh chains and the replay buffer: pictures, and how they compare with real images."""
     input:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
@@ -40,6 +40,12 @@ rule generate:
         grid=report(
             f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.png",
             caption="../report/samples.rst",
+            category="Samples",
+            labels={"experiment": "{experiment}", "seed": "{seed}"},
+        ),
+        chains=report(
+            f"{RESULTS}/{{experiment}}/seed{{seed}}/chains.gif",
+            caption="../report/chains.rst",
             category="Samples",
             labels={"experiment": "{experiment}", "seed": "{seed}"},
         ),
@@ -58,7 +64,7 @@ rule generate:
     shell:
         "python -m ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
         " --data {input.data} --weights {input.checkpoint} --reference {input.reference}"
-        " --out {output.metrics} --samples {output.samples} --grid {output.grid}"
+        " --out {output.metrics} --samples {output.samples} --grid {output.grid} --chains {output.chains}"
         " 2>&1 | tee -i {log}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.params import GenerateSettings
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 
-Features = Callable[[Tensor], NDArray[np.float64]]  # uint8 (N, C, H, W) -> (N, F)
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """An extractor: uint8 images (N, C, H, W) -> features (N, F), and features -> the class logits (N, K) they lead to."""
+
+    extract: Callable[[Tensor], Array]
+    logits: Callable[[Array], Array]
+
+    def __call__(self, images: Tensor) -> Array:
+        return self.extract(images)
 
 
 class ExtractorError(UserError):
@@ -25,22 +37,23 @@ class ExtractorError(UserError):
 
 
 def reference_features(network: WideResNet, settings: GenerateSettings, device: torch.device) -> Features:
-    """Penultimate features (before the head) of the profile's reference classifier, in eval mode."""
+    """Penultimate features (before the head) of the profile's reference classifier, in eval mode, and its own logits."""
     network = network.to(device).eval()
+    weight, bias = (value.detach().double().cpu().numpy() for value in (network.head.weight, network.head.bias))
 
     @torch.no_grad()
-    def features(images: Tensor) -> NDArray[np.float64]:
+    def extract(images: Tensor) -> Array:
         parts = [
             network.features(internal_from_unit(unit_from_uint8(part.to(device)))).double().cpu()
             for part in images.split(settings.batch_size)
         ]
         return torch.cat(parts).numpy()
 
-    return features
+    return Features(extract, lambda features: features @ weight.T + bias)
 
 
 def inception_features(network: WideResNet | None, settings: GenerateSettings, device: torch.device) -> Features:
-    """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID.
+    """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID, and its `logits_unbiased`, those of IS.
 
     Weights: the file `settings.inception_weights`, else torch-fidelity's own download. Raises ExtractorError when they
     are not to be had. A file is first read with weights_only, since torch-fidelity itself would unpickle anything.
@@ -63,16 +76,17 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
             "evaluation.generate.inception_weights to a file of them, or the extractor to 'reference'."
         ) from error
     extractor = extractor.to(device).eval()
+    weight = extractor.fc.weight.detach().double().cpu().numpy()
 
     @torch.no_grad()
-    def features(images: Tensor) -> NDArray[np.float64]:
+    def extract(images: Tensor) -> Array:
         parts = []
         for part in images.split(settings.batch_size):
             rgb = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
             parts.append(extractor(rgb.to(device))[0].double().cpu())
         return torch.cat(parts).numpy()
 
-    return features
+    return Features(extract, lambda features: features @ weight.T)
 
 
 def choose_extractor(network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int) -> tuple[str, Features]:
@@ -88,7 +102,7 @@ def choose_extractor(network: WideResNet, settings: GenerateSettings, device: to
         return "reference", reference_features(network, settings, device)
 
 
-def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def frechet_distance(a: Array, b: Array) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, F), at least 2 rows each.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6; torch-fidelity's implementation. Biased upward for small N: only

@@ -16,11 +16,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 COLOURS = {"clean": "#0072B2", "adversarial": "#D55E00", "generated": "#009E73"}
 INK = "#333333"
 Images = NDArray[np.uint8]
 Values = NDArray[np.float64]
+GIF_PIXELS = 600_000  # of all frames, enlarged in one direction (repetition compresses): noise then takes 1.4 bytes each
+GIF_WIDTH = 450  # pixels at most, where that much is needed
 
 plt.rcParams.update(
     {
@@ -49,16 +52,22 @@ def png(figure: Figure) -> bytes:
     return memory.getvalue()
 
 
-def sample_grids(panels: Mapping[str, tuple[Images, NDArray[np.int64]]], classes: Sequence[str], per_class: int) -> Figure:
-    """Side by side, per panel the first `per_class` images of each class (one row a class, its name before it)."""
+def sample_grids(
+    panels: Mapping[str, tuple[Images, NDArray[np.int64]]], classes: Sequence[str], per_class: int, columns: int | None = None
+) -> Figure:
+    """Per panel the first `per_class` images of each class (one row a class, its name before it); `columns` panels side by side."""
     first = next(iter(panels.values()))[0]
     rows = min(len(classes), 20)
     pixels, gap = first.shape[-1], 1
     inches = max(0.28, min(0.45, 4.5 / rows))
+    across = min(columns or len(panels), len(panels))
+    down = -(-len(panels) // across)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=((per_class * inches + 1.0) * len(panels), rows * inches + 0.5), squeeze=False, layout="constrained"
+        down, across, figsize=((per_class * inches + 1.0) * across, (rows * inches + 0.5) * down), squeeze=False, layout="constrained"
     )
-    for axis, (title, (images, labels)) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, (images, labels)) in zip(axes.flat, panels.items(), strict=False):
         side = pixels + gap
         canvas = np.full((rows * side - gap, per_class * side - gap, 3), 255, np.uint8)
         for k in range(rows):
@@ -208,9 +217,9 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     for i, (title, points) in enumerate(curves.items()):
-        radius, accuracy = zip(*points, strict=True)
+        at, accuracy = np.asarray(points).T
         style = ("-", "--", ":")[i // len(palette) % 3]
-        axis.plot(radius, 100 * np.asarray(accuracy), style, marker="o", markersize=3, color=palette[i % len(palette)], label=title)
+        axis.plot(at, 100 * accuracy, style, marker="o", markersize=3, color=palette[i % len(palette)], label=title)
     for name, radius in radii.items():
         axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
         axis.annotate(name, (radius, 101), fontsize=7, ha="center", va="bottom", color="#666666", annotation_clip=False)
@@ -221,3 +230,41 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
     axis.set_ylabel("accuracy under PGD, %")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def animate(panels: Mapping[str, Images], steps: Sequence[int], classes: int, path: Path) -> None:
+    """Chains on their way, a GIF: per panel a block of chains, one column per class, enlarged without smoothing.
+
+    panels: title -> (T, B, C, H, W), chains that began at the classes in turn; steps: after how many each of the T was seen.
+    Ten classes and four chains of each at most, fewer where frames are large or many: the file stays below 1 MB.
+    """
+    frames, batch, channels, height, width = next(iter(panels.values())).shape
+    across = min(classes, batch, 10)
+    scale = max(1, GIF_WIDTH // (across * (width + 1)))
+    affordable = GIF_PIXELS // (frames * len(panels) * (height + 1) * (width + 1) * scale)  # chains of each panel
+    across = max(1, min(across, affordable))
+    down = max(1, min(4, batch // classes, affordable // across))
+    band = 16  # pixels of a line of text
+    pictures = []
+    for t, step in enumerate(steps):
+        blocks = [_chain_block(chains[t], classes, down, across, scale) for chains in panels.values()]
+        canvas = Image.new("RGB", (blocks[0].shape[1], sum(len(block) + band for block in blocks)), "white")
+        draw, top = ImageDraw.Draw(canvas), 0
+        for title, block in zip(panels, blocks, strict=True):
+            draw.text((2, top + 2), f"{title}, step {step} of {steps[-1]}", fill=INK)
+            canvas.paste(Image.fromarray(block), (0, top + band))
+            top += band + len(block)
+        pictures.append(canvas.convert("L") if channels == 1 else canvas.quantize(256, dither=Image.Dither.NONE))
+    durations = [1000, *[250] * (frames - 2), 2500]  # milliseconds; start and end are looked at longest
+    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def _chain_block(chains: Images, classes: int, down: int, across: int, scale: int) -> Images:
+    """Chains (B, C, H, W) of classes in turn -> one picture (h, w, 3), a column per class, each pixel `scale` wide."""
+    _, _, height, width = chains.shape
+    block = np.full((down * (height + 1), across * (width + 1), 3), 255, np.uint8)
+    for row in range(down):
+        for k in range(across):
+            y, x = row * (height + 1), k * (width + 1)
+            block[y : y + height, x : x + width] = chains[row * classes + k].transpose(1, 2, 0)
+    return block.repeat(scale, 0).repeat(scale, 1)

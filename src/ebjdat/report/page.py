@@ -40,7 +40,7 @@ def write(profile: Profile, run: str, results: Path, card: dict[str, Any], rows:
     curves = {name: pd.read_csv(folder / "finetune_curve.csv") for name, folder in folders.items()}
     details = {row.experiment: row.metrics for row in rows if row.seed == seed}
     protocols = profile.evaluation.attack.protocols
-    radii = {name: protocols[name].radius for name in ("standard", "released") if name in protocols}
+    radii = {name: p.radius for name, p in protocols.items() if p.norm == profile.evaluation.attack.standard.norm}
     sweeps = figures.radius_sweep({name: d["sweep"] for name, d in details.items()}, radii, 1 / len(card["classes"]))
     histograms = figures.energy_histograms(
         {n: {g: v[g] for g in groups} for n, v in values.items()},

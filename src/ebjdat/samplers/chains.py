@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,14 @@ def walk(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator
     energy = (lambda logits: joint_energy(logits, y)) if spec.conditional else marginal_energy
     moved: Tensor = registry.load(registry.SAMPLERS, spec.sampler)(model, x, energy, spec, generator)
     return moved
+
+
+def strides(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Iterator[Tensor]:
+    """The same walk, seen after each of its `spec.steps` full gradients; the last is where `walk` ends, bit for bit.
+
+    A sampler carries nothing from one step to the next but x and the generator, so walks of one step add up to one walk.
+    """
+    one = spec.model_copy(update={"steps": 1})
+    for _ in range(spec.steps):
+        x = walk(model, x, y, one, generator)
+        yield x

@@ -32,6 +32,7 @@ def generate(
     out: Path,
     samples_out: Path,
     grid_out: Path,
+    chains_out: Path,
     threads: int | None,
 ) -> None:
     from ebjdat.report import figures
@@ -44,32 +45,46 @@ def generate(
     with context.track_result(experiment, seed, "generate", data.data_hash) as tracker:
         model = loaded.network(device)
         pool = StartPool.of(train, torch.from_numpy(data.class_mean))
-        fresh, starts = generation.fresh_chains(model, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}")
+        chain, title = loaded.header.training.chain, f"{experiment}/seed{seed}"
+        fresh, starts = generation.fresh_chains(model, pool, chain, settings, title)
+        conditional, _ = generation.fresh_chains(model, pool, chain, settings, f"{title}, conditional", conditional=True)
         buffer = None
         if loaded.buffer is not None and loaded.buffer_labels is not None:
             buffer = generation.Samples(loaded.buffer, loaded.buffer_labels)
         ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
         name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])
-        result = generation.measure(model, fresh, starts, buffer, train, name, features, settings.batch_size)
+        every = features(torch.from_numpy(data.images))
+        real = {"train": every[data.train], "all": every}
+        samples = {"fresh": fresh, "conditional": conditional, "buffer": buffer}
+        result = generation.measure(model, samples, starts, real, name, features, settings)
         if loaded.ema is not None:
             averaged = loaded.network(device, loaded.ema)
-            again, _ = generation.fresh_chains(averaged, pool, loaded.header.training.chain, settings, f"{experiment}/seed{seed}, averaged")
-            result["ema_frechet"] = frechet.frechet_distance(features(again.images), features(train.images))
+            again, _ = generation.fresh_chains(averaged, pool, chain, settings, f"{title}, averaged")
+            result["ema_frechet"] = frechet.frechet_distance(features(again.images), real["train"])
 
         def write_samples(path: Path) -> None:
+            arrays = {"images": fresh.images, "labels": fresh.labels, "conditional": conditional.images}
             with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, images=fresh.images.cpu().numpy(), labels=fresh.labels.cpu().numpy())
+                np.savez(file, allow_pickle=False, **{key: value.cpu().numpy() for key, value in arrays.items()})
 
         write_atomic(samples_out, write_samples)
-        real, real_labels = data.split("train")
-        panels = {"training images": (real, real_labels)}
-        panels |= {f"fresh chains of {experiment}, seed {seed}": (fresh.images.cpu().numpy(), fresh.labels.cpu().numpy())}
-        if buffer is not None:
-            panels["its replay buffer"] = (buffer.images.numpy(), buffer.labels.numpy())
-        write_atomic(grid_out, lambda path: figures.save(figures.sample_grids(panels, data.classes, settings.grid), path))
+        panels = {"training images": data.split("train")}
+        shown = {
+            f"{experiment}, seed {seed}: fresh chains down E(x)": fresh,
+            "fresh chains down E(x, y)": conditional,
+            "replay buffer": buffer,
+        }
+        panels |= {key: (of.images.cpu().numpy(), of.labels.cpu().numpy()) for key, of in shown.items() if of is not None}
+        write_atomic(grid_out, lambda path: figures.save(figures.sample_grids(panels, data.classes, settings.grid, columns=2), path))
+        watched = {}
+        for key, bound in (("E(x)", False), ("E(x, y)", True)):
+            frames, steps = generation.watched_chains(model, pool, chain, settings, conditional=bound)
+            watched[f"down {key}"] = frames.cpu().numpy()
+        write_atomic(chains_out, lambda path: figures.animate(watched, steps, len(data.classes), path))
         write_json(out, {**result, "git_commit": git_commit()})
         tracker.final(result)
         tracker.artifact(grid_out)
+        tracker.artifact(chains_out)
 
 
 def energy(
