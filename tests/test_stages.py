@@ -21,7 +21,7 @@ from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import evaluate, train
-from ebjdat.stages.context import Context
+from ebjdat.stages.context import BusyError, Context
 from ebjdat.training import checkpoint, healing
 from ebjdat.training.loop import TrainingError
 

@@ -253,6 +253,7 @@ OOD_SETS: Mapping[str, Entry] = {
     "cifar100": Entry("ebjdat.evaluation.ood:cifar100", "torchvision, its test split"),
     "cifar10": Entry("ebjdat.evaluation.ood:cifar10", "torchvision, its test split"),
     "folder": Entry("ebjdat.evaluation.ood:folder", "class folders, or an archive of them: its test images"),
+}
 
 # Which samples are measured, and against which images: values alone. A profile's protocol that is `like` one stands on it.
 SAMPLE_PROTOCOLS: Mapping[str, Row] = {
