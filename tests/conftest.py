@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ebjdat import params
 from ebjdat.data import prepared
@@ -50,3 +52,24 @@ def settings(profile: Profile) -> TrainingSettings:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+class Linear(nn.Module):
+    """Ten classes, logits linear in 4x4 pixels, so that the exact L-infinity robustness of an image is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(10, 16, generator=rng))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ self.weight.T
+
+    def robust_radius(self, x: Tensor, y: Tensor) -> Tensor:
+        """min_j (f_y - f_j) / |w_y - w_j|_1: exact while the box [0, 1] does not bind."""
+        margins = self(x)[range(len(x)), y][:, None] - self(x)
+        lengths = (self.weight[y][:, None] - self.weight[None]).abs().sum(2)
+        lengths[range(len(x)), y] = math.inf
+        radius = margins / lengths
+        radius[range(len(x)), y] = math.inf
+        return radius.min(1).values

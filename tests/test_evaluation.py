@@ -1,122 +1,30 @@
-"""Measurements against closed forms: attacks on linear networks, Fréchet by matrix square root, energies by hand."""
+"""Measurements against closed forms: Fréchet by matrix square root, energies by hand."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor, nn
 
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
-from ebjdat.evaluation import energy, frechet, generate, robust
+from ebjdat.evaluation import energy, frechet, generate
 from ebjdat.evaluation.frechet import ExtractorError
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import AttackSettings, ChainSettings, GenerateSettings
+from ebjdat.params import ChainSettings, GenerateSettings
 from ebjdat.samplers.starts import StartPool
 
+from .conftest import Linear
+
 N = 24
-
-
-class Linear(nn.Module):
-    """Ten classes, logits linear in the pixels, so that the exact L-infinity robustness of an image is known."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        rng = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(10, 16, generator=rng))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - 0.5).flatten(1) @ self.weight.T
-
-    def robust_radius(self, x: Tensor, y: Tensor) -> Tensor:
-        """min_j (f_y - f_j) / |w_y - w_j|_1: exact while the box [0, 1] does not bind."""
-        margins = self(x)[range(len(x)), y][:, None] - self(x)
-        lengths = (self.weight[y][:, None] - self.weight[None]).abs().sum(2)
-        lengths[range(len(x)), y] = math.inf
-        radius = margins / lengths
-        radius[range(len(x)), y] = math.inf
-        return radius.min(1).values
-
-
-class FixedData(DeviceData):
-    """Float images as they are, where DeviceData would hold uint8."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.labels, self.device = x, y, x.device
-
-    def unit(self, index: Tensor | slice = slice(None)) -> Tensor:
-        return self.x[index]
 
 
 @pytest.fixture
 def linear() -> Linear:
     return Linear().eval()
-
-
-@pytest.fixture
-def points(linear: Linear) -> FixedData:
-    """Images around mid grey with their predicted labels; the last four have wrong ones."""
-    x = 0.5 + 0.2 * (torch.rand(N, 1, 4, 4, generator=torch.Generator().manual_seed(1)) - 0.5)
-    y = linear(x).argmax(1)
-    y[-4:] = (y[-4:] + 1) % 10
-    return FixedData(x, y)
-
-
-def attack_settings(eps: float, n: int = N) -> AttackSettings:
-    return AttackSettings.model_validate({"eps": eps, "pgd20_step": eps / 4, "autoattack": {"n": n}, "batch_size": 10})
-
-
-def test_attacks_find_exactly_what_is_not_robust(linear: Linear, points: FixedData) -> None:
-    radius = linear.robust_radius(points.x, points.labels).detach()
-    ordered = radius[radius > 0].sort().values
-    eps = float((ordered[8] + ordered[9]) / 2)  # a radius between two examples: no ties
-    assert 0.005 < eps < 0.3
-    result = robust.attack(linear, points, attack_settings(eps))
-    exact = int((radius > eps).sum())
-    assert exact == 20 - 9
-    assert result["clean_correct"] == 20
-    assert result["autoattack_correct"] == exact
-    assert exact <= result["pgd20_correct"] <= exact + 3  # cross-entropy does not aim at the nearest class
-    assert result["autoattack_acc"] == exact / N
-    assert result["clean_acc"] == 20 / N
-    assert (result["n_test"], result["n_attack"]) == (N, N)
-
-
-def test_attacks_leave_the_model_as_it_was(linear: Linear, points: FixedData) -> None:
-    linear.train()
-    robust.pgd_examples(linear, points.x, points.labels, attack_settings(0.05))
-    assert linear.training
-    assert linear.weight.requires_grad
-
-
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_within_sees_what_leaves_the_budget(norm: str) -> None:
-    settings = AttackSettings.model_validate({"norm": norm, "eps": 0.1, "pgd20_step": 0.02, "autoattack": {"n": 0}})
-    x = torch.full((2, 1, 2, 2), 0.5)
-    one = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    assert robust.within(x + 0.1 * one, x, settings)
-    assert not robust.within(x + 0.101 * one, x, settings)
-    everywhere = x + 0.06  # L2 length 0.12
-    assert robust.within(everywhere, x, settings) == (norm == "Linf")
-    assert not robust.within(torch.full_like(x, 1.001), torch.ones_like(x), settings)
-
-
-def test_a_network_with_fixed_output_is_noticed(points: FixedData) -> None:
-    """AutoAttack's own checks run and their warnings reach the result: here, logits that look like probabilities."""
-    model = nn.Sequential(Linear(), nn.Softmax(1)).eval()
-    _, warned = robust.autoattack_examples(model, points.x[:4], points.labels[:4], attack_settings(0.01))
-    assert any("probability distribution" in text for text in warned), warned
-
-
-def test_too_few_classes_for_targeted_attacks_are_refused(points: FixedData) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
-    with pytest.raises(robust.AttackError, match="at least 4 classes"):
-        robust.autoattack_examples(model, points.x[:4], points.labels[:4] % 3, attack_settings(0.01))
 
 
 def test_frechet_distance_against_the_matrix_square_root() -> None:
@@ -207,8 +115,9 @@ def test_overlap_of_histograms() -> None:
     assert energy.overlap(np.ones(3), np.ones(4)) == 1
 
 
-def test_energies_of_a_network_by_hand(linear: Linear, points: FixedData) -> None:
-    marginal, joint = energy.energies(linear, points.x, points.labels, batch_size=7)
-    logits = linear(points.x).detach().double().numpy()
+def test_energies_of_a_network_by_hand(linear: Linear) -> None:
+    x, y = torch.rand(N, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(N) % 10
+    marginal, joint = energy.energies(linear, x, y, batch_size=7)
+    logits = linear(x).detach().double().numpy()
     assert marginal == pytest.approx(-np.log(np.exp(logits).sum(1)), rel=1e-6)
-    assert joint == pytest.approx(-logits[np.arange(N), points.labels.numpy()], rel=1e-6)
+    assert joint == pytest.approx(-logits[np.arange(N), y.numpy()], rel=1e-6)

@@ -45,7 +45,7 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
 def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["training"]["epocs"] = 3
     raw["training"]["batch_size"] = "many"
-    raw["evaluation"]["attack"]["eps"] = -0.1
+    raw["evaluation"]["attack"]["protocols"]["standard"]["eps"] = -0.1
     raw["experiments"]["pgd_at"]["method"] = "pgdat"
     raw["experiments"]["jempp"]["pretraining"] = "claen"
     raw["experiments"]["eb_jdat"]["training"] = {"adversary": {"eps": 1.5}}
@@ -53,7 +53,7 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(tmp_path: P
     assert "training.epocs: unknown key; did you mean 'epochs'?" in text
     assert "training.batch_size: " in text
     assert "found 'many'" in text
-    assert "evaluation.attack.eps: input should be greater than 0, found -0.1" in text
+    assert "evaluation.attack.protocols.standard.eps: input should be greater than 0, found -0.1" in text
     assert "experiments.pgd_at.method: 'pgdat' is unknown; did you mean 'pgd_at'?" in text
     assert "experiments.jempp.pretraining: 'claen' is not under `pretraining`; did you mean 'clean'?" in text
     assert all(line.strip().startswith(str(tmp_path / "mine.yaml")) for line in text.splitlines()[1:])
@@ -72,12 +72,24 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
     ("path", "value", "expected"),
     [
         ("training.batch_size", 5000, "training.batch_size: 5000 is larger than the training split (1170 images)"),
-        ("evaluation.attack.eps", 0, "evaluation.attack.eps: input should be greater than 0"),
-        ("evaluation.attack.eps", "300/255", "evaluation.attack.eps: input should be less than or equal to 1"),
-        ("evaluation.attack.eps", "8/0", "a number or a fraction such as"),
-        ("evaluation.attack.eps", True, "a number or a fraction such as"),
-        ("evaluation.attack.autoattack.n", 498, "more than the test split has; allowed: 0 to 497"),
-        ("evaluation.attack.pgd20_step", 0.31, "more than the diameter"),
+        ("evaluation.attack.protocols.standard.eps", 0, "evaluation.attack.protocols.standard.eps: input should be greater than 0"),
+        (
+            "evaluation.attack.protocols.standard.eps",
+            "300/255",
+            "evaluation.attack.protocols.standard.eps: input should be less than or equal to 1",
+        ),
+        ("evaluation.attack.protocols.released.eps", "8/0", "a number or a fraction such as"),
+        ("evaluation.attack.protocols.standard_l2.eps", True, "a number or a fraction such as"),
+        ("evaluation.attack.protocols.released.n", 498, "more than the test split has; allowed: 0 to 497"),
+        ("evaluation.attack.protocols.standard.pgd.step_size", 0.31, "more than the diameter"),
+        ("evaluation.attack.protocols.standard.noise", 0.03, "are what its name means; add a protocol `like: standard`"),
+        ("evaluation.attack.protocols.standard.attacks.square", None, "are what its name means"),
+        ("evaluation.attack.protocols.standard.pgd.steps", 10, "are what its name means"),
+        ("evaluation.attack.protocols.standard", None, "protocols.standard: input should be"),
+        ("evaluation.attack.protocols.mine", {"eps": 0.1}, "protocol 'mine' needs `like`, the row that it stands on; allowed: standard"),
+        ("evaluation.attack.protocols.released.attacks.square", {"steps": 3}, "attacks.square does not read steps; it reads queries"),
+        ("evaluation.attack.protocols.released.attacks.cw", {}, "'cw' is unknown"),
+        ("evaluation.attack.transfer.experiment", "nobody", "evaluation.attack.transfer.experiment: 'nobody' is not an experiment"),
         ("evaluation.generate.extractor", "inception", "Inception is for natural images"),
         ("evaluation.generate.reference.experiment", "nobody", "not an experiment of this profile"),
         ("evaluation.generate.reference.seed", 7, "not one of the profile's seeds"),
@@ -233,7 +245,12 @@ def test_params_hash_follows_what_determines_the_result() -> None:
     assert changed("runtime.threads=2", "runtime.device=auto", "report.paper=null") == set()
     assert changed("experiments.eb_jdat.training.epochs=2") == {"eb_jdat"}
     assert changed("pretraining.clean.epochs=2") == {"pgd_at", "jempp", "eb_jdat"}
-    assert changed("evaluation.attack.eps=0.1") == changed("model.width=1") == changed("data.split_seed=1") == set(base.experiments)
+    assert (
+        changed("evaluation.attack.protocols.standard.eps=0.1")
+        == changed("model.width=1")
+        == changed("data.split_seed=1")
+        == set(base.experiments)
+    )
     assert changed("data.path=elsewhere", "data.label=mine") == set()
     assert changed("experiments.jempp.method=eb_jdat") == {"jempp"}
     assert changed("pretraining.clean.method=pgd_at") == {"pgd_at", "jempp", "eb_jdat"}
@@ -266,3 +283,21 @@ def test_merge_leaves_its_arguments_alone(content: dict[str, Any]) -> None:
     merged = merge(content, {"a": {"b": 1}})
     assert content == before
     assert merged["a"]["b"] == 1
+
+
+def test_protocols_stand_on_their_rows_and_say_their_radius() -> None:
+    attack = params.load(ROOT / "params/cifar10.yaml").evaluation.attack
+    standard, released, l2 = (attack.protocols[name] for name in ("standard", "released", "standard_l2"))
+    assert list(standard.attacks) == ["apgd_ce", "apgd_t", "fab_t", "square"]
+    assert [standard.attacks[name].steps for name in ("apgd_ce", "apgd_t", "fab_t")] == [100, 100, 100]
+    assert standard.attacks["square"].queries == 5000
+    assert (standard.radius * 255, standard.pgd_step * 255) == (pytest.approx(8), pytest.approx(2))
+    assert list(released.attacks) == ["apgd_ce", "apgd_dlr", "fab", "square"]
+    assert [released.attacks[name].steps for name in ("apgd_ce", "apgd_dlr", "fab")] == [20, 20, 20]
+    assert released.noise == 0.03
+    assert released.attacks["fab"].range == "internal"
+    assert (released.radius * 255, released.pgd_step * 255) == (pytest.approx(4), pytest.approx(0.5))  # half of what it states
+    assert l2.attacks == standard.attacks
+    assert (l2.norm, l2.radius) == ("L2", 0.5)
+    without = params.load(ROOT / "params/cifar10.yaml", ["evaluation.attack.protocols.released.attacks.fab=null"])
+    assert list(without.evaluation.attack.protocols["released"].attacks) == ["apgd_ce", "apgd_dlr", "square"]

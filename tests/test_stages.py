@@ -20,12 +20,14 @@ from ebjdat.evaluation.generate import fresh_chains
 from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
-from ebjdat.stages import evaluate, train
+from ebjdat.stages import attack, evaluate, train
 from ebjdat.stages.context import BusyError, Context
 from ebjdat.training import checkpoint, healing
 from ebjdat.training.loop import TrainingError
 
 from .conftest import ROOT
+
+NO_ENSEMBLES = [f"evaluation.attack.protocols.{name}.n=0" for name in ("standard", "released", "standard_l2")]
 
 
 class Files:
@@ -33,7 +35,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.attack.autoattack.n=0"]
+        overrides = [str(ROOT / "params/overrides/ci.yaml"), *NO_ENSEMBLES]
         self.context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
         self.data_path = folder / "data.npz"
         self.data, card = prepared.prepare(self.context.profile.data)
@@ -57,7 +59,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         for name in ("clean", "scratch"):
             train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
         train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
-        evaluate.attack(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, folder / "attack.json", None)
+        source, outputs = made.out("clean").checkpoint, (folder / "attack.json", folder / "verdicts.parquet")
+        attack.run(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, source, *outputs, None)
         outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png", folder / "chains.gif")
         checkpoints = (made.out("eb_jdat").checkpoint, made.out("clean").checkpoint)
         evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
@@ -250,7 +253,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     """ema_* is recomputed here from the checkpoint's averaged weights; the averages themselves by their recursion."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
-    overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.attack.autoattack.n=0", "experiments.eb_jdat.training.ema=0.9"]
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), *NO_ENSEMBLES, "experiments.eb_jdat.training.ema=0.9"]
     context, out = Context(params.load(ROOT / "params/digits.yaml", overrides), "ema"), files.out("ema")
     seen = []
     average = AveragedModel.update_parameters

@@ -20,7 +20,10 @@ from ..conftest import ROOT
 TINY = {
     "data": {"n_train": 130, "n_test": 40},
     "training": {"batch_size": 32},
-    "evaluation": {"attack": {"autoattack": {"n": 0}}, "generate": {"n": 40}},
+    "evaluation": {
+        "attack": {"protocols": {name: {"n": 0} for name in ("standard", "released", "standard_l2")}, "checks": {"n": 10}},
+        "generate": {"n": 40},
+    },
 }
 
 

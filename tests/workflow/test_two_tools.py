@@ -117,10 +117,10 @@ def test_nothing_is_recorded_when_settings_or_code_changed_while_it_ran(after_sn
 
 def test_settings_that_cannot_work_stop_before_anything_runs(after_snakemake: Project) -> None:
     for tool in (["snakemake", "--cores", "1"], ["snakemake", "--lint"]):
-        text = after_snakemake.run(*tool, "--config", "overrides=training.epocs=3 evaluation.attack.eps=0", ok=False)
+        text = after_snakemake.run(*tool, "--config", "overrides=training.epocs=3 evaluation.attack.protocols.standard.eps=0", ok=False)
         assert "2 problems in the settings" in text
         assert "did you mean 'epochs'?" in text
-        assert "evaluation.attack.eps: input should be greater than 0" in text
+        assert "evaluation.attack.protocols.standard.eps: input should be greater than 0" in text
         assert "Traceback" not in text
 
 

@@ -170,17 +170,17 @@ def fab_t(network: nn.Module, x: Tensor, y: Tensor, settings: EnsembleSettings, 
 def _fab(
     network: nn.Module, x: Tensor, y: Tensor, targeted: bool, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
 ) -> Tensor:
-    targets = min(settings.targets, _classes(network, x) - 1)
     common = _common(x, protocol, seed)
-    internal = settings.range == "internal"
-    if internal:
-        common["eps"] = internal_distance(protocol.radius)
-    attack = FABAttack_PT(
-        _OfInternal(network) if internal else network, n_iter=settings.steps, targeted=targeted, n_target_classes=targets, **common
-    )
+    common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": min(settings.targets, _classes(network, x) - 1)}
+    if settings.range == "unit":
+        with _own_randomness():
+            return FABAttack_PT(network, **common).perturb(x, y)
+    common["eps"] = internal_distance(protocol.radius)
+    start = internal_from_unit(x)
     with _own_randomness():
-        found = attack.perturb(internal_from_unit(x) if internal else x, y)
-    return unit_from_internal(found) if internal else found
+        found = FABAttack_PT(_OfInternal(network), **common).perturb(start, y)
+    changed = (found != start).flatten(1).any(1).view(-1, 1, 1, 1)
+    return torch.where(changed, unit_from_internal(found), x)  # what was not found stays bit for bit what it was
 
 
 class _OfInternal(nn.Module):

@@ -1,0 +1,416 @@
+"""Verdicts against closed forms and plain pyautoattack; checks against networks whose gradients are masked on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from pyautoattack.fab_pt import FABAttack_PT
+from torch import Tensor, nn
+
+from ebjdat.evaluation import checks, ensemble, robust
+from ebjdat.evaluation.audit import audit
+from ebjdat.evaluation.robust import Verdicts
+from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings
+from ebjdat.statistics import mcnemar, wilson
+
+from .conftest import Linear
+
+N = 24
+
+
+class Curved(nn.Module):
+    """A small smooth network of random weights."""
+
+    def __init__(self, side: int = 4) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(side * side, 40), nn.Tanh(), nn.Linear(40, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x - 0.5) * 4)
+
+
+class Of(nn.Module):
+    """A network whose logits are changed on the way out."""
+
+    def __init__(self, network: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.network, self.change = network, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.network(x))
+
+
+def images(n: int = N, side: int = 4) -> Tensor:
+    """Around mid grey, so that the box [0, 1] does not bind."""
+    return 0.5 + 0.2 * (torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(1)) - 0.5)
+
+
+def settings(eps: float, n: int = N, **more: Any) -> AttackSettings:
+    """The standard protocol at a radius, the released one with the same numbers, and the standard one with less effort ("quick")."""
+    numbers = {"eps": eps, "pgd": {"step_size": eps / 4}, "n": n}
+    few = {"steps": 20, "targets": 3}
+    less = {"apgd_ce": {"steps": 20}, "apgd_t": few, "fab_t": few, "square": {"queries": 300}}
+    protocols = {"standard": numbers, "released": numbers, "quick": {"like": "standard", "attacks": less, **numbers}}
+    return AttackSettings.model_validate({"protocols": protocols, "checks": {"n": n or N}, "batch_size": 64} | more)
+
+
+def labelled(model: nn.Module, x: Tensor, wrong: int = 4) -> Tensor:
+    """The model's own classes, but for the last few."""
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    y[len(x) - wrong :] = (y[len(x) - wrong :] + 1) % 10
+    return y
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return Linear().eval()
+
+
+def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
+    x = images()
+    y = labelled(linear, x)
+    radius = linear.robust_radius(x, y).detach()
+    ordered = radius[radius > 0].sort().values
+    eps = float((ordered[8] + ordered[9]) / 2)  # a radius between two examples: no ties
+    assert 0.005 < eps < 0.3
+    asked = settings(eps)
+    verdicts = robust.evaluate(linear, x, y, "standard", asked)
+    assert torch.equal(verdicts.survivors(list(asked.standard.attacks)), radius > eps)
+    found = robust.summary("standard", asked.standard, verdicts)
+    assert (found["clean_correct"], found["autoattack_correct"]) == (20, 11)
+    assert 11 <= found["pgd20_correct"] <= 14  # cross-entropy does not aim at the nearest class
+    assert (found["autoattack_acc"], found["clean_acc"]) == (11 / N, 20 / N)
+    assert (found["autoattack_low"], found["autoattack_high"]) == wilson(11, N)
+    assert (found["n_test"], found["n_attack"], found["radius"]) == (N, N, eps)
+    assert verdicts.excess <= 1e-6
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.012), ("L2", 0.035)])
+def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None:
+    """Its own run_standard_evaluation, with the same seed and batches, on a network that is not linear."""
+    side = 4 if norm == "Linf" else 6  # Square needs 5 pixels for L2
+    model, x = Curved(side).eval(), images(40, side)
+    y = labelled(model, x)
+    protocol = {"norm": norm, "eps": eps, "pgd": {"step_size": eps / 4}, "n": 40}
+    fewer = {**protocol, "like": "standard", "attacks": {"square": {"queries": 600}}}  # at 5,000 the test takes a minute
+    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "n": 0}, "fewer": fewer}, "batch_size": 16})
+    plain = AutoAttack(model, norm=norm, eps=eps, seed=0, version="standard")
+    plain.square.n_queries = 600
+    adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=16)
+    expected = robust.predictions(model, adversarial, 40) == y
+    verdicts = robust.evaluate(model, x, y, "fewer", asked)
+    found = verdicts.survivors(list(asked.standard.attacks))
+    assert 5 < int(expected.sum()) < 31
+    assert torch.equal(found, expected)
+
+
+def test_apgd_stops_working_on_what_is_broken() -> None:
+    model, x = Curved().eval(), images()
+    y = labelled(model, x, wrong=0)
+    protocol = settings(0.02).standard
+    shown = {"ours": 0, "plain": 0}
+
+    class Counted(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.network = name, model
+
+        def forward(self, x: Tensor) -> Tensor:
+            shown[self.name] += len(x)
+            return self.network(x)
+
+    network = ensemble.FastNetwork(model, x)
+    network.count = lambda n: shown.__setitem__("ours", shown["ours"] + n)
+    found = ensemble.apgd_ce(network, x, y, EnsembleSettings(steps=100), protocol, 0)
+    plain = AutoAttack(Counted("plain"), eps=protocol.eps, seed=0).apgd
+    plain.n_restarts = 1
+    expected = plain.perturb(x, y)
+    broken = robust.predictions(model, expected, N) != y
+    assert broken.float().mean() > 0.5
+    assert torch.equal(robust.predictions(model, found, N) != y, broken)
+    assert float((found - x).abs().max()) <= protocol.eps + 1e-6
+    assert shown["ours"] < 0.7 * shown["plain"]
+
+
+def test_a_fast_network_is_the_same_function() -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 10)),
+        torch.rand(9, 3, 6, 6),
+    )
+    model[1].running_mean.uniform_(-1, 1)
+    model.eval()
+    fast = ensemble.FastNetwork(model, x)
+    fast.at_once = 4  # in parts
+    points = x.clone().requires_grad_(True)
+    mine, theirs = (torch.autograd.grad(m(points).square().sum(), points)[0] for m in (fast, model))
+    assert torch.allclose(fast(x), model(x), atol=1e-6)
+    assert torch.allclose(mine, theirs, atol=1e-4)
+    assert mine.is_contiguous()
+    assert all(p.requires_grad for p in model.parameters())
+    rough = ensemble.FastNetwork(model, x, bf16=True)
+    many = torch.rand(300, 3, 6, 6)
+    with torch.no_grad():
+        assert rough._logits(many, True).sub(model(many)).abs().max() > 1e-4  # bf16 it is
+        assert torch.equal(rough(many).argmax(1), model(many).argmax(1))
+
+
+def test_bf16_search_leaves_verdicts_to_fp32() -> None:
+    model, x = Curved().eval(), images(40)
+    y = labelled(model, x)
+    fp32 = robust.evaluate(model, x, y, "quick", settings(0.012, 40))
+    bf16 = robust.evaluate(model, x, y, "quick", settings(0.012, 40, search="bf16"))
+    names = ["apgd_ce", "apgd_t", "fab_t", "square"]
+    assert (bf16.survivors(names) != fp32.survivors(names)).sum() <= 1  # of 40: another search, the same judge
+    with_all = bf16.survivors(names)
+    assert with_all[~fp32.survivors(names)].sum() <= 1
+
+
+def test_released_fab_works_in_the_brighter_half_alone(linear: Linear) -> None:
+    """As in pyautoattack on [-1, 1] images: its box cuts below mid grey, so that dark images are never broken by it."""
+    eps = 0.08
+    released = settings(2 * eps).protocols["released"]
+    for x in (images(), images() * 0.4, 0.3 + images()):
+        y = labelled(linear, x, wrong=0)
+        reference = FABAttack_PT(lambda z: linear((z + 1) / 2), norm="Linf", eps=2 * eps, n_iter=20, seed=0, device=torch.device("cpu"))
+        expected = (reference.perturb(2 * x - 1, y) + 1) / 2
+        network = ensemble.FastNetwork(linear, x)
+        found = ensemble.fab(network, x, y, released.attacks["fab"], released, 0)
+        assert torch.allclose(found, expected, atol=1e-6)
+    dark = images() * 0.4
+    found = ensemble.fab(ensemble.FastNetwork(linear, dark), dark, labelled(linear, dark, 0), released.attacks["fab"], released, 0)
+    assert torch.equal(found, dark)
+    bright = 0.3 + images()
+    y = labelled(linear, bright, wrong=0)
+    found = ensemble.fab(ensemble.FastNetwork(linear, bright), bright, y, released.attacks["fab"], released, 0)
+    assert (robust.predictions(linear, found, N) != y).any()
+
+
+def test_released_protocol_adds_its_noise_and_halves_the_radius(linear: Linear) -> None:
+    x = torch.rand(2000, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    asked = settings(0.1)
+    released = asked.protocols["released"]
+    seen = robust.seen_under(released, x, 0)
+    assert float((seen - x).std()) == pytest.approx(0.015, rel=0.02)  # 0.03 in [-1, 1]
+    assert float(seen.min()) < 0  # not clamped
+    assert torch.equal(seen, robust.seen_under(released, x, 0))
+    assert robust.seen_under(asked.standard, x, 0) is x
+    moved = robust.pgd_examples(linear, seen, torch.zeros(2000, dtype=torch.int64), released, 0, 500)
+    assert float((moved - seen.clamp(0, 1)).abs().max()) == pytest.approx(0.05, abs=1e-6)
+    assert (float(moved.min()), float(moved.max())) == (0, 1)
+    verdicts = robust.evaluate(linear, x[:N], labelled(linear, x[:N]), "released", asked)
+    assert torch.equal(verdicts.prediction, linear(seen[:N]).argmax(1))
+    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_dlr", "fab", "square"}
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_outside_measures_how_far_an_image_left_its_ball(norm: str) -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    one = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    assert robust.outside(x + 0.1 * one, x, norm, 0.1).max() < 1e-6
+    assert robust.outside(x + 0.101 * one, x, norm, 0.1).tolist() == pytest.approx([0.001, 0.001], abs=1e-6)
+    everywhere = robust.outside(x + 0.06, x, norm, 0.1)  # L2 length 0.12
+    assert everywhere.tolist() == pytest.approx([0.0 if norm == "Linf" else 0.02] * 2, abs=1e-6)
+    assert robust.outside(torch.full_like(x, 1.001), torch.ones_like(x), norm, 0.1).tolist() == pytest.approx([0.001] * 2, abs=1e-6)
+    assert robust.outside(torch.zeros_like(x), torch.full_like(x, -0.02), norm, 0.01).max() == 0  # noise had left [0, 1]
+
+
+def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images()
+    y = labelled(linear, x, wrong=0)
+
+    def far(network: nn.Module, x: Tensor, y: Tensor, *_: Any) -> Tensor:
+        return 1 - x  # classified otherwise, and far away
+
+    monkeypatch.setattr(ensemble, "square", far)
+    asked = settings(1e-4)
+    verdicts = robust.evaluate(linear, x, y, "standard", asked)
+    assert verdicts.stands["square"].min() == 1
+    check = checks.inside(asked.standard, verdicts)
+    assert (check.passed, check.value) == (False, pytest.approx(float((1 - 2 * x).abs().max()) - 1e-4, rel=1e-3))
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Curved().eval(), images(40)
+    y = labelled(model, x)
+    asked = settings(0.012, 35, batch_size=12)
+    whole = robust.evaluate(model, x, y, "quick", asked)
+    calls: list[str] = []
+    budget = 0
+
+    def interrupting(name: str, attack: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            if len(calls) == budget:
+                raise KeyboardInterrupt
+            calls.append(name)
+            return attack(*arguments)
+
+        return call
+
+    for name in asked.protocols["quick"].attacks:
+        monkeypatch.setattr(ensemble, name, interrupting(name, getattr(ensemble, name)))
+    stops = 0
+    for budget in (1, 1, 2, 100):  # noqa: B007 (read by the attacks): each time a few batches further
+        calls.clear()
+        try:
+            resumed = robust.evaluate(model, x, y, "quick", asked, tmp_path)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 3
+    assert 0 < len(calls) < sum(whole.done.values()) - whole.done["pgd20"]  # the last call did the rest alone
+    assert whole.stands.keys() == resumed.stands.keys()
+    assert all(torch.equal(whole.stands[name], resumed.stands[name]) for name in whole.stands)
+    assert whole.done == resumed.done
+    again = robust.evaluate(model, x, y, "quick", asked, tmp_path)
+    assert torch.equal(again.stands["square"], whole.stands["square"])
+    assert len(calls) < 100
+
+
+def caught(model: nn.Module, x: Tensor, y: Tensor, source: nn.Module | None = None, eps: float = 0.012) -> dict[str, bool | None]:
+    """Check -> passed; those of a protocol: of the quick one, with its ensemble on every image."""
+    asked = settings(eps)
+    asked = asked.model_copy(update={"protocols": {"standard": settings(eps, 0).standard, "quick": asked.protocols["quick"]}})
+    found = audit(model, x, y, asked, source).metrics
+    assert found["checks_failed"] == sum(check["passed"] is False for check in found["checks"])
+    return {check["name"]: check["passed"] for check in found["checks"]}
+
+
+def test_an_honest_network_passes_every_check() -> None:
+    model, x = Curved().eval(), images()
+    found = caught(model, x, labelled(model, x), Linear())
+    assert set(found.values()) == {True}, found
+    assert caught(model, x, labelled(model, x))["a transferred attack is weaker"] is None
+
+
+def test_masked_gradients_are_caught() -> None:
+    """Each hides the same network in its own way; every one is caught by what sees that way, and by more than one check."""
+    model, x = Curved().eval(), images()
+    y = labelled(model, x)
+    quantised = caught(Of(model, lambda z: (z * 2).round() / 2), x, labelled(Of(model, lambda z: (z * 2).round() / 2), x), model, 0.05)
+    assert quantised["gradients do not vanish"] is False
+    assert quantised["accuracy reaches chance"] is False
+    assert quantised["black-box attack adds nothing"] is False
+    assert quantised["a transferred attack is weaker"] is False
+    saturated = caught(Of(model, lambda z: z * 1e4), x, y, model)
+    assert saturated["gradients do not vanish"] is False
+    assert saturated["a transferred attack is weaker"] is False
+    shattered = caught(
+        Of(model, lambda z: z + 5 * torch.sin(4e3 * z)), x, labelled(Of(model, lambda z: z + 5 * torch.sin(4e3 * z)), x), model
+    )
+    assert shattered["more steps and restarts do not help"] is False or shattered["black-box attack adds nothing"] is False
+    probabilities = caught(Of(model, lambda z: z.softmax(1)), x, y)
+    assert probabilities["logits, not probabilities"] is False
+    assert probabilities["AutoAttack's own checks"] is False
+    random = caught(Of(model, lambda z: z + 0.1 * torch.randn_like(z)), x, y)
+    assert random["deterministic output"] is False
+    assert random["AutoAttack's own checks"] is False
+
+
+def test_limits_of_checks_are_points_of_accuracy() -> None:
+    assert checks.Check.at_most("a", 0.98 - 0.97, 0.01, "").passed  # one point is one point
+    assert not checks.Check.at_most("a", 0.0101, 0.01, "").passed
+    assert checks.falls([(0, 0.9), (0.1, 0.5), (0.2, 0.505)]).passed
+    assert not checks.falls([(0, 0.9), (0.1, 0.5), (0.2, 0.52)]).passed
+    assert checks.reaches_chance([(0, 0.9), (0.5, 0.1)], 10).passed
+    assert not checks.reaches_chance([(0, 0.9), (0.5, 0.11)], 10).passed
+    protocol = settings(0.1).standard
+    stands = {name: torch.ones(N, dtype=torch.int8) for name in protocol.attacks}
+    verdicts = Verdicts(torch.zeros(N), torch.zeros(N), stands, dict.fromkeys(stands, 1))
+    assert checks.black_box(protocol, verdicts).passed
+    stands["square"][0] = 0  # 1 of 24
+    assert not checks.black_box(protocol, verdicts).passed
+
+
+def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.Dropout(0.5)).to(torch.bfloat16).train()
+    with torch.no_grad():
+        model[1].weight *= 20
+    x = images()
+    asked = settings(0.02, 0)
+    before = [p.clone() for p in model.parameters()]
+    first = robust.evaluate(model, x, torch.zeros(N, dtype=torch.int64), "standard", asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = robust.evaluate(model, x, torch.zeros(N, dtype=torch.int64), "standard", asked)
+    assert torch.equal(first.prediction, again.prediction)
+    with torch.no_grad():
+        exact = x.flatten(1) @ model[1].weight.float().T + model[1].bias.float()
+    assert torch.equal(first.prediction, exact.argmax(1))
+    assert model.training
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), "apgd_t needs at least 4 classes, here are 3; set its n to 0"),
+        (nn.Identity(), "logits of shape"),
+        (Of(Linear(), lambda z: (z, z)), "returned tuple for one image"),
+        (Of(Linear(), lambda z: z / 0), "not finite"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "labels go up to 9, but the network tells 5 classes apart"),
+    ],
+)
+def test_networks_that_cannot_be_evaluated_are_refused(model: nn.Module, message: str) -> None:
+    y = torch.arange(N) % (10 if "9" in message else 3)
+    with pytest.raises(robust.AttackError, match=message):
+        robust.evaluate(model, images(), y, "standard", settings(0.01))
+
+
+def test_every_figure_can_be_recomputed_from_the_verdicts() -> None:
+    model, x = Curved().eval(), images(40)
+    y = labelled(model, x)
+    asked = settings(0.012, 30)
+    asked = asked.model_copy(
+        update={"protocols": {"standard": settings(0.012, 0).standard, **{k: asked.protocols[k] for k in ("quick", "released")}}}
+    )
+    found = audit(model, x, y, asked, with_checks=False)
+    frame = found.table.to_pandas()
+    for name, prefix in (("quick", "quick_"), ("released", "released_")):
+        mine = frame[frame["protocol"] == name]
+        attacks = list(asked.protocols[name].attacks)
+        assert mine["index"].tolist() == list(range(40))
+        assert mine["label"].tolist() == y.tolist()
+        assert found.metrics[f"{prefix}clean_correct"] == (mine["prediction"] == mine["label"]).sum() == mine["clean"].sum()
+        assert found.metrics[f"{prefix}pgd20_correct"] == mine["pgd20"].fillna(value=False).sum()
+        first = mine[mine["index"] < 30]
+        standing = first["clean"].copy()
+        for attack in attacks:
+            assert (first[attack].isna() | standing).all()  # only what stood was attacked
+            standing &= first[attack].fillna(value=True).astype(bool)
+            assert found.metrics[f"{prefix}after_{attack}_correct"] == standing.sum()
+        assert found.metrics[f"{prefix}autoattack_correct"] == standing.sum() == first["autoattack"].sum()
+        assert mine["autoattack"][mine["index"] >= 30].isna().all()
+        assert mine["worst"].sum() <= mine["pgd20"].fillna(value=False).sum()
+
+
+def test_intervals_and_tests_by_hand() -> None:
+    z, n, p = 1.959963985, 50, 0.3
+    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert wilson(15, 50) == pytest.approx((centre - half, centre + half))
+    a, b = [True] * 10 + [False] * 2 + [True] * 30, [False] * 10 + [True] * 2 + [True] * 30
+    only_a, only_b, p_value = mcnemar(a, b)
+    assert (only_a, only_b) == (10, 2)
+    assert p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert mcnemar(a, a) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="the same examples"):
+        mcnemar(a, b[1:])
+
+
+def test_a_protocol_counts_restarts_as_the_worst_of_them() -> None:
+    model, x = Curved().eval(), images(40)
+    y = labelled(model, x)
+    one = settings(0.012, 0)
+    step = {"steps": 3, "step_size": 0.012}
+    several = {**one.protocols, "few": ProtocolSettings(eps=0.012, n=0, pgd=step, attacks={})}
+    several["many"] = ProtocolSettings(eps=0.012, n=0, pgd={**step, "restarts": 4}, attacks={})
+    asked = one.model_copy(update={"protocols": several})
+    few, many = (robust.evaluate(model, x, y, name, asked).survivors(["pgd3"]) for name in ("few", "many"))
+    assert not (many & ~few).any()
+    assert many.sum() <= few.sum()
