@@ -85,7 +85,7 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
         ("evaluation.attack.protocols.standard.noise", 0.03, "are what its name means; add a protocol `like: standard`"),
         ("evaluation.attack.protocols.standard.attacks.square", None, "are what its name means"),
         ("evaluation.attack.protocols.standard.pgd.steps", 10, "are what its name means"),
-        ("evaluation.attack.protocols.standard", None, "protocols.standard: input should be"),
+        ("evaluation.attack.protocols.standard", None, "protocols: 'standard' is missing"),
         ("evaluation.attack.protocols.mine", {"eps": 0.1}, "protocol 'mine' needs `like`, the row that it stands on; allowed: standard"),
         ("evaluation.attack.protocols.released.attacks.square", {"steps": 3}, "attacks.square does not read steps; it reads queries"),
         ("evaluation.attack.protocols.released.attacks.cw", {}, "'cw' is unknown"),

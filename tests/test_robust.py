@@ -162,6 +162,28 @@ def test_a_fast_network_is_the_same_function() -> None:
         assert torch.equal(rough(many).argmax(1), model(many).argmax(1))
 
 
+class Viewing(nn.Module):
+    """Flattens with `view`, as many networks do: it cannot be run in channels-last layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).tanh()
+        return self.head(h.view(len(h), -1))
+
+
+def test_a_network_that_needs_its_layout_keeps_it() -> None:
+    model, x = Viewing().eval(), images(12)
+    with pytest.raises(RuntimeError, match="view"):
+        Viewing().to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    fast = ensemble.FastNetwork(model, x)
+    assert torch.allclose(fast(x), model(x), atol=1e-6)
+    verdicts = robust.evaluate(model, x, labelled(model, x, 2), "quick", settings(0.012, 12))
+    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_t", "fab_t", "square"}
+
+
 def test_bf16_search_leaves_verdicts_to_fp32() -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)

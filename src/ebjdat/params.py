@@ -347,7 +347,12 @@ class ProtocolSettings(Settings):
         if self.pgd.step_size > 2 * self.eps:
             raise ValueError(f"pgd.step_size {self.pgd.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
         for name, attack in self.attacks.items():
-            unread = sorted(attack.model_fields_set - set(registry.ATTACKS[name].reads))
+            usual = EnsembleSettings()
+            unread = [
+                k
+                for k in EnsembleSettings.model_fields
+                if k not in registry.ATTACKS[name].reads and getattr(attack, k) != getattr(usual, k)
+            ]
             if unread:
                 raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(registry.ATTACKS[name].reads)}")
         return self
@@ -373,12 +378,14 @@ def usual_protocols(n: int, overrides: Sequence[str] = ()) -> AttackSettings:
 
 
 def with_rows(protocols: Any) -> Any:
-    """Protocols as they stand in a profile, each merged over the row of registry.PROTOCOLS that it stands on; a null attack is left out."""
+    """Protocols as they stand in a profile, each merged over the row that it stands on; null leaves a protocol or an attack out."""
     if not isinstance(protocols, Mapping):
         return protocols
     merged: dict[Any, Any] = {}
     for name, entry in protocols.items():
         row = registry.PROTOCOLS.get(str(_mapping(entry).get("like") or name))
+        if entry is None:
+            continue
         if not isinstance(entry, Mapping):
             merged[name] = entry
         elif row is None:

@@ -24,7 +24,7 @@ from ebjdat import registry
 from ebjdat.data import outside
 from ebjdat.evaluation import ensemble, robust
 from ebjdat.models.modes import UnitRange
-from ebjdat.params import ProtocolSettings, parse_assignment, usual_protocols
+from ebjdat.params import ProtocolSettings, usual_protocols
 from ebjdat.pixels import parse_budget, unit_from_uint8
 from ebjdat.stages.attack import outside_model
 from ebjdat.training import checkpoint
@@ -76,10 +76,7 @@ def main(
         network = outside_model(str(model), weights).to(device)
     images, labels = outside.images_of(data, size)
     x, y = unit_from_uint8(torch.from_numpy(images[:n])).to(device), torch.from_numpy(labels[:n]).to(device)
-    change = parse_assignment(f"protocols.standard.eps={parse_budget(eps)}")
-    change["protocols"]["standard"]["norm"] = norm
-    change["protocols"]["standard"]["pgd"] = {"step_size": parse_budget(eps) / 4}
-    protocol = ProtocolSettings.model_validate(usual_protocols(len(x)).standard.model_dump() | change["protocols"]["standard"])
+    protocol = usual_protocols(len(x)).standard.model_copy(update={"eps": parse_budget(eps), "norm": norm})
 
     right = robust.predictions(network, x, batch_size) == y
     ways = ["plain", *search]

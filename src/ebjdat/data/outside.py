@@ -22,7 +22,7 @@ def images_of(path: Path, size: int | None = None) -> tuple[NDArray[np.uint8], N
     if path.suffix != ".npz":
         raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
-        return raw.images[order], raw.labels[order]
+        return np.ascontiguousarray(raw.images[order]), raw.labels[order]
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
@@ -39,4 +39,4 @@ def images_of(path: Path, size: int | None = None) -> tuple[NDArray[np.uint8], N
         raise DataError(f"{path}: images are {images.dtype} {images.shape}; uint8 (N, 1 or 3, H, W) is needed")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or not len(images) or labels.min() < 0:
         raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; one non-negative integer per image is needed")
-    return images, labels.astype(np.int64)
+    return np.ascontiguousarray(images), labels.astype(np.int64)

@@ -32,29 +32,45 @@ LOG = logging.getLogger("ebjdat.autoattack")
 class FastNetwork(nn.Module):
     """A network for searching: the same function, arranged to cost less. Images (B, C, H, W) in [0, 1] -> logits (B, K) in fp32.
 
-    Channels last, no gradients for parameters, passes that fit a CPU's caches. With `bf16`, the network runs in bf16, and
-    where a prediction is not clear of bf16's error (calibrated on `x`), without gradients, again in fp32: argmax of the
-    logits is fp32's.
+    Channels last where the network allows it, no gradients for parameters, passes that fit a CPU's caches. With `bf16`, the
+    network runs in bf16, and where a prediction is not clear of bf16's error (calibrated on `x`), without gradients, again in
+    fp32: argmax of the logits is fp32's.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, bf16: bool = False) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.layout = torch.contiguous_format
         self.at_once = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1])) if x.device.type == "cpu" else 1 << 30
         self.bf16 = bf16
         self.count: Callable[[int], None] | None = None  # told how many images each pass was asked for
         self.clear = 0.0
+        if self._allows_channels_last(model, x[:2]):
+            self.model, self.layout = self.model.to(memory_format=torch.channels_last), torch.channels_last
         if bf16:
             with torch.no_grad():
                 part = x[: self.at_once]
                 self.clear = CLEAR * float((self._logits(part, True) - self._logits(part, False)).abs().max())
+
+    def _allows_channels_last(self, model: nn.Module, x: Tensor) -> bool:
+        """Whether the network gives the same logits and a gradient in that layout; some use views that it has not."""
+        probe = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+        points = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                logits = probe(points)
+                torch.autograd.grad(logits.sum(), points, allow_unused=True)
+            with torch.no_grad():
+                return torch.allclose(logits, model(x), rtol=1e-3, atol=1e-4)
+        except RuntimeError:
+            return False
 
     def _logits(self, x: Tensor, bf16: bool) -> Tensor:
         x = x.view_as(x)
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)  # pyautoattack views gradients as rows
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            parts = [self.model(part.contiguous(memory_format=torch.channels_last)) for part in x.split(self.at_once)]
+            parts = [self.model(part.contiguous(memory_format=self.layout)) for part in x.split(self.at_once)]
         return torch.cat(parts).float()
 
     def forward(self, x: Tensor) -> Tensor:

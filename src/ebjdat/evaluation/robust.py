@@ -203,7 +203,7 @@ def evaluate(
         for attack, fewest in FEWEST_CLASSES.items():
             if attack in protocol.attacks and classes < fewest and protocol.n:
                 raise AttackError(f"protocol {name!r}: {attack} needs at least {fewest} classes, here are {classes}; set its n to 0")
-        x = seen_under(protocol, x, settings.seed)
+        x = seen_under(protocol, x.contiguous(), settings.seed)
         file = state / f"{name}.npz" if state else None
         kept = file is not None and file.exists()
         verdicts = Verdicts.load(file, x.device) if file and kept else Verdicts(y, predictions(judge, x, settings.batch_size))

@@ -1,0 +1,259 @@
+"""`ebjdat attack` on networks that this project did not make: torchvision's, and one with its own preprocessing and file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+from ebjdat.cli import app
+from ebjdat.data import outside
+from ebjdat.data.prepared import Prepared
+from ebjdat.data.sources import DataError
+from ebjdat.evaluation.audit import audit
+from ebjdat.files import read_json
+from ebjdat.params import ParamsError, usual_protocols
+from ebjdat.stages.attack import ModelError, outside_model
+
+NETS = '''
+import torch, torchvision
+from torch import nn
+
+class Whitened(nn.Module):
+    """Digits in [0, 1]; whitens them itself."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 1, 8, 8), 0.3))
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x):
+        return self.layers((x - self.mean) / 0.37)
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = torchvision.models.resnet18(num_classes=4)
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.6]).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.network((x - self.mean) / 0.25)
+
+def whitened():
+    return Whitened()
+
+def resnet18():
+    torch.manual_seed(0)
+    return Normalised()
+
+def nothing():
+    return 3
+'''
+FAST = ["--override", "protocols.standard.n=0", "--override", "protocols.standard_l2.n=0", "--override", "checks.n=20"]
+LESS = ["--override", "protocols.released.attacks.square.queries=100"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a module of networks, weights of a digits classifier trained here, and digits as an .npz."""
+    (tmp_path / "somenets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("somenets", None)
+    bunch = load_digits()
+    images, labels = np.rint(bunch.images * 255 / 16).astype(np.uint8)[:, None], bunch.target
+    model = outside_model("somenets:whitened", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in (model.layers[1], model.layers[3]):
+            layer.reset_parameters()
+        optimiser = torch.optim.Adam(model.parameters(), 0.01)
+        x, y = torch.from_numpy(images[200:]).float() / 255, torch.from_numpy(labels[200:]).long()
+        for _ in range(60):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimiser.step()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "whitened.pt")
+    save_file(model.state_dict(), tmp_path / "whitened.safetensors")
+    np.savez(tmp_path / "digits.npz", images=images[:60], labels=labels[:60])
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["attack", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_network_from_elsewhere_gets_the_same_files(folder: Path) -> None:
+    words = ["--model", "somenets:whitened", "--weights", "whitened.pt", "--data", "digits.npz", "--out", "out/whitened.json", *FAST, *LESS]
+    override = ["--override", "protocols.standard.eps=0.05", "--override", "protocols.standard.pgd.step_size=0.0125", "--threads", "1"]
+    text = run(*words, *override)
+    assert "standard (Linf, radius 0.05 in [0, 1]): clean" in text
+    result = read_json(folder / "out/whitened.json")
+    x, y = torch.from_numpy(np.load("digits.npz")["images"]).float() / 255, torch.from_numpy(np.load("digits.npz")["labels"])
+    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
+    with torch.no_grad():
+        assert result["clean_correct"] == int((model(x).argmax(1) == y).sum()) > 50
+    assert result["pgd20_correct"] < result["clean_correct"]
+    assert result["radius"] == 0.05
+    assert result["released_radius"] == pytest.approx(4 / 255)
+    assert (result["n_test"], result["released_n_attack"]) == (60, 60)  # of the 1,000 asked for, those that there are
+    assert {check["name"] for check in result["checks"]} >= {"deterministic output", "gradients do not vanish"}
+    assert result["model"] == "somenets:whitened"
+    frame = pd.read_parquet(folder / "out/whitened.parquet")
+    assert len(frame) == 3 * 60
+    assert frame.query("protocol == 'released'")["autoattack"].sum() == result["released_autoattack_correct"]
+    about = json.loads(pq.read_schema(folder / "out/whitened.parquet").metadata[b"ebjdat"])
+    assert about["settings"]["protocols"]["standard"]["eps"] == 0.05
+    assert about["data_hash"] == result["data_hash"]
+    assert not list((folder / "out").glob(".*state*"))
+
+
+def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 1), ("test", 5)):
+        for k in range(4):
+            place = folder / f"pictures/{split}/class{k}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                shade = rng.integers(0, 255, (40, 36, 3)) // 4 + 60 * k
+                Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
+    few = ["--override", "protocols={standard: {n: 0}, released: {n: 0}}", "--override", "checks={n: 8, steps: 25, restarts: 1}"]
+    run(
+        "--model",
+        "somenets:resnet18",
+        "--data",
+        "pictures",
+        "--size",
+        "32",
+        "--out",
+        "net.json",
+        "--n",
+        "6",
+        "--source",
+        "somenets:resnet18",
+        *few,
+    )
+    result = read_json(folder / "net.json")
+    images, labels = outside.images_of(folder / "pictures", 32)
+    assert images.shape == (20, 3, 32, 32)
+    assert sorted(labels) == sorted([0, 1, 2, 3] * 5)
+    assert len(set(labels[:8].tolist())) > 2  # shuffled: the first n are not one class
+    model = outside_model("somenets:resnet18", None)
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(images).float() / 255).argmax(1).numpy()
+    assert result["clean_correct"] == (predicted == labels).sum()
+    assert next(c for c in result["checks"] if c["name"] == "a transferred attack is weaker")["passed"] is True
+
+
+def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_verdicts(folder: Path) -> None:
+    words = ["--model", "somenets:whitened", "--weights", "whitened.safetensors"]
+    quick = "{like: standard, eps: 0.05, pgd: {step_size: 0.01}, n: 60, attacks: {fab_t: {steps: 20}, square: {queries: 300}}}"
+    words += ["--data", "digits.npz", "--threads", "1", *FAST, "--override", "protocols.released=null", "--override", "batch_size=20"]
+    words += ["--override", f"protocols.quick={quick}"]
+    environment = {**os.environ, "EBJDAT_TRACKING": "0"}
+    run(*words, "--out", "whole.json")
+    command = [sys.executable, "-m", "ebjdat", "attack", *words, "--out", "parts.json"]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (states := list(folder.glob(".parts.json.state/*/quick.npz"))) or "apgd_t" not in np.load(states[0])["attacks"]:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "parts.json").exists()
+    again = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    assert "pgd20:" not in again.stderr  # done before; not done again
+    whole, parts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("whole", "parts"))
+    pd.testing.assert_frame_equal(whole, parts)
+    seconds = {"quick_attack_seconds"}
+    first, second = read_json(folder / "whole.json"), read_json(folder / "parts.json")
+    assert {k: v for k, v in first.items() if k not in seconds} == {k: v for k, v in second.items() if k not in seconds}
+    assert not list(folder.glob(".parts.json.state"))
+
+
+def test_what_is_wrong_with_a_network_is_said(folder: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("touch evil",)
+
+    with Path("evil.pt").open("wb") as file:
+        pickle.dump({"state_dict": Evil()}, file)
+    torch.save({"layers.1.weight": torch.zeros(2, 2)}, "other.pt")
+    for factory, weights, message in (
+        ("somenets", None, "package.module:function is allowed"),
+        ("nowhere:net", None, "No module named 'nowhere'; run this where 'nowhere' can be imported"),
+        ("somenets:net", None, "the module somenets has no 'net'"),
+        ("somenets:nothing", None, "made int; a torch.nn.Module is needed"),
+        ("somenets:whitened", "missing.pt", "missing.pt: there is no such file"),
+        ("somenets:whitened", "evil.pt", "evil.pt: "),
+        ("somenets:whitened", "other.pt", r"other.pt: does not fit somenets:whitened: [\s\S]*Missing key"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            outside_model(factory, Path(weights) if weights else None)
+    assert not Path("evil").exists()
+    done = CliRunner().invoke(app, ["attack", "--data", "digits.npz", "--out", "x.json"])
+    assert done.exit_code == 1
+    assert "--params, --experiment and --weights are needed, or --model" in done.output
+    with pytest.raises(ParamsError, match=r"protocols\.standard.epz: unknown key; did you mean 'eps'"):
+        usual_protocols(10, ["protocols.standard.epz=1"])
+
+
+def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> None:
+    good, labels = digits.images[:4], digits.labels[:4]
+    for arrays, message in (
+        ({"images": good}, "arrays `images` and `labels` are needed, found images"),
+        ({"images": good.transpose(0, 2, 3, 1), "labels": labels}, r"uint8 \(N, 1 or 3, H, W\) is needed"),
+        ({"images": good / 255, "labels": labels}, "images are float64"),
+        ({"images": good, "labels": labels[:3]}, "one non-negative integer per image"),
+        ({"images": good, "labels": labels - 20}, "one non-negative integer per image"),
+    ):
+        np.savez(tmp_path / "data.npz", **arrays)
+        with pytest.raises(DataError, match=message):
+            outside.images_of(tmp_path / "data.npz")
+    (tmp_path / "data.npz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"not a readable \.npz file"):
+        outside.images_of(tmp_path / "data.npz")
+    with pytest.raises(DataError, match="there is no such file"):
+        outside.images_of(tmp_path / "none.npz")
+
+
+def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
+    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
+    images, labels = outside.images_of(folder / "digits.npz")
+    asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
+    found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)
+    run(
+        "--model",
+        "somenets:whitened",
+        "--weights",
+        "whitened.safetensors",
+        "--data",
+        "digits.npz",
+        "--n",
+        "20",
+        "--out",
+        "w.json",
+        "--threads",
+        "1",
+        *FAST,
+    )
+    result = read_json(folder / "w.json")
+    times = {"attack_seconds", "released_attack_seconds"}
+    assert {k: v for k, v in found.metrics.items() if k not in times} == {k: result[k] for k in found.metrics if k not in times}
