@@ -6,6 +6,7 @@ import base64
 import csv
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import scipy.stats
 from ebjdat import params
 from ebjdat.files import write_json
 from ebjdat.params import Profile
-from ebjdat.report import page, tables
+from ebjdat.report import claims, page, tables
 from ebjdat.report.figures import png, sample_grids, save
 from ebjdat.report.tables import METRICS, aggregate, collect, wilson
 
@@ -27,15 +28,50 @@ from .conftest import ROOT
 
 CONTRACT = (
     "experiment,method,seed,n_test,clean_acc,pgd20_acc,n_attack,autoattack_acc,frechet,frechet_extractor,n_samples,"
-    "energy_gap_adversarial,energy_gap_generated,train_seconds,params_hash,data_hash,git_commit,collapse_epoch,recoveries"
+    "energy_gap_adversarial,energy_gap_generated,train_seconds,params_hash,data_hash,git_commit,collapse_epoch,recoveries,"
+    "released_pgd20_acc,released_autoattack_acc,checks_failed,ece"
 )
 DIVERGED = {"collapse_epoch": 2, "recoveries": 1, "events": ["epoch 2, step 5: seen; done"]}
 CARD: dict[str, Any] = {
     "name": "digits",
     "data_hash": "d1",
     "image_shape": [1, 8, 8],
+    "classes": list("0123456789"),
     "sizes": {"train": 10, "validation": 5, "test": 100},
 }
+
+
+RELIABILITY = {"ece": 0.02, "ece_scaled": 0.01, "temperature": 1.5, "nll": 0.3, "ood_missing": {"svhn": "not here"}, "git_commit": "abc"}
+RELIABILITY |= {"ood_auroc_energy_noise": 0.9, "ood_auroc_energy_noise_low": 0.85, "ood_auroc_energy_noise_high": 0.95}
+CHECK = {"protocol": None, "n": 20, "says": "figure"}
+
+
+def attack_result(profile: Profile, correct: int, autoattack: bool) -> dict[str, Any]:
+    """Of 100 examples and an ensemble on 20: PGD leaves 50 (released: 70), the ensemble 9 (released: 14)."""
+    found: dict[str, Any] = {"git_commit": "abc", "checks_failed": 1, "sweep": [[0.0, correct / 100], [0.15, 0.5], [0.5, 0.0]]}
+    found["checks"] = [
+        {"name": "deterministic output", "passed": True, "value": 0.0, "limit": 1e-4, **CHECK},
+        {"name": "black-box attack adds nothing", "passed": False, "value": 0.05, "limit": 0.01, **CHECK, "protocol": "standard"},
+        {"name": "a transferred attack is weaker", "passed": None, "value": None, "limit": 0.0, **CHECK},
+    ]
+    for name, (pgd, ensemble) in {"": (50, 9), "released_": (70, 14), "standard_l2_": (60, 11)}.items():
+        found |= {f"{name}n_test": 100, f"{name}clean_correct": correct, f"{name}clean_acc": correct / 100}
+        found |= {f"{name}pgd20_correct": pgd, f"{name}pgd20_acc": pgd / 100, f"{name}n_attack": 20}
+        if autoattack:
+            found |= {f"{name}autoattack_correct": ensemble, f"{name}autoattack_acc": ensemble / 20}
+    return found
+
+
+def write_verdicts(path: Path, profile: Profile, correct: int, autoattack: bool, pgd: int = 50, ensemble: int = 9) -> None:
+    """The first ones stand."""
+    rows = []
+    for name in profile.evaluation.attack.protocols:
+        for i in range(100):
+            clean = i < correct
+            verdict = i < ensemble if autoattack and i < 20 else None
+            row = {"weights": "raw", "protocol": name, "index": i, "label": i % 10, "prediction": i % 10 if clean else (i + 1) % 10}
+            rows.append({**row, "clean": clean, "pgd20": i < pgd if clean else None, "autoattack": verdict, "worst": i < 9})
+    pd.DataFrame(rows).to_parquet(path)
 
 
 def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
@@ -56,30 +92,20 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                     **(DIVERGED if name == "eb_jdat" else {"collapse_epoch": None, "recoveries": 0, "events": []}),
                 },
             )
-            attack = {
-                "n_test": 100,
-                "clean_acc": correct / 100,
-                "clean_correct": correct,
-                "pgd20_acc": 0.5,
-                "pgd20_correct": 50,
-                "n_attack": 20,
+            write_json(folder / "attack.json", attack_result(profile, correct, autoattack))
+            write_verdicts(folder / "verdicts.parquet", profile, correct, autoattack)
+            generated = {"frechet": 12.5 + i, "frechet_start": 9.0, "frechet_buffer": None, "frechet_extractor": "reference"}
+            generated |= {
+                "kid": 0.001,
+                "kid_std": 0.0005,
+                "precision": 0.5,
+                "recall": 0.25,
+                "reference_score": 5.0,
+                "reference_score_std": 0.1,
             }
-            if autoattack:
-                attack |= {"autoattack_acc": 0.45, "autoattack_correct": 9}
-            write_json(folder / "attack.json", {**attack, "git_commit": "abc"})
-            write_json(
-                folder / "generate.json",
-                {
-                    "frechet": 12.5 + i,
-                    "frechet_start": 9.0,
-                    "frechet_buffer": None,
-                    "frechet_extractor": "reference",
-                    "n_samples": 200,
-                    "n_buffer": 0,
-                    "class_agreement": 0.9,
-                    "git_commit": "abc",
-                },
-            )
+            generated |= {"released_frechet": 7.25, "released_n_samples": 90, "n_samples": 200, "n_buffer": 0, "class_agreement": 0.9}
+            write_json(folder / "generate.json", {**generated, "git_commit": "abc"})
+            (folder / "chains.gif").write_bytes(b"GIF89a")
             energies = {
                 f"energy_{k}": float(i)
                 for k in (
@@ -99,7 +125,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                 "energy_gap_generated_se": 0.2,
             }
             write_json(folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"})
-            write_json(folder / "reliability.json", {"ece": 0.02, "temperature": 1.5, "ood_missing": {}, "git_commit": "abc"})
+            write_json(folder / "reliability.json", RELIABILITY)
             groups = ("clean", "adversarial", "generated")
             np.savez(folder / "energy.npz", **{p + g: np.random.default_rng(i).normal(size=50) for g in groups for p in ("", "joint_")})
             pd.DataFrame({"epoch": [1, 2], "validation_acc_clean": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(
@@ -107,6 +133,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
             )
             figure = sample_grids({"fresh": (np.zeros((20, 1, 8, 8), np.uint8), np.arange(20) % 10)}, tuple("0123456789"), 2)
             save(figure, folder / "samples.png")
+            shutil.copy(folder / "samples.png", folder / "reliability.png")
     for name in profile.pretraining:
         for seed in profile.seeds:
             write_json(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"train_seconds": 5.0})
@@ -195,11 +222,11 @@ def test_the_page_is_self_contained(profile: Profile, filled: Path) -> None:
     table = aggregate(profile, rows)
     page.write(profile, "digits", filled, CARD, rows, table, filled / "report.html")
     html = (filled / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", html)
-    assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
+    assert set(re.findall(r"(?:src|href)=[\"'](?!data:|#)([^\"']*)", html)) == {"audit.html", "audit.html#checks"}
+    assert "http" not in re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", html)
     assert "<script" not in html
     pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", html)
-    assert len(pictures) == 3 + len(profile.experiments)
+    assert len(pictures) == 4 + 2 * len(profile.experiments)
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
     for name in profile.experiments:
         assert name in html
@@ -280,6 +307,134 @@ def test_legends_say_what_an_experiment_is() -> None:
     assert tables.differences(full, "eb_jdat_sadajem") == "on SADA-JEM, arXiv 2209.07959, paper form"
     assert tables.differences(full, "eb_jdat_released") == "on JEM++, arXiv 2109.09032, released form"
     assert "weights.w2 = 0" in tables.differences(full, "ablation_w101")
+
+
+def test_protocols_stand_side_by_side_with_their_radii_and_differences(profile: Profile, filled: Path) -> None:
+    heads, first, *_ = tables.side_by_side(profile, collect(profile, filled, "d1"))
+    cells = dict(zip(heads, first, strict=True))
+    assert cells["standard: PGD-20 %, radius L∞ 0.15"] == "50.0 [40.4, 59.6]"
+    assert cells["released: PGD-20 %, radius L∞ 0.075"] == "70.0 [60.4, 78.1]"
+    assert cells["released − standard, PGD"] == "+20.0"
+    assert cells["standard: AutoAttack standard %, radius L∞ 0.15, n=8"].startswith("45.0 [")
+    assert cells["released: ensemble %, radius L∞ 0.075, n=8"].startswith("70.0 [")
+    assert cells["released − standard, ensemble"] == "+25.0"
+    assert not any("standard_l2 − standard" in head for head in heads)  # other norms are no difference
+    cifar = params.load(ROOT / "params/cifar10.yaml")
+    assert [tables.effective_radius(cifar, name) for name in ("standard", "released", "standard_l2")] == ["L∞ 8/255", "L∞ 4/255", "L2 0.5"]
+
+
+def test_pairs_of_models_are_compared_on_the_same_examples(profile: Profile, filled: Path) -> None:
+    write_verdicts(filled / "pgd_at/seed0/verdicts.parquet", profile, 90, True, pgd=80, ensemble=20)
+    pairs = {(p["a"], p["b"]): p for p in tables.pairwise(profile, filled, 0, "pgd20")}
+    assert len(pairs) == 6
+    found = pairs["classifier", "pgd_at"]
+    assert (found["only_a"], found["only_b"], found["n"]) == (0, 30, 100)
+    assert found["p"] == pytest.approx(2 * 0.5**30)
+    assert pairs["classifier", "jempp"]["p"] == 1
+    smallest = sorted(p["p"] for p in pairs.values())
+    holm = [min(1, max(smallest[j] * (6 - j) for j in range(i + 1))) for i in range(6)]
+    assert sorted(p["p_holm"] for p in pairs.values()) == pytest.approx(holm)
+    pairs = {(p["a"], p["b"]): p for p in tables.pairwise(profile, filled, 0, "autoattack")}
+    assert (pairs["classifier", "pgd_at"]["only_b"], pairs["classifier", "pgd_at"]["n"]) == (11, 20)
+
+
+def test_the_audit_page_shows_claims_checks_and_pairs(profile: Profile, filled: Path) -> None:
+    rows = collect(profile, filled, "d1")
+    findings = claims.judge(claims.Evidence(profile, rows, filled))
+    page.write_audit(profile, "digits", filled, CARD, rows, findings, filled / "audit.html")
+    html = (filled / "audit.html").read_text()
+    assert set(re.findall(r"(?:src|href)=[\"'](?!data:|#)([^\"']*)", html)) == {"report.html"}
+    assert "<script" not in html
+    assert html.count('<span class="fail">FAIL</span>') == len(profile.experiments)
+    assert html.count("not asked") == len(profile.experiments)
+    assert "McNemar" in html
+    for finding in findings:
+        assert f'<span class="{finding.verdict}">{finding.verdict}</span>' in html
+    tables.write_audit_markdown(findings, tables.side_by_side(profile, rows), tables.checks_of(rows), filled / "audit.md")
+    text = (filled / "audit.md").read_text()
+    assert "- eb_jdat, seed 0: black-box attack adds nothing [standard]: 0.05, limit 0.01 (figure)" in text
+    assert all(finding.claim in text for finding in findings)
+
+
+def judged(profile: Profile, results: Path, claim: Any, **metrics: dict[str, Any]) -> claims.Finding:
+    """A claim's finding, with these metrics of some experiments in place of those of `fill`."""
+    rows = [dataclasses.replace(r, metrics={**r.metrics, **metrics.get(r.experiment, {})}) for r in collect(profile, results, "d1")]
+    found = claim(claims.Evidence(profile, rows, results))
+    assert found is not None, "no experiment is about this claim"
+    return found
+
+
+def verdict(profile: Profile, results: Path, claim: Any, **metrics: dict[str, Any]) -> str:
+    return judged(profile, results, claim, **metrics).verdict
+
+
+def test_claims_about_robustness_are_judged_example_by_example(profile: Profile, filled: Path) -> None:
+    assert verdict(profile, filled, claims.beats_adversarial_training) == "open"
+    write_verdicts(filled / "eb_jdat/seed0/verdicts.parquet", profile, 90, True, ensemble=18)
+    found = judged(profile, filled, claims.beats_adversarial_training)
+    assert found.verdict == "holds"
+    assert "only eb_jdat right 9, only pgd_at 0, p = 0.0039" in found.why
+    write_verdicts(filled / "eb_jdat/seed0/verdicts.parquet", profile, 90, True, ensemble=1)
+    assert verdict(profile, filled, claims.beats_adversarial_training) == "fails"
+    write_verdicts(filled / "eb_jdat/seed0/verdicts.parquet", profile, 99, True)
+    assert verdict(profile, filled, claims.keeps_accuracy) == "holds"
+    found = judged(profile, filled, claims.stated_protocol)
+    assert found.verdict == "fails"
+    assert "+25.0 points" in found.why
+
+
+def test_the_papers_number_is_at_stake_on_its_own_data_alone(profile: Profile, filled: Path) -> None:
+    assert verdict(profile, filled, claims.stated_robustness) == "open"
+    asked = profile.model_copy(update={"report": params.ReportSettings(paper="cifar10")})
+    assert verdict(asked, filled, claims.stated_robustness) == "holds"  # 45 % of 20: up to 65.8 %
+    assert verdict(asked, filled, claims.stated_robustness, eb_jdat={"autoattack_acc": 0.4, "autoattack_correct": 8}) == "fails"
+
+
+def test_claims_about_energies_are_judged_by_their_intervals(profile: Profile, filled: Path) -> None:
+    first = claims.training_closes_first_gap
+    assert verdict(profile, filled, first) == "fails"  # classifier 2.0, pgd_at 3.0, each +- 0.2
+    assert verdict(profile, filled, first, pgd_at={"energy_gap_adversarial": 1.0}) == "holds"
+    assert verdict(profile, filled, first, pgd_at={"energy_gap_adversarial": 1.9}) == "open"
+    assert verdict(profile, filled, claims.closes_first_gap, eb_jdat={"energy_gap_adversarial": 0.5}) == "holds"
+    assert verdict(profile, filled, claims.closes_second_gap) == "open"
+    assert verdict(profile, filled, claims.jem_closes_second_gap, jempp={"energy_gap_generated": 0.1}) == "holds"
+
+
+def test_claims_about_samples_know_what_a_distance_cannot_say(profile: Profile, filled: Path) -> None:
+    assert "starts alone reach 9.00" in judged(profile, filled, claims.generates_like_its_jem).why
+    assert "one seed" in judged(profile, filled, claims.generates_like_its_jem, eb_jdat={"frechet": 3.0}).why
+    found = judged(profile, filled, claims.fid_is_of_samples)
+    assert "7.25 as released (n = 90), 15.50 of fresh chains (n = 200)" in found.measured
+    with pytest.raises(AssertionError, match="no experiment is about this claim"):
+        judged(profile, filled, claims.fid_is_of_samples, eb_jdat={"released_frechet": None})
+
+
+def test_claims_about_collapse_need_the_ablation_and_three_seeds(profile: Profile, filled: Path, tmp_path: Path) -> None:
+    assert verdict(profile, filled, claims.alignment_prevents_collapse) == "open"
+    assert verdict(profile, filled, claims.code_is_the_paper) == "open"
+    assert verdict(profile, filled, claims.more_steps_collapse) == "open"
+    full = params.load(ROOT / "params/digits-full.yaml")
+    fill(full, tmp_path / "full")
+    never, always = {"collapse_epoch": None}, {"collapse_epoch": 3}
+    claim = claims.alignment_prevents_collapse
+    assert verdict(full, tmp_path / "full", claim, eb_jdat=never) == "fails"
+    assert verdict(full, tmp_path / "full", claim, eb_jdat=never, ablation_w101=always) == "holds"
+    assert verdict(full, tmp_path / "full", claim, eb_jdat=always, ablation_w101=always) == "open"
+    for seed in full.seeds:
+        write_verdicts(tmp_path / f"full/eb_jdat/seed{seed}/verdicts.parquet", full, 90, True, ensemble=18 - seed)
+    assert verdict(full, tmp_path / "full", claims.code_is_the_paper) == "fails"
+    one = params.load(ROOT / "params/digits-full.yaml", ["seeds=[0]"])
+    assert verdict(one, tmp_path / "full", claim, eb_jdat=never, ablation_w101=always) == "open"
+
+
+def test_every_claim_of_the_full_profile_is_judged() -> None:
+    """EB-JDAT's experiments are found by what they are, not by their names."""
+    for name in ("digits-full", "cifar10"):
+        evidence = claims.Evidence(params.load(ROOT / f"params/{name}.yaml"), (), Path())
+        assert (evidence.ours, evidence.jem) == ("eb_jdat", "jempp")
+        assert evidence.find("eb_jdat", "released") == "eb_jdat_released"
+        assert evidence.find("eb_jdat", "paper", w2=0.0) == "ablation_w101"
+        assert evidence.trained_robust == ["pgd_at", "trades"]
 
 
 def test_names_cannot_inject_markup(profile: Profile, filled: Path) -> None:

@@ -350,6 +350,16 @@ def test_limits_of_checks_are_points_of_accuracy() -> None:
     assert not checks.black_box(protocol, verdicts).passed
 
 
+def test_autoattacks_own_word_on_square_is_heard() -> None:
+    assert ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.8}) == []
+    (told,) = ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.7})
+    assert "Square Attack has decreased the robust accuracy of 10.00%" in told
+    model, x = Of(Curved().eval(), lambda z: (z * 2).round() / 2), images()
+    verdicts = robust.evaluate(model, x, labelled(model, x), "quick", settings(0.05))
+    assert any("Square Attack has decreased" in text for text in verdicts.flags)
+    assert any("zero gradient" in text for text in verdicts.flags)
+
+
 def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.Dropout(0.5)).to(torch.bfloat16).train()
     with torch.no_grad():

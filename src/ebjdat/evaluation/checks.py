@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.evaluation.robust import SLACK, Verdicts, batches, judging, pgd_batch, pgd_name, pgd_start, predictions
-from ebjdat.params import AttackSettings, PGDSettings, ProtocolSettings
+from ebjdat.params import STANDARD, AttackSettings, PGDSettings, ProtocolSettings
 
 POINT = 0.01  # one point of accuracy
 DIFFERENCE = 1e-4  # of logits over their length; what another order of summation may change
@@ -164,7 +164,7 @@ def run(
             falls(curve),
             reaches_chance(curve, classes),
             more_effort(judge, x, y, settings),
-            transfer(judge, source, x, y, settings, verdicts["standard"]),
+            transfer(judge, source, x, y, settings, verdicts[STANDARD]),
         ]
     rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in found]
     for name, protocol in settings.protocols.items():

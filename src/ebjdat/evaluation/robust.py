@@ -249,8 +249,7 @@ class _Run:
         """The first n examples; each attack meets those that the ones before it left standing, in batches of their own order."""
         n, size = self.protocol.n, self.settings.batch_size
         network = ensemble.FastNetwork(self.judge, self.x[:size], self.settings.search == "bf16")
-        if not self.verdicts.flags:
-            self.verdicts.flags = ensemble.flags(self.judge, self.x[: min(n, size)], self.y[: min(n, size)], self.protocol)
+        self._heard(ensemble.flags(self.judge, self.x[: min(n, size)], self.y[: min(n, size)], self.protocol))
         before: list[str] = []
         for name, settings in self.protocol.attacks.items():
             standing = self.verdicts.survivors(before)[:n].nonzero().squeeze(1)
@@ -268,10 +267,15 @@ class _Run:
                     started = time.perf_counter()
                     with ensemble.heard() as told:
                         moved = attack(network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed)
-                    self.verdicts.flags += [text for text in told if text not in self.verdicts.flags]
+                    self._heard(told)
                     self._finish(name, i, rows, self._judged(moved, rows), time.perf_counter() - started)
                 network.count = None
                 bar.line(self._told(name, n, self.verdicts.survivors(before)[:n]))
+        after = {name: float(self.verdicts.survivors(before[: i + 1])[:n].float().mean()) for i, name in enumerate(before)}
+        self._heard(ensemble.square_flag({"clean": float(self.verdicts.clean[:n].float().mean()), **after}))
+
+    def _heard(self, told: list[str]) -> None:
+        self.verdicts.flags += [text for text in told if text not in self.verdicts.flags]
 
     def _begin(self, name: str) -> int:
         """How many batches of an attack are done."""
