@@ -101,10 +101,10 @@ def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None
     y = labelled(model, x)
     protocol = {"norm": norm, "eps": eps, "pgd": {"step_size": eps / 4}, "n": 40}
     fewer = {**protocol, "like": "standard", "attacks": {"square": {"queries": 600}}}  # at 5,000 the test takes a minute
-    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "n": 0}, "fewer": fewer}, "batch_size": 16})
+    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "n": 0}, "fewer": fewer}, "batch_size": 40})
     plain = AutoAttack(model, norm=norm, eps=eps, seed=0, version="standard")
     plain.square.n_queries = 600
-    adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=16)
+    adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=40)
     expected = robust.predictions(model, adversarial, 40) == y
     verdicts = robust.evaluate(model, x, y, "fewer", asked)
     found = verdicts.survivors(list(asked.standard.attacks))
@@ -293,6 +293,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_p
     again = robust.evaluate(model, x, y, "quick", asked, tmp_path)
     assert torch.equal(again.stands["square"], whole.stands["square"])
     assert len(calls) < 100
+
+
+def test_processes_that_share_the_batches_change_no_verdict(tmp_path: Path) -> None:
+    model, x = Linear().eval(), images(40)
+    y = labelled(model, x)
+    asked = settings(0.012, 40, batch_size=12)
+    alone = robust.evaluate(model, x, y, "quick", asked)
+    shared = robust.evaluate(model, x, y, "quick", asked, tmp_path, workers=2)
+    assert shared.done == alone.done
+    assert all(torch.equal(alone.stands[name], shared.stands[name]) for name in alone.stands)
+    assert shared.flags == alone.flags
 
 
 def caught(model: nn.Module, x: Tensor, y: Tensor, source: nn.Module | None = None, eps: float = 0.012) -> dict[str, bool | None]:

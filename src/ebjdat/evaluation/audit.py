@@ -33,15 +33,16 @@ def audit(
     state: Path | None = None,
     title: str = "attack",
     with_checks: bool = True,
+    workers: int = 1,
 ) -> Audit:
     """Evaluate any network under every protocol of the settings, and check the evaluation.
 
     model: images (N, C, H, W) in [0, 1] -> logits (N, K); its own preprocessing inside. It is copied, and left as it is.
     x: such images; y: labels (N,) int64, on the model's device. source: a network whose adversarial examples are tried on the
-    model. state: folder of finished batches, from which an interrupted evaluation goes on. Raises AttackError when the network
-    does not return finite logits or has too few classes for an attack.
+    model. state: folder of finished batches, from which an interrupted evaluation goes on. workers: as for robust.evaluate.
+    Raises AttackError when the network does not return finite logits or has too few classes for an attack.
     """
-    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title) for name in settings.protocols}
+    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers) for name in settings.protocols}
     metrics: dict[str, Any] = {}
     for name, protocol in settings.protocols.items():
         metrics |= robust.summary(name, protocol, verdicts[name])

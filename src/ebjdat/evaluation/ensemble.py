@@ -73,6 +73,14 @@ class FastNetwork(nn.Module):
             parts = [self.model(part.contiguous(memory_format=self.layout)) for part in x.split(self.at_once)]
         return torch.cat(parts).float()
 
+    def along_boundaries(self, x: Tensor) -> Tensor:
+        """For an attack that walks along decision boundaries: bf16 would leave nearly every decision to fp32 there."""
+        if x.requires_grad or not self.bf16:
+            return self(x)
+        if self.count:
+            self.count(len(x))
+        return self._logits(x, False)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.count:
             self.count(len(x))
@@ -173,42 +181,30 @@ def apgd_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSetting
         return attack.perturb(x, y)
 
 
-def fab(network: nn.Module, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+def fab(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """FAB towards the nearest class. range internal: on pixels in [-1, 1], its box left at [0, 1] of them, as released."""
     return _fab(network, x, y, False, settings, protocol, seed)
 
 
-def fab_t(network: nn.Module, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
+def fab_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """FAB, a run per target class; `range` as for `fab`."""
     return _fab(network, x, y, True, settings, protocol, seed)
 
 
 def _fab(
-    network: nn.Module, x: Tensor, y: Tensor, targeted: bool, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
+    network: FastNetwork, x: Tensor, y: Tensor, targeted: bool, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
 ) -> Tensor:
     common = _common(x, protocol, seed)
     common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": min(settings.targets, _classes(network, x) - 1)}
     if settings.range == "unit":
         with _own_randomness():
-            return FABAttack_PT(network, **common).perturb(x, y)
+            return FABAttack_PT(network.along_boundaries, **common).perturb(x, y)
     common["eps"] = internal_distance(protocol.radius)
     start = internal_from_unit(x)
     with _own_randomness():
-        found = FABAttack_PT(_OfInternal(network), **common).perturb(start, y)
+        found = FABAttack_PT(lambda z: network.along_boundaries(unit_from_internal(z)), **common).perturb(start, y)
     changed = (found != start).flatten(1).any(1).view(-1, 1, 1, 1)
     return torch.where(changed, unit_from_internal(found), x)  # what was not found stays bit for bit what it was
-
-
-class _OfInternal(nn.Module):
-    """A network of [0, 1] images, as seen from [-1, 1]."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(unit_from_internal(x))
-        return logits
 
 
 def square(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:

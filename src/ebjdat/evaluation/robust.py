@@ -24,7 +24,7 @@ from ebjdat.errors import UserError
 from ebjdat.evaluation import ensemble
 from ebjdat.files import write_atomic
 from ebjdat.models.modes import moving_images
-from ebjdat.params import STANDARD, AttackSettings, ProtocolSettings
+from ebjdat.params import STANDARD, AttackSettings, EnsembleSettings, ProtocolSettings
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
@@ -190,12 +190,21 @@ def pgd_name(protocol: ProtocolSettings) -> str:
 
 
 def evaluate(
-    model: nn.Module, x: Tensor, y: Tensor, name: str, settings: AttackSettings, state: Path | None = None, title: str = "attack"
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    name: str,
+    settings: AttackSettings,
+    state: Path | None = None,
+    title: str = "attack",
+    workers: int = 1,
 ) -> Verdicts:
     """Verdicts on images x (N, C, H, W) in [0, 1] with labels y (N,) under the protocol `name` of the settings.
 
     state: a folder in which finished batches are kept; called again after an interruption it goes on there and ends with the
-    same verdicts. Raises AttackError when the network does not return logits, or has too few classes for an attack.
+    same verdicts. workers: processes of one thread each that share the ensemble's batches, on a CPU; small networks gain more
+    from them than from threads, and batches, so verdicts, are the same. Raises AttackError when the network does not return
+    logits, or has too few classes for an attack.
     """
     protocol = settings.protocols[name]
     with judging(model) as judge:
@@ -207,11 +216,38 @@ def evaluate(
         file = state / f"{name}.npz" if state else None
         kept = file is not None and file.exists()
         verdicts = Verdicts.load(file, x.device) if file and kept else Verdicts(y, predictions(judge, x, settings.batch_size))
-        run = _Run(judge, x, y, protocol, settings, verdicts, file, f"{title}: {name}")
+        run = _Run(judge, x, y, protocol, settings, verdicts, file, f"{title}: {name}", workers if x.device.type == "cpu" else 1)
         run.pgd()
         if protocol.n:
             run.ensemble(classes)
     return verdicts
+
+
+Job = tuple[str, ensemble.FastNetwork, Tensor, Tensor, EnsembleSettings, ProtocolSettings, int]
+
+
+def _attack(job: Job) -> tuple[Tensor, list[str], float]:
+    """One batch of one attack: its images, what AutoAttack's code warned of, seconds."""
+    name, *arguments = job
+    started = time.perf_counter()
+    with ensemble.heard() as told:
+        moved = registry.load(registry.ATTACKS, name)(*arguments)
+    return moved, told, time.perf_counter() - started
+
+
+def _attack_on_one_thread(job: Job) -> tuple[Tensor, list[str], float]:
+    torch.set_num_threads(1)
+    return _attack(job)
+
+
+def _shared(jobs: list[Job], workers: int) -> Iterator[tuple[Tensor, list[str], float]]:
+    """The jobs' results in their order, made by processes of one thread each."""
+    from joblib import Parallel, delayed
+
+    found: Iterator[tuple[Tensor, list[str], float]] = Parallel(min(workers, len(jobs)), backend="loky", return_as="generator")(
+        delayed(_attack_on_one_thread)(job) for job in jobs
+    )
+    return found
 
 
 @dataclass
@@ -224,6 +260,7 @@ class _Run:
     verdicts: Verdicts
     file: Path | None
     title: str
+    workers: int
 
     def pgd(self) -> None:
         """Every example, batch by batch in order; it stands when it does after each restart."""
@@ -254,21 +291,21 @@ class _Run:
         for name, settings in self.protocol.attacks.items():
             standing = self.verdicts.survivors(before)[:n].nonzero().squeeze(1)
             before.append(name)
-            parts = standing.split(size) if len(standing) else ()
+            parts = standing.tensor_split(-(-len(standing) // size)) if len(standing) else ()  # equal ones share the work evenly
             if self._begin(name) == len(parts):
                 continue
-            attack = registry.load(registry.ATTACKS, name)
-            cost = ensemble.queries(name, settings, classes)
+            cost, first = ensemble.queries(name, settings, classes), self.verdicts.done[name]
             with Bar(f"{self.title}, {name}", cost * len(standing)) as bar:
-                network.count = bar.advance
-                for i, rows in enumerate(parts[self.verdicts.done[name] :], self.verdicts.done[name]):
-                    bar.at(cost * size * i)
-                    bar.show({"batch": i + 1, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
-                    started = time.perf_counter()
-                    with ensemble.heard() as told:
-                        moved = attack(network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed)
+                jobs = [(name, network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed) for rows in parts[first:]]
+                bar.at(cost * sum(map(len, parts[:first])))
+                shared = self.workers > 1 and len(jobs) > 1
+                network.count = None if shared else bar.advance
+                found = _shared(jobs, self.workers) if shared else map(_attack, jobs)
+                for i, (rows, (moved, told, seconds)) in enumerate(zip(parts[first:], found, strict=True), first):
                     self._heard(told)
-                    self._finish(name, i, rows, self._judged(moved, rows), time.perf_counter() - started)
+                    self._finish(name, i, rows, self._judged(moved, rows), seconds)
+                    bar.at(cost * sum(map(len, parts[: i + 1])))
+                    bar.show({"batches": i + 1, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
                 network.count = None
                 bar.line(self._told(name, n, self.verdicts.survivors(before)[:n]))
         after = {name: float(self.verdicts.survivors(before[: i + 1])[:n].float().mean()) for i, name in enumerate(before)}

@@ -225,7 +225,7 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
         axis.annotate(name, (radius, 101), fontsize=7, ha="center", va="bottom", color="#666666", annotation_clip=False)
     axis.axhline(100 * chance, color="#BBBBBB", linewidth=1)
     axis.set_ylim(0, 101)
-    axis.set_xlim(0, 5 * max(radii.values()))
+    axis.set_xlim(0, min(5 * max(radii.values()), 1.04 * max(points[-1][0] for points in curves.values())))
     axis.set_xlabel("radius, [0, 1] pixels")
     axis.set_ylabel("accuracy under PGD, %")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

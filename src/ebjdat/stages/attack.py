@@ -58,15 +58,25 @@ def run(
     x, y = test.unit(), test.labels
     is_source = settings.transfer is not None and (settings.transfer.experiment, settings.transfer.seed) == (experiment, seed)
     other = UnitRange(checkpoint.load(source, data_hash=data.data_hash).network(device)).eval() if source and not is_source else None
-    title = f"{experiment}/seed{seed}"
+    title, workers = f"{experiment}/seed{seed}", torch.get_num_threads()
     place = Path("state") / context.run / experiment / f"seed{seed}-attack"
     state = place / _made_from(settings, device, data.data_hash, weights)
     with context.track_result(experiment, seed, "attack", data.data_hash) as tracker, alone(place):
-        found = audit(UnitRange(loaded.network(device)).eval(), x, y, settings, other, state, title)
+        found = audit(UnitRange(loaded.network(device)).eval(), x, y, settings, other, state, title, workers=workers)
         metrics, tables = found.metrics, [_named(found, "raw")]
         if loaded.ema is not None:
             averaged = UnitRange(loaded.network(device, loaded.ema)).eval()
-            again = audit(averaged, x, y, settings, None, state / "ema", f"{title}, averaged weights", with_checks=False)
+            again = audit(
+                averaged,
+                x,
+                y,
+                settings,
+                None,
+                state / "ema",
+                f"{title}, averaged weights",
+                with_checks=False,
+                workers=torch.get_num_threads(),
+            )
             metrics |= {
                 f"ema_{name}": value for name, value in again.metrics.items() if name.endswith(("_correct", "_acc", "_low", "_high"))
             }
@@ -108,7 +118,8 @@ def run_any(
     data_hash = digest(images.tobytes(), labels.tobytes())[:16]
     place = out.parent / f".{out.name}.state"
     with alone(place):
-        found = audit(model, x, y, settings, other, place / _made_from(settings, device, data_hash, tensors, factory), factory)
+        state = place / _made_from(settings, device, data_hash, tensors, factory)
+        found = audit(model, x, y, settings, other, state, factory, workers=torch.get_num_threads())
         about = {"model": factory, "weights": tensors[:16], "data": data_path.name, "data_hash": data_hash}
         _write(found.metrics, _named(found, "raw"), settings, about, out, verdicts_out)
         shutil.rmtree(place, ignore_errors=True)
