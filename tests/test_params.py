@@ -85,9 +85,12 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
         ("evaluation.attack.protocols.standard.noise", 0.03, "are what its name means; add a protocol `like: standard`"),
         ("evaluation.attack.protocols.standard.attacks.square", None, "are what its name means"),
         ("evaluation.attack.protocols.standard.pgd.steps", 10, "are what its name means"),
+        ("evaluation.attack.protocols.standard.norm", "L2", "are what its name means"),
+        ("evaluation.attack.protocols.released.range", "unit", "protocols.released: norm, range, noise"),
+        ("evaluation.attack.protocols.ema", {"like": "standard", "eps": 0.1, "pgd": {"step_size": 0.1}, "n": 1}, "use another name"),
         ("evaluation.attack.protocols.standard", None, "protocols: 'standard' is missing"),
         ("evaluation.attack.protocols.mine", {"eps": 0.1}, "protocol 'mine' needs `like`, the row that it stands on; allowed: standard"),
-        ("evaluation.attack.protocols.released.attacks.square", {"steps": 3}, "attacks.square does not read steps; it reads queries"),
+        ("evaluation.attack.protocols.standard_l2.attacks.square", {"steps": 3}, "attacks.square does not read steps; it reads queries"),
         ("evaluation.attack.protocols.released.attacks.cw", {}, "'cw' is unknown"),
         ("evaluation.attack.transfer.experiment", "nobody", "evaluation.attack.transfer.experiment: 'nobody' is not an experiment"),
         ("evaluation.generate.extractor", "inception", "Inception is for natural images"),
@@ -299,5 +302,5 @@ def test_protocols_stand_on_their_rows_and_say_their_radius() -> None:
     assert (released.radius * 255, released.pgd_step * 255) == (pytest.approx(4), pytest.approx(0.5))  # half of what it states
     assert l2.attacks == standard.attacks
     assert (l2.norm, l2.radius) == ("L2", 0.5)
-    without = params.load(ROOT / "params/cifar10.yaml", ["evaluation.attack.protocols.released.attacks.fab=null"])
-    assert list(without.evaluation.attack.protocols["released"].attacks) == ["apgd_ce", "apgd_dlr", "square"]
+    without = params.load(ROOT / "params/cifar10.yaml", ["evaluation.attack.protocols.standard_l2.attacks.fab_t=null"])
+    assert list(without.evaluation.attack.protocols["standard_l2"].attacks) == ["apgd_ce", "apgd_t", "square"]

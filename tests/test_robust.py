@@ -101,7 +101,7 @@ def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None
     y = labelled(model, x)
     protocol = {"norm": norm, "eps": eps, "pgd": {"step_size": eps / 4}, "n": 40}
     fewer = {**protocol, "like": "standard", "attacks": {"square": {"queries": 600}}}  # at 5,000 the test takes a minute
-    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "n": 0}, "fewer": fewer}, "batch_size": 40})
+    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "norm": "Linf", "n": 0}, "fewer": fewer}, "batch_size": 40})
     plain = AutoAttack(model, norm=norm, eps=eps, seed=0, version="standard")
     plain.square.n_queries = 600
     adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=40)
@@ -259,6 +259,58 @@ def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear:
     assert (check.passed, check.value) == (False, pytest.approx(float((1 - 2 * x).abs().max()) - 1e-4, rel=1e-3))
 
 
+def test_what_is_not_finite_breaks_nothing(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images()
+    assert robust.outside(x * torch.nan, x, "L2", 0.1).tolist() == [1.0] * N
+    monkeypatch.setattr(ensemble, "square", lambda network, x, *_: x * torch.nan)
+    verdicts = robust.evaluate(linear, x, labelled(linear, x, 0), "standard", settings(1e-4))
+    assert verdicts.stands["square"].min() == 1
+    assert verdicts.excess == 1.0
+
+
+def test_state_of_another_network_or_radius_is_not_continued(tmp_path: Path) -> None:
+    first, second, x = Curved().eval(), Linear().eval(), images(40)
+    y = labelled(first, x)
+    for model, eps in ((first, 0.012), (second, 0.012), (second, 0.02)):
+        fresh = robust.evaluate(model, x, y, "quick", settings(eps, 40))
+        found = robust.evaluate(model, x, y, "quick", settings(eps, 40), tmp_path)
+        assert torch.equal(found.prediction, fresh.prediction)
+        assert all(torch.equal(found.stands[name], fresh.stands[name]) for name in fresh.stands)
+
+
+def test_batches_and_restarts_of_pgd_hit_their_own_examples() -> None:
+    """PGD's verdict on each example, computed here image by image for a linear network, where cross-entropy has one maximum."""
+    model, x = Curved().eval(), images(40)
+    y = labelled(model, x, 8)
+    asked = settings(0.012, 0, batch_size=7)
+    verdicts = robust.evaluate(model, x, y, "standard", asked)
+    moved = robust.pgd_examples(model, x, y, asked.standard, asked.seed, 7)
+    expected = (model(moved).argmax(1) == y) & (model(x).argmax(1) == y)
+    assert torch.equal(verdicts.survivors(["pgd20"]), expected)
+    assert 3 < int(expected.sum()) < 30
+
+
+def test_attacks_leave_torchs_generator_as_it_was(linear: Linear) -> None:
+    x = images(8)
+    before = torch.get_rng_state()
+    robust.evaluate(linear, x, labelled(linear, x, 0), "quick", settings(0.02, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_is_asked_for_than_there_is(linear: Linear) -> None:
+    x = images(8)
+    asked = settings(0.02, 50)
+    asked = asked.model_copy(update={"protocols": {"standard": settings(0.02, 0).standard, "quick": asked.protocols["quick"]}})
+    found = audit(linear, x, labelled(linear, x, 0), asked, with_checks=False)
+    assert found.metrics["quick_n_attack"] == 8
+    empty = asked.protocols["quick"].model_copy(update={"attacks": {}})
+    found = audit(
+        linear, x, labelled(linear, x, 0), asked.model_copy(update={"protocols": {**asked.protocols, "quick": empty}}), with_checks=False
+    )
+    assert "quick_autoattack_acc" not in found.metrics
+    assert found.table.to_pandas().query("protocol == 'quick'")["autoattack"].isna().all()
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)
@@ -355,10 +407,12 @@ def test_limits_of_checks_are_points_of_accuracy() -> None:
     assert not checks.reaches_chance([(0, 0.9), (0.5, 0.11)], 10).passed
     protocol = settings(0.1).standard
     stands = {name: torch.ones(N, dtype=torch.int8) for name in protocol.attacks}
-    verdicts = Verdicts(torch.zeros(N), torch.zeros(N), stands, dict.fromkeys(stands, 1))
+    verdicts = Verdicts(torch.zeros(N), torch.zeros(N), stands=stands, done=dict.fromkeys(stands, 1))
     assert checks.black_box(protocol, verdicts).passed
     stands["square"][0] = 0  # 1 of 24
     assert not checks.black_box(protocol, verdicts).passed
+    fewer = protocol.model_copy(update={"n": 4})
+    assert checks.black_box(fewer, verdicts).value == 0.25
 
 
 def test_autoattacks_own_word_on_square_is_heard() -> None:
@@ -397,6 +451,7 @@ def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> N
         (nn.Identity(), "logits of shape"),
         (Of(Linear(), lambda z: (z, z)), "returned tuple for one image"),
         (Of(Linear(), lambda z: z / 0), "not finite"),
+        (Of(Linear(), lambda z: z.detach()), "passes no gradient on to its input"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "labels go up to 9, but the network tells 5 classes apart"),
     ],
 )
@@ -430,7 +485,8 @@ def test_every_figure_can_be_recomputed_from_the_verdicts() -> None:
             assert found.metrics[f"{prefix}after_{attack}_correct"] == standing.sum()
         assert found.metrics[f"{prefix}autoattack_correct"] == standing.sum() == first["autoattack"].sum()
         assert mine["autoattack"][mine["index"] >= 30].isna().all()
-        assert mine["worst"].sum() <= mine["pgd20"].fillna(value=False).sum()
+        whole = mine["pgd20"].fillna(value=False).astype(bool) & mine["autoattack"].fillna(value=True).astype(bool)
+        assert (mine["worst"] == whole).all()
 
 
 def test_intervals_and_tests_by_hand() -> None:

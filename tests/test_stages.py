@@ -272,7 +272,8 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     assert all(torch.allclose(loaded.ema[k], v, atol=1e-5) for k, v in expected.items())  # float32, 18 steps
     assert not torch.equal(loaded.ema["head.weight"], loaded.weights["head.weight"])
 
-    evaluate.attack(context, "eb_jdat", 0, files.data_path, out.checkpoint, tmp_path / "attack.json", None)
+    files_out = (tmp_path / "attack.json", tmp_path / "verdicts.parquet")
+    attack.run(context, "eb_jdat", 0, files.data_path, out.checkpoint, None, *files_out, None)
     result = read_json(tmp_path / "attack.json")
     images, labels = files.data.split("test")
     for prefix, weights in (("", loaded.weights), ("ema_", loaded.ema)):
@@ -292,7 +293,15 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     assert generated["ema_frechet"] != generated["frechet"]
 
 
-STAGES = {"prepare": "prepare", "train": "train", "attack": "evaluate", "reliability": "reliability", "report": "report"}
+STAGES = {
+    "prepare": "prepare",
+    "train": "train",
+    "attack": "attack",
+    "generate": "evaluate",
+    "energy": "evaluate",
+    "reliability": "reliability",
+    "report": "report",
+}
 OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.tracking", "ebjdat.tracking.runs"}
 
 

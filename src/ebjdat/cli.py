@@ -140,7 +140,7 @@ def attack(
     ] = None,
     verdicts: Annotated[Path | None, typer.Option(help="Every verdict (Parquet); default: beside --out.")] = None,
     model: Annotated[str | None, typer.Option(help="Any network: package.module:function that makes one for images in [0, 1].")] = None,
-    n: Annotated[int, typer.Option(help="With --model and no profile: images for each ensemble.", min=1)] = 1000,
+    n: Annotated[int | None, typer.Option(help="With --model and no profile: images for each ensemble (default 1000).", min=1)] = None,
     size: Annotated[int | None, typer.Option(help="With --model: scale and crop images of a folder to this size.", min=8)] = None,
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
@@ -152,8 +152,10 @@ def attack(
 
     verdicts = verdicts or out.with_suffix(".parquet")
     if model is not None:
+        if experiment is not None or (n is not None and params is not None):
+            raise ParamsError("with --model: --experiment means nothing, and --n nothing beside --params (set the protocols' n there)")
         context = Context.load(params, override) if params else None
-        settings = context.profile.evaluation.attack if context else usual_protocols(n, override)
+        settings = context.profile.evaluation.attack if context else usual_protocols(n or 1000, override)
         device = context.device(threads) if context else device_for("auto", threads or os.cpu_count() or 1)
         stage.run_any(model, weights, source, data, size, settings, device, out, verdicts)
         return

@@ -23,6 +23,7 @@ from ebjdat.pixels import Budget, unit_distance
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
 STANDARD = "standard"  # the protocol whose figures stand first
+RELEASED = "released"  # the paper's own evaluation
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
@@ -32,6 +33,11 @@ DIGITS_SIZE = 1_797
 
 class ParamsError(UserError):
     """Everything that is wrong with a profile, one problem per line."""
+
+
+def prefix_of(protocol: str) -> str:
+    """What the names of a protocol's results begin with: nothing for the standard one."""
+    return "" if protocol == STANDARD else f"{protocol}_"
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
@@ -429,17 +435,17 @@ class AttackSettings(Settings):
     def has_standard(self) -> Self:
         if STANDARD not in self.protocols:
             raise ValueError(f"protocols: {STANDARD!r} is missing; every result is reported under it")
-        row, standard = registry.PROTOCOLS[STANDARD].defaults, self.standard
-        kept = {name: EnsembleSettings.model_validate(attack) for name, attack in row["attacks"].items()}
-        if (standard.range, standard.noise, standard.pgd.steps, standard.attacks) != (
-            row["range"],
-            row["noise"],
-            row["pgd"]["steps"],
-            kept,
-        ):
-            raise ValueError(
-                "protocols.standard: range, noise, pgd.steps and attacks are what its name means; add a protocol `like: standard`"
-            )
+        for name in (STANDARD, RELEASED):
+            row, found = registry.PROTOCOLS[name].defaults, self.protocols.get(name)
+            kept = {k: EnsembleSettings.model_validate(attack) for k, attack in row["attacks"].items()}
+            meant = (row["norm"], row["range"], row["noise"], row["pgd"]["steps"], 1, kept)
+            if found and (found.norm, found.range, found.noise, found.pgd.steps, found.pgd.restarts, found.attacks) != meant:
+                raise ValueError(
+                    f"protocols.{name}: norm, range, noise, pgd.steps, pgd.restarts and attacks are what its name means; "
+                    f"add a protocol `like: {name}`"
+                )
+        if "ema" in self.protocols:
+            raise ValueError("protocols: results of averaged weights are named ema_...; use another name")
         return self
 
 

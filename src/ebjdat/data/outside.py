@@ -23,6 +23,8 @@ def images_of(path: Path, size: int | None = None) -> tuple[NDArray[np.uint8], N
         raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
         return np.ascontiguousarray(raw.images[order]), raw.labels[order]
+    if size is not None:
+        raise DataError(f"{path}: --size is for folders and archives; images of an .npz stay as they are")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)

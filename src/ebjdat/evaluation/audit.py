@@ -42,6 +42,7 @@ def audit(
     model. state: folder of finished batches, from which an interrupted evaluation goes on. workers: as for robust.evaluate.
     Raises AttackError when the network does not return finite logits or has too few classes for an attack.
     """
+    settings = limited(settings, len(x))
     verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers) for name in settings.protocols}
     metrics: dict[str, Any] = {}
     for name, protocol in settings.protocols.items():
@@ -50,6 +51,12 @@ def audit(
         metrics |= checks.run(model, x, y, settings, verdicts, source)
     tables = [pa.table(robust.columns(name, protocol, verdicts[name])) for name, protocol in settings.protocols.items()]
     return Audit(metrics, pa.concat_tables(tables, promote_options="default"))
+
+
+def limited(settings: AttackSettings, n: int) -> AttackSettings:
+    """The settings for n images: no protocol asks for more than there are."""
+    protocols = {name: p.model_copy(update={"n": min(p.n, n)}) for name, p in settings.protocols.items()}
+    return settings.model_copy(update={"protocols": protocols})
 
 
 def write_table(table: pa.Table, path: Path, about: dict[str, Any]) -> None:

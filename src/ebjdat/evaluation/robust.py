@@ -22,9 +22,9 @@ from ebjdat import registry
 from ebjdat.data.batches import generator
 from ebjdat.errors import UserError
 from ebjdat.evaluation import ensemble
-from ebjdat.files import write_atomic
+from ebjdat.files import digest, write_atomic
 from ebjdat.models.modes import moving_images
-from ebjdat.params import STANDARD, AttackSettings, EnsembleSettings, ProtocolSettings
+from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
@@ -43,13 +43,15 @@ class AttackError(UserError):
 class Verdicts:
     """What one protocol found, for N examples in the order of the test split.
 
-    prediction: class (N,) of each image as the protocol shows it. stands: attack -> int8 (N,): 1 correct after the attack, 0
-    broken by it, NOT_ATTACKED. done: finished batches of each attack. excess: how far the farthest image that an attack
-    returned lies outside the ball or [0, 1]; such images break nothing. seconds, flags: per attack; AutoAttack's own warnings.
+    prediction: class (N,) of each image as the protocol shows it. key: digest of network, images, protocol and batch size.
+    stands: attack -> int8 (N,): 1 correct after the attack, 0 broken by it, NOT_ATTACKED. done: finished batches of each
+    attack. excess: how far the farthest image that an attack returned lies outside the ball or [0, 1]; such images break
+    nothing. seconds, flags: per attack; AutoAttack's own warnings.
     """
 
     y: Tensor
     prediction: Tensor
+    key: str = ""
     stands: dict[str, Tensor] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
     excess: float = 0.0
@@ -76,6 +78,7 @@ class Verdicts:
                     allow_pickle=False,
                     y=self.y.cpu().numpy(),
                     prediction=self.prediction.cpu().numpy(),
+                    key=np.array(self.key),
                     attacks=np.array(list(self.done), dtype=str),
                     done=np.array(list(self.done.values()), dtype=np.int64),
                     seconds=np.array([self.seconds.get(name, 0.0) for name in self.done]),
@@ -93,6 +96,7 @@ class Verdicts:
             return cls(
                 y=torch.from_numpy(file["y"]).to(device),
                 prediction=torch.from_numpy(file["prediction"]).to(device),
+                key=str(file["key"]),
                 stands={name: torch.from_numpy(file[f"stands.{name}"]).to(device) for name in names},
                 done=dict(zip(names, file["done"].tolist(), strict=True)),
                 excess=float(file["excess"]),
@@ -150,11 +154,15 @@ def seen_under(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
 
 
 def outside(adversarial: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
-    """How far each image (N, C, H, W) lies outside the ball around x (brought into [0, 1]) or outside [0, 1]: (N,), 0 inside."""
+    """How far each image (N, C, H, W) lies outside the ball around x (brought into [0, 1]) or outside [0, 1]: (N,), 0 inside.
+
+    1, as far as [0, 1] goes, for an image with a pixel that is not finite.
+    """
     delta = (adversarial - x.clamp(*UNIT)).flatten(1)
     size = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
     flat = adversarial.flatten(1)
-    return torch.stack([size - radius, UNIT[0] - flat.amin(1), flat.amax(1) - UNIT[1]]).amax(0).clamp_min(0)
+    beyond = torch.stack([size - radius, UNIT[0] - flat.amin(1), flat.amax(1) - UNIT[1]]).amax(0).clamp_min(0)
+    return torch.where(torch.isfinite(flat).all(1), beyond, 1.0)
 
 
 @contextlib.contextmanager
@@ -172,9 +180,12 @@ def judging(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def classes_of(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """How many classes the network tells apart. Raises AttackError when what it returns are no finite logits for these labels."""
-    with torch.no_grad():
-        logits = model(x[:1])
+    """How many classes the network tells apart.
+
+    Raises AttackError when it returns no finite logits for these labels, or passes no gradient on to the image.
+    """
+    with torch.enable_grad():
+        logits = model(x[:1].detach().requires_grad_(True))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise AttackError(f"the network returned {found} for one image; logits of shape (1, classes) are needed")
@@ -182,6 +193,8 @@ def classes_of(model: nn.Module, x: Tensor, y: Tensor) -> int:
         raise AttackError("the network returned logits that are not finite; check its weights and its input range, [0, 1]")
     if int(y.max()) >= logits.shape[1]:
         raise AttackError(f"labels go up to {int(y.max())}, but the network tells {logits.shape[1]} classes apart")
+    if not logits.requires_grad:
+        raise AttackError("the network passes no gradient on to its input (detach, no_grad or NumPy inside); gradient attacks cannot run")
     return int(logits.shape[1])
 
 
@@ -201,10 +214,10 @@ def evaluate(
 ) -> Verdicts:
     """Verdicts on images x (N, C, H, W) in [0, 1] with labels y (N,) under the protocol `name` of the settings.
 
-    state: a folder in which finished batches are kept; called again after an interruption it goes on there and ends with the
-    same verdicts. workers: processes of one thread each that share the ensemble's batches, on a CPU; small networks gain more
-    from them than from threads, and batches, so verdicts, are the same. Raises AttackError when the network does not return
-    logits, or has too few classes for an attack.
+    state: a folder in which finished batches are kept; called again after an interruption, with the same network, images and
+    settings, it goes on there and ends with the same verdicts. workers: processes of one thread each that share the ensemble's
+    batches, on a CPU; small networks gain more from them than from threads, and batches, so verdicts, are the same. Raises
+    AttackError when the network does not return logits with a gradient, or has too few classes for an attack.
     """
     protocol = settings.protocols[name]
     with judging(model) as judge:
@@ -214,8 +227,13 @@ def evaluate(
                 raise AttackError(f"protocol {name!r}: {attack} needs at least {fewest} classes, here are {classes}; set its n to 0")
         x = seen_under(protocol, x.contiguous(), settings.seed)
         file = state / f"{name}.npz" if state else None
-        kept = file is not None and file.exists()
-        verdicts = Verdicts.load(file, x.device) if file and kept else Verdicts(y, predictions(judge, x, settings.batch_size))
+        with torch.no_grad():
+            network = judge(x[:8])
+        about = [array.cpu().numpy().tobytes() for array in (x, y, network)]
+        key = digest(protocol.model_dump(), settings.seed, settings.batch_size, settings.search, *about)
+        verdicts = Verdicts.load(file, x.device) if file and file.exists() else None
+        if verdicts is None or verdicts.key != key:
+            verdicts = Verdicts(y, predictions(judge, x, settings.batch_size), key)
         run = _Run(judge, x, y, protocol, settings, verdicts, file, f"{title}: {name}", workers if x.device.type == "cpu" else 1)
         run.pgd()
         if protocol.n:
@@ -354,14 +372,14 @@ def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
         **_counted(pgd, after_pgd),
         "n_attack": n,
     }
-    if n:
-        names = list(protocol.attacks)
+    names = list(protocol.attacks)
+    if n and names:
         found |= _counted("autoattack", verdicts.survivors(names)[:n])
         for i, attack in enumerate(names):
             found[f"after_{attack}_correct"] = int(verdicts.survivors(names[: i + 1])[:n].sum())
         found |= {f"{pgd}_acc_first_n": int(after_pgd[:n].sum()) / n, "autoattack_warnings": verdicts.flags}
         found["attack_seconds"] = round(sum(verdicts.seconds.values()), 3)
-    return found if name == STANDARD else {f"{name}_{key}": value for key, value in found.items()}
+    return {f"{prefix_of(name)}{key}": value for key, value in found.items()}
 
 
 def _counted(name: str, correct: Tensor) -> dict[str, Any]:
@@ -373,7 +391,7 @@ def _counted(name: str, correct: Tensor) -> dict[str, Any]:
 
 def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[str, list[Any]]:
     """The verdicts as a table, a row per example: what attacks.parquet holds of one protocol. A verdict that was not asked for is None."""
-    n = protocol.n
+    n = protocol.n if protocol.attacks else 0
     names = list(protocol.attacks)
     after = verdicts.survivors(names) if n else verdicts.clean
     worst = verdicts.survivors([pgd_name(protocol), *(names if n else [])])

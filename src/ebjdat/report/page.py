@@ -12,7 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ebjdat.files import write_text
-from ebjdat.params import Profile
+from ebjdat.params import RELEASED, Profile
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import figures, tables
 from ebjdat.report.claims import Finding
@@ -70,7 +70,8 @@ def write(profile: Profile, run: str, results: Path, card: dict[str, Any], rows:
         events=[(row.experiment, row.seed, event) for row in rows for event in row.metrics.get("events", [])],
         paper=profile.report.paper,
         protocol=protocol(profile, card),
-        released_says=PROTOCOLS["released"].source,
+        released_says=PROTOCOLS[RELEASED].source if RELEASED in protocols else "",
+        ece_bins=profile.evaluation.reliability.bins,
         side_by_side=tables.side_by_side(profile, rows),
         failed_checks=[check for check in tables.checks_of(rows) if check["passed"] is False],
         checks_n=profile.evaluation.attack.checks.n,

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from ebjdat.files import read_json, write_text
-from ebjdat.params import STANDARD, Profile, base_of, flat, form_of
+from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, prefix_of
 from ebjdat.registry import BASES, FORMS, METHODS
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
 
@@ -280,6 +280,7 @@ def protocol(profile: Profile, card: dict[str, Any]) -> str:
     standard, generate = profile.evaluation.attack.standard, profile.evaluation.generate
     spread = "± standard deviation over seeds" if len(profile.seeds) > 1 else "brackets: 95 % intervals (accuracies: Wilson)"
     aa = f"AutoAttack standard on the first {standard.n} of them" if standard.n else "AutoAttack not run"
+    aa += " (searched in bf16, judged in fp32)" if profile.evaluation.attack.search == "bf16" else ""
     return (
         f"Data {card['name']} ({card['data_hash']}), test split, {len(profile.seeds)} seed(s), {spread}. "
         f"Protocol standard: {standard.norm} eps = {standard.eps:.4g} in [0, 1] pixels, no noise, eval mode; PGD-20 with step "
@@ -340,7 +341,7 @@ def side_by_side(profile: Profile, rows: Sequence[Row]) -> list[list[str]]:
             for name, protocol in protocols.items():
                 if kind == "ensemble" and not (len(protocol.attacks) and protocol.n):
                     continue
-                prefix = "" if name == STANDARD else f"{name}_"
+                prefix = prefix_of(name)
                 metric = f"{prefix}pgd{protocol.pgd.steps}" if kind == "PGD" else f"{prefix}autoattack"
                 found = accuracy(rows, experiment, metric, f"{prefix}{'n_test' if kind == 'PGD' else 'n_attack'}")
                 standard = found if name == STANDARD else standard

@@ -22,7 +22,7 @@ from ebjdat.errors import UserError
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.files import digest, git_commit, write_json
 from ebjdat.models.modes import UnitRange
-from ebjdat.params import STANDARD, AttackSettings
+from ebjdat.params import AttackSettings, prefix_of
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.stages.context import Context, alone, source_files
 from ebjdat.training import checkpoint
@@ -111,10 +111,7 @@ def run_any(
     other = outside_model(source, None).to(device) if source else None
     images, labels = outside.images_of(data_path, size)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
-    settings = limited(settings, len(x))
-    tensors = digest(
-        *(value.detach().cpu().contiguous().numpy().tobytes() for value in model.state_dict().values() if isinstance(value, Tensor))
-    )
+    tensors = digest(*(part for name, value in model.state_dict().items() if isinstance(value, Tensor) for part in (name, _bytes(value))))
     data_hash = digest(images.tobytes(), labels.tobytes())[:16]
     place = out.parent / f".{out.name}.state"
     with alone(place):
@@ -123,12 +120,6 @@ def run_any(
         about = {"model": factory, "weights": tensors[:16], "data": data_path.name, "data_hash": data_hash}
         _write(found.metrics, _named(found, "raw"), settings, about, out, verdicts_out)
         shutil.rmtree(place, ignore_errors=True)
-
-
-def limited(settings: AttackSettings, n: int) -> AttackSettings:
-    """The settings for a test set of n images: no protocol asks for more than there are."""
-    protocols = {name: p.model_copy(update={"n": min(p.n, n)}) for name, p in settings.protocols.items()}
-    return settings.model_copy(update={"protocols": protocols})
 
 
 def outside_model(factory: str, weights: Path | None) -> nn.Module:
@@ -176,6 +167,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in found.items()}
 
 
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def _made_from(settings: AttackSettings, device: torch.device, *inputs: Any) -> str:
     machine = [str(device), torch.get_num_threads(), torch.__version__]
     return digest(settings.model_dump(), machine, *inputs, *source_files(*CODE))[:16]
@@ -192,10 +187,10 @@ def _write(
     write_table(table, verdicts_out, about)
     write_json(out, {**metrics, **about})
     for name, protocol in settings.protocols.items():
-        prefix = "" if name == STANDARD else f"{name}_"
+        prefix = prefix_of(name)
         n, pgd = metrics[f"{prefix}n_attack"], f"pgd{protocol.pgd.steps}"
         told = [f"clean {metrics[f'{prefix}clean_acc']:.1%}", f"PGD-{protocol.pgd.steps} {metrics[f'{prefix}{pgd}_acc']:.1%}"]
-        told += [f"ensemble {metrics[f'{prefix}autoattack_acc']:.1%} of the first {n}"] if n else []
+        told += [f"ensemble {metrics[f'{prefix}autoattack_acc']:.1%} of the first {n}"] if f"{prefix}autoattack_acc" in metrics else []
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(told)}", flush=True)
     for check in metrics["checks"]:
         if check["passed"] is False:
