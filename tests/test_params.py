@@ -92,6 +92,8 @@ def test_overrides_of_experiments_are_checked_where_they_stand(tmp_path: Path, r
         ("evaluation.attack.protocols.mine", {"eps": 0.1}, "protocol 'mine' needs `like`, the row that it stands on; allowed: standard"),
         ("evaluation.attack.protocols.standard_l2.attacks.square", {"steps": 3}, "attacks.square does not read steps; it reads queries"),
         ("evaluation.attack.protocols.released.attacks.cw", {}, "'cw' is unknown"),
+        ("evaluation.attack.protocols.standard_l2.attacks.sqare", None, "'sqare' is unknown; did you mean 'square'"),
+        ("evaluation.attack.protocols.standard_l2.like", "standrd", "`like` 'standrd' is unknown; did you mean 'standard'"),
         ("evaluation.attack.transfer.experiment", "nobody", "evaluation.attack.transfer.experiment: 'nobody' is not an experiment"),
         ("evaluation.generate.extractor", "inception", "Inception is for natural images"),
         ("evaluation.generate.reference.experiment", "nobody", "not an experiment of this profile"),

@@ -101,7 +101,8 @@ def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None
     y = labelled(model, x)
     protocol = {"norm": norm, "eps": eps, "pgd": {"step_size": eps / 4}, "n": 40}
     fewer = {**protocol, "like": "standard", "attacks": {"square": {"queries": 600}}}  # at 5,000 the test takes a minute
-    asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "norm": "Linf", "n": 0}, "fewer": fewer}, "batch_size": 40})
+    protocols = {"standard": {**protocol, "norm": "Linf", "n": 0}, "fewer": fewer}
+    asked = AttackSettings.model_validate({"protocols": protocols, "batch_size": 40})
     plain = AutoAttack(model, norm=norm, eps=eps, seed=0, version="standard")
     plain.square.n_queries = 600
     adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=40)

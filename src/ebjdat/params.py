@@ -389,16 +389,22 @@ def with_rows(protocols: Any) -> Any:
         return protocols
     merged: dict[Any, Any] = {}
     for name, entry in protocols.items():
-        row = registry.PROTOCOLS.get(str(_mapping(entry).get("like") or name))
+        like = _mapping(entry).get("like")
+        row = registry.PROTOCOLS.get(str(like or name))
         if entry is None:
             continue
         if not isinstance(entry, Mapping):
             merged[name] = entry
+        elif row is None and like:
+            raise ValueError(f"protocol {name!r}: `like` {like!r} is unknown; {nearest(str(like), list(registry.PROTOCOLS))}")
         elif row is None:
             raise ValueError(f"protocol {name!r} needs `like`, the row that it stands on; allowed: {', '.join(registry.PROTOCOLS)}")
         else:
             whole = merge(row.defaults, entry)
             attacks = whole["attacks"]
+            for attack in _mapping(attacks):
+                if attack not in registry.ATTACKS:
+                    raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown; {nearest(str(attack), list(registry.ATTACKS))}")
             merged[name] = (
                 {**whole, "attacks": {k: v for k, v in attacks.items() if v is not None}} if isinstance(attacks, Mapping) else whole
             )

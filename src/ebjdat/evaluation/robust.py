@@ -316,6 +316,7 @@ class _Run:
             with Bar(f"{self.title}, {name}", cost * len(standing)) as bar:
                 jobs = [(name, network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed) for rows in parts[first:]]
                 bar.at(cost * sum(map(len, parts[:first])))
+                bar.show({"batches": first, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
                 shared = self.workers > 1 and len(jobs) > 1
                 network.count = None if shared else bar.advance
                 found = _shared(jobs, self.workers) if shared else map(_attack, jobs)

@@ -104,6 +104,7 @@ class Evidence:
             low, high = over_seeds(mine)
         elif first.get(f"{name}_se") is not None:
             low, high = normal(mine[0], first[f"{name}_se"])
+            low = max(0.0, low)  # a gap is not negative
         else:
             low = high = float("nan")
         return Measured(float(np.mean(mine)), low, high, len(mine))
@@ -190,6 +191,8 @@ def beats_adversarial_training(e: Evidence) -> Finding | None:
     if mine is None or theirs is None:
         return None
     verdict, why = e.better(e.ours, against, column)
+    if column != "pgd20":
+        why += f". Under PGD-20: {e.better(e.ours, against, 'pgd20')[1]}"
     return Finding(
         "EB-JDAT is more robust than adversarial training",
         "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10",

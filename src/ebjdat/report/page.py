@@ -101,8 +101,13 @@ def write_audit(
     for check in tables.checks_of(rows):
         name = check["name"] + (f" [{check['protocol']}]" if check["protocol"] else "")
         says = "warnings, each once" if check["name"] == "AutoAttack's own checks" else check["says"]
-        row = next((key for key in checks if key[0] == name), (name, says))
-        checks.setdefault(row, {})[check["experiment"], check["seed"]] = check
+        known = next((key for key in checks if key[0] == name), None)
+        asked = known is None or all(other["passed"] is None for other in checks[known].values())
+        row = (name, says) if known is None or (asked and check["passed"] is not None) else known
+        checks[row] = {
+            **(checks.pop(known) if known and row != known else checks.get(row, {})),
+            (check["experiment"], check["seed"]): check,
+        }
     seed = profile.seeds[0]
     pairs = {"PGD-20, all test examples": tables.pairwise(profile, results, seed, "pgd20")}
     if profile.evaluation.attack.standard.n:

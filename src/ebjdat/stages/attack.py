@@ -192,7 +192,10 @@ def _write(
         told = [f"clean {metrics[f'{prefix}clean_acc']:.1%}", f"PGD-{protocol.pgd.steps} {metrics[f'{prefix}{pgd}_acc']:.1%}"]
         told += [f"ensemble {metrics[f'{prefix}autoattack_acc']:.1%} of the first {n}"] if f"{prefix}autoattack_acc" in metrics else []
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(told)}", flush=True)
+    passed = [check["passed"] for check in metrics["checks"]]
+    print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not asked", flush=True)
     for check in metrics["checks"]:
         if check["passed"] is False:
             where = f" [{check['protocol']}]" if check["protocol"] else ""
             print(f"CHECK FAILED: {check['name']}{where}: {check['value']:.4g}, limit {check['limit']:.4g} ({check['says']})", flush=True)
+    print(f"wrote {out} and {verdicts_out}", flush=True)
