@@ -409,6 +409,7 @@ def test_claims_about_energies_are_judged_by_their_intervals(profile: Profile, f
     assert verdict(profile, filled, first, pgd_at={"energy_gap_adversarial": 1.0}) == "holds"
     assert verdict(profile, filled, first, pgd_at={"energy_gap_adversarial": 1.9}) == "open"
     assert verdict(profile, filled, claims.closes_first_gap, eb_jdat={"energy_gap_adversarial": 0.5}) == "holds"
+    assert "one seed: of these two networks" in judged(profile, filled, first).why
     assert verdict(profile, filled, claims.closes_second_gap) == "open"
     assert verdict(profile, filled, claims.jem_closes_second_gap, jempp={"energy_gap_generated": 0.1}) == "holds"
 

@@ -284,6 +284,8 @@ def _closes(e: Evidence, claim: str, paper: str, gap: str, who: str | None, agai
     why = {"holds": "the intervals are apart", "fails": "the gap is larger, and the intervals are apart", "open": "the intervals meet"}[
         verdict
     ]
+    if mine.n == 1 and verdict != "open":
+        why += "; one seed: of these two networks, not yet of the methods"
     return Finding(claim, paper, measured, "energies of test images, PGD-20 neighbours (standard) and fresh chains, nats", verdict, why)
 
 
