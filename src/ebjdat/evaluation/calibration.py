@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
+
+from ebjdat.statistics import wilson
 
 Values = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -45,8 +46,7 @@ def reliability_curve(p: Values, labels: Labels, bins: int) -> dict[str, Values]
     # scikit-learn puts images into the same bins, and leaves the empty ones out
     curve["accuracy"][count > 0], curve["confidence"][count > 0] = calibration_curve(correct, confidence, n_bins=bins)
     for k in np.flatnonzero(count):
-        interval = binomtest(int(correct[place == k].sum()), int(count[k])).proportion_ci(method="wilson")
-        curve["low"][k], curve["high"][k] = interval.low, interval.high
+        curve["low"][k], curve["high"][k] = wilson(int(correct[place == k].sum()), int(count[k]))
     return {**curve, "share": count / len(labels)}
 
 
