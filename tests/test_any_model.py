@@ -257,6 +257,7 @@ def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
         "--threads",
         "1",
         *FAST,
+        *LESS,
     )
     result = read_json(folder / "w.json")
     times = {"attack_seconds", "released_attack_seconds"}
