@@ -412,6 +412,8 @@ def test_limits_of_checks_are_points_of_accuracy() -> None:
     assert checks.black_box(protocol, verdicts).passed
     stands["square"][0] = 0  # 1 of 24
     assert not checks.black_box(protocol, verdicts).passed
+    assert checks.own_flags(protocol, verdicts).passed
+    assert checks.own_flags(protocol.model_copy(update={"n": 0}), verdicts).passed is None  # nothing ran, nothing warned
     fewer = protocol.model_copy(update={"n": 4})
     assert checks.black_box(fewer, verdicts).value == 0.25
 

@@ -46,9 +46,7 @@ def deterministic(model: nn.Module, x: Tensor) -> Check:
         again = [model(x) for _ in range(4)] + [torch.cat([model(image[None]) for image in x])]
     length = first.norm(dim=1).clamp_min(1e-12)
     value = max(float(((other - first).norm(dim=1) / length).max()) for other in again)
-    return Check(
-        "deterministic output", value <= DIFFERENCE, value, DIFFERENCE, "largest change of the logits between repeats, of their length"
-    )
+    return Check.at_most("deterministic output", value, DIFFERENCE, "largest change of the logits between repeats, of their length")
 
 
 def logits_not_probabilities(model: nn.Module, x: Tensor) -> Check:
@@ -138,10 +136,12 @@ def transfer(model: nn.Module, source: nn.Module | None, x: Tensor, y: Tensor, s
     return Check.at_most(name, own - transferred, 0.0, "accuracy under the own attack less that under the transferred one")
 
 
-def own_flags(verdicts: Verdicts) -> Check:
+def own_flags(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
     """What AutoAttack's own checks warned of."""
-    value = len(verdicts.flags)
-    return Check.at_most("AutoAttack's own checks", value, 0.0, "; ".join(verdicts.flags) or "warnings")
+    name = "AutoAttack's own checks"
+    if not protocol.n:
+        return Check(name, None, None, 0.0, "no ensemble was run")
+    return Check.at_most(name, len(verdicts.flags), 0.0, "; ".join(verdicts.flags) or "warnings")
 
 
 def run(
@@ -168,7 +168,7 @@ def run(
         ]
     rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in found]
     for name, protocol in settings.protocols.items():
-        mine = [inside(protocol, verdicts[name]), black_box(protocol, verdicts[name]), own_flags(verdicts[name])]
+        mine = [inside(protocol, verdicts[name]), black_box(protocol, verdicts[name]), own_flags(protocol, verdicts[name])]
         n = (len(verdicts[name].y), protocol.n, protocol.n)
         rows += [{**asdict(check), "protocol": name, "n": size} for check, size in zip(mine, n, strict=True)]
     return {"checks": rows, "checks_failed": sum(row["passed"] is False for row in rows), "sweep": [list(point) for point in curve]}

@@ -251,15 +251,13 @@ def _own_randomness() -> Iterator[None]:
 
 def flags(network: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings) -> list[str]:
     """Warnings of AutoAttack's own checks on these examples: randomised, probabilities for logits, gradients taken inside, classes."""
-    names = {"apgd_ce": "apgd-ce", "apgd_dlr": "apgd-dlr", "apgd_t": "apgd-t", "fab": "fab", "fab_t": "fab-t", "square": "square"}
     with heard() as told:
         checks.check_randomized(network, x, y, bs=len(x), logger=LOG)
         classes = checks.check_range_output(network, x, logger=LOG)
         _check_dynamic(network, x)
         targets = {name: min(a.targets, classes - 1) for name, a in protocol.attacks.items()}
-        checks.check_n_classes(
-            classes, [names[name] for name in protocol.attacks], targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG
-        )
+        theirs = [name.replace("_", "-") for name in protocol.attacks]  # as pyautoattack calls them
+        checks.check_n_classes(classes, theirs, targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG)
     return told
 
 

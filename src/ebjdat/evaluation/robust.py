@@ -391,7 +391,7 @@ def _counted(name: str, correct: Tensor) -> dict[str, Any]:
 
 
 def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[str, list[Any]]:
-    """The verdicts as a table, a row per example: what attacks.parquet holds of one protocol. A verdict that was not asked for is None."""
+    """The verdicts as a table, a row per example: what verdicts.parquet holds of one protocol. A verdict that was not asked for is None."""
     n = protocol.n if protocol.attacks else 0
     names = list(protocol.attacks)
     after = verdicts.survivors(names) if n else verdicts.clean

@@ -15,7 +15,7 @@ from scipy.stats import fisher_exact
 
 from ebjdat.params import RELEASED, STANDARD, Profile, base_of, form_of, prefix_of
 from ebjdat.registry import FORMS
-from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, verdicts_of
+from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_of
 from ebjdat.statistics import mcnemar, normal, over_seeds
 
 Verdict = Literal["holds", "fails", "open"]
@@ -81,13 +81,9 @@ class Evidence:
         return [row.metrics for row in self.rows if row.experiment == experiment]
 
     @property
-    def ensemble_ran(self) -> bool:
-        return bool(self.profile.evaluation.attack.standard.n)
-
-    @property
     def column(self) -> str:
         """The strongest attack of the standard protocol that was run, as verdicts.parquet names it."""
-        return "autoattack" if self.ensemble_ran else "pgd20"
+        return "autoattack" if self.profile.evaluation.attack.standard.n else "pgd20"
 
     def robust(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Measured | None:
         """After the protocol's ensemble ("autoattack") or after PGD ("pgd20"); None where that was not run."""
@@ -116,12 +112,8 @@ class Evidence:
         """
         counts = []
         for seed in self.profile.seeds:
-            stands = []
-            for name in (a, b):
-                frame = verdicts_of(self.results, name, seed)
-                values = frame[frame["protocol"] == STANDARD].sort_values("index")[column]
-                stands.append([bool(v) for v in (values.fillna(value=False) if column.startswith("pgd") else values.dropna())])
-            counts.append((*mcnemar(*stands), len(stands[0])))
+            first, second = (stands_of(self.results, name, seed, column) for name in (a, b))
+            counts.append((*mcnemar(first, second), len(first)))
         differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
         if len(counts) == 1:
             only_a, only_b, p, n = counts[0]

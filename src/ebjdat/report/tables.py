@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -357,30 +358,27 @@ def checks_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{"experiment": row.experiment, "seed": row.seed, **check} for row in rows for check in row.metrics.get("checks", [])]
 
 
-def verdicts_of(results: Path, experiment: str, seed: int) -> pd.DataFrame:
-    """Verdicts of the raw weights, a row per protocol and example."""
+def stands_of(results: Path, experiment: str, seed: int, column: str) -> list[bool]:
+    """Which test examples the raw weights get right under the standard protocol, in their order.
+
+    column: of verdicts.parquet, "clean", "pgd20" or "autoattack". What was wrong already was not attacked, so it is null under
+    pgd20 and counts as wrong; under autoattack null is beyond the first n, and is left out.
+    """
     frame = pd.read_parquet(results / experiment / f"seed{seed}" / "verdicts.parquet")
-    return frame[frame["weights"] == "raw"]
+    values = frame[(frame["weights"] == "raw") & (frame["protocol"] == STANDARD)].sort_values("index")[column]
+    return [bool(value) for value in (values.fillna(value=False) if column == "pgd20" else values.dropna())]
 
 
-def pairwise(profile: Profile, results: Path, seed: int, column: str, protocol: str = STANDARD) -> list[dict[str, Any]]:
+def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[dict[str, Any]]:
     """Every two experiments on the same examples of one seed: McNemar's counts and p, Holm's correction over all pairs.
 
-    column: of verdicts.parquet, e.g. "autoattack" or "pgd20"; examples where it is null are left out.
+    column: as for stands_of.
     """
-    stands = {}
-    for name in profile.experiments:
-        frame = verdicts_of(results, name, seed)
-        values = frame[frame["protocol"] == protocol].sort_values("index")
-        if column in values:
-            known = (values["clean"] if column == "pgd20" else values[column]).notna()
-            stands[name] = [bool(value) for value in values.loc[known, column].fillna(value=False)]
+    stands = {name: stands_of(results, name, seed, column) for name in profile.experiments}
     found: list[dict[str, Any]] = []
-    names = [name for name in stands if stands[name]]
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            only_a, only_b, p = mcnemar(stands[a], stands[b])
-            found.append({"a": a, "b": b, "n": len(stands[a]), "only_a": only_a, "only_b": only_b, "p": p})
+    for a, b in itertools.combinations(stands, 2):
+        only_a, only_b, p = mcnemar(stands[a], stands[b])
+        found.append({"a": a, "b": b, "n": len(stands[a]), "only_a": only_a, "only_b": only_b, "p": p})
     running = 0.0
     for rank, pair in enumerate(sorted(found, key=lambda pair: pair["p"])):
         running = max(running, min(1.0, pair["p"] * (len(found) - rank)))

@@ -66,17 +66,7 @@ def run(
         metrics, tables = found.metrics, [_named(found, "raw")]
         if loaded.ema is not None:
             averaged = UnitRange(loaded.network(device, loaded.ema)).eval()
-            again = audit(
-                averaged,
-                x,
-                y,
-                settings,
-                None,
-                state / "ema",
-                f"{title}, averaged weights",
-                with_checks=False,
-                workers=torch.get_num_threads(),
-            )
+            again = audit(averaged, x, y, settings, None, state / "ema", f"{title}, averaged weights", with_checks=False, workers=workers)
             metrics |= {
                 f"ema_{name}": value for name, value in again.metrics.items() if name.endswith(("_correct", "_acc", "_low", "_high"))
             }
