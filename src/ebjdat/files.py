@@ -8,9 +8,12 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # settings use this module too, and must not wait for NumPy
+    from numpy.typing import ArrayLike
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -37,6 +40,17 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_npz(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
+    """Arrays by name, none of them pickled."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # np.savez would add a suffix to a name
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomic(path, write)
 
 
 def read_json(path: Path | str) -> Any:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ebjdat import registry
 from ebjdat.data.sources import DataError, Raw
-from ebjdat.files import write_atomic, write_json
+from ebjdat.files import write_json, write_npz
 from ebjdat.params import DataSettings
 
 
@@ -120,23 +120,9 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
 
 def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) -> None:
     """Write the arrays (npz, no pickled objects) and the card (JSON), each atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                allow_pickle=False,
-                images=prepared.images,
-                labels=prepared.labels,
-                train=prepared.train,
-                validation=prepared.validation,
-                test=prepared.test,
-                class_mean=prepared.class_mean,
-                classes=np.array(prepared.classes),
-                data_hash=np.array(prepared.data_hash),
-            )
-
-    write_atomic(path, write)
+    names = ("images", "labels", "train", "validation", "test", "class_mean")
+    arrays = {name: getattr(prepared, name) for name in names}
+    write_npz(path, {**arrays, "classes": np.array(prepared.classes), "data_hash": np.array(prepared.data_hash)})
     write_json(card_path, card)
 
 

@@ -22,7 +22,7 @@ from ebjdat import registry
 from ebjdat.data.batches import generator
 from ebjdat.errors import UserError
 from ebjdat.evaluation import ensemble
-from ebjdat.files import digest, write_atomic
+from ebjdat.files import digest, write_npz
 from ebjdat.models.modes import moving_images
 from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of
 from ebjdat.pixels import UNIT, unit_distance
@@ -70,24 +70,11 @@ class Verdicts:
         return standing
 
     def save(self, path: Path) -> None:
-        def write(temporary: Path) -> None:
-            arrays = {f"stands.{name}": value.cpu().numpy() for name, value in self.stands.items()}
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    allow_pickle=False,
-                    y=self.y.cpu().numpy(),
-                    prediction=self.prediction.cpu().numpy(),
-                    key=np.array(self.key),
-                    attacks=np.array(list(self.done), dtype=str),
-                    done=np.array(list(self.done.values()), dtype=np.int64),
-                    seconds=np.array([self.seconds.get(name, 0.0) for name in self.done]),
-                    excess=np.array(self.excess),
-                    flags=np.array(self.flags, dtype=str),
-                    **arrays,
-                )
-
-        write_atomic(path, write)
+        arrays = {f"stands.{name}": value.cpu().numpy() for name, value in self.stands.items()}
+        arrays |= {"y": self.y.cpu().numpy(), "prediction": self.prediction.cpu().numpy(), "key": np.array(self.key)}
+        arrays |= {"attacks": np.array(list(self.done), dtype=str), "done": np.array(list(self.done.values()), dtype=np.int64)}
+        arrays |= {"seconds": np.array([self.seconds.get(name, 0.0) for name in self.done]), "excess": np.array(self.excess)}
+        write_npz(path, {**arrays, "flags": np.array(self.flags, dtype=str)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Verdicts:

@@ -14,7 +14,7 @@ from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation import frechet, robust
 from ebjdat.evaluation import generate as generation
-from ebjdat.files import git_commit, write_atomic, write_json
+from ebjdat.files import git_commit, write_atomic, write_json, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
@@ -62,12 +62,8 @@ def generate(
             again, _ = generation.fresh_chains(averaged, pool, chain, settings, f"{title}, averaged")
             result["ema_frechet"] = frechet.frechet_distance(features(again.images), real["train"])
 
-        def write_samples(path: Path) -> None:
-            arrays = {"images": fresh.images, "labels": fresh.labels, "conditional": conditional.images}
-            with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{key: value.cpu().numpy() for key, value in arrays.items()})
-
-        write_atomic(samples_out, write_samples)
+        arrays = {"images": fresh.images, "labels": fresh.labels, "conditional": conditional.images}
+        write_npz(samples_out, {key: value.cpu().numpy() for key, value in arrays.items()})
         panels = {"training images": data.split("train")}
         shown = {
             f"{experiment}, seed {seed}: fresh chains down E(x)": fresh,
@@ -121,11 +117,7 @@ def energy(
         result = energy_landscape.landscape(**marginal)
         result |= {f"joint_{k}": v for k, v in energy_landscape.landscape(**joint).items() if k.startswith("energy_gap")}
 
-        def write_values(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, **marginal, **{f"joint_{k}": v for k, v in joint.items()})
-
-        write_atomic(values_out, write_values)
+        write_npz(values_out, {**marginal, **{f"joint_{k}": v for k, v in joint.items()}})
         title = f"{experiment}, seed {seed}"
         write_atomic(figure_out, lambda path: figures.save(figures.energy_histograms({title: marginal}, {title: joint}), path))
         write_json(out, {**result, "git_commit": git_commit()})

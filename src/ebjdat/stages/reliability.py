@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation import calibration, detection, ood, robust
-from ebjdat.files import git_commit, write_atomic, write_json
+from ebjdat.files import git_commit, write_atomic, write_json, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.progress import Bar
 from ebjdat.stages.context import Context
@@ -70,11 +68,7 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
                     values |= {f"clean_{name}_{score}": clean[score], f"adversarial_{name}_{score}": adversarial[score]}
                 result[f"n_detect_{name}"] = len(x)
 
-        def write_values(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(file, allow_pickle=False, **values)
-
-        write_atomic(out.values, write_values)
+        write_npz(out.values, values)
         diagram = figures.reliability_diagram(curves, f"{experiment}, seed {seed}")
         write_atomic(out.figure, lambda path: figures.save(diagram, path))
         write_json(out.metrics, {**result, "git_commit": git_commit()})
