@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ebjdat.errors import UserError
+from ebjdat.errors import TrackingError, UserError
 from ebjdat.params import ParamsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -288,6 +288,30 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     console.print(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open", highlight=False)
     console.print(f"for programs: {results / 'summary.csv'}", highlight=False)
     console.print("all runs:  make ui, then http://127.0.0.1:5000", highlight=False)
+
+
+@app.command()
+@friendly
+def sync() -> None:
+    """Send every journal of this checkout to MLflow: what a server missed, and results that came from elsewhere."""
+    from ebjdat.tracking import background, journal
+
+    paths = [*journal.unfinished(), *journal.finished()]
+    if not paths:
+        typer.echo("no journals under state/tracking or results: nothing has run here")
+        return
+    from ebjdat.tracking.send import Sender
+
+    typer.echo(f"{len(paths)} journals -> {background.shown_uri()}")
+    with background.sending():
+        outcome = Sender(background.tracking_uri()).send(paths)
+    background.note(outcome.errors[0] if outcome.errors else None)
+    if outcome.errors:
+        raise TrackingError(
+            f"{len(outcome.errors)} journals could not be sent ({outcome.errors[0]}). They are kept; is the server up, "
+            "and MLFLOW_TRACKING_URI right?"
+        )
+    typer.echo(f"sent {outcome.values} values of {outcome.journals} journals" if outcome.journals else "everything was there already")
 
 
 @app.command()

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Shown by the commands as a message, without a traceback."""
+
+
+class TrackingError(UserError):
+    """The tracking store cannot be reached or used."""

@@ -61,6 +61,7 @@ REPORT = {
     "html": f"{RESULTS}/report.html",
     "audit_html": f"{RESULTS}/audit.html",
     "audit_md": f"{RESULTS}/audit.md",
+    "journal": f"{RESULTS}/report.journal.jsonl",
 }
 
 

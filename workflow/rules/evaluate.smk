@@ -7,6 +7,7 @@ rule attack:
         code=CODE["attack"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.json",
+        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.journal.jsonl",
         verdicts=f"{RESULTS}/{{experiment}}/seed{{seed}}/verdicts.parquet",
     log:
         f"{LOGS}/{{experiment}}/seed{{seed}}/attack.log",
@@ -36,6 +37,7 @@ rule generate:
         code=CODE["draw"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.json",
+        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.journal.jsonl",
         samples=f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.npz",
         grid=report(
             f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.png",
@@ -77,6 +79,7 @@ rule energy:
         code=CODE["draw"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.json",
+        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.journal.jsonl",
         values=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.npz",
         figure=report(
             f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.png",
@@ -112,6 +115,7 @@ rule reliability:
         code=CODE["reliability"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.json",
+        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.journal.jsonl",
         values=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.npz",
         figure=report(
             f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.png",

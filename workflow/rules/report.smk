@@ -34,6 +34,7 @@ rule report:
             REPORT["audit_html"], caption="../report/audit.rst", category="Summary"
         ),
         audit_md=REPORT["audit_md"],
+        journal=REPORT["journal"],
     log:
         f"{LOGS}/report.log",
     benchmark:

@@ -6,6 +6,7 @@ rule pretrain:
     output:
         checkpoint=f"{CHECKPOINTS}/pretraining/{{pretraining}}/seed{{seed}}.safetensors",
         metrics=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain.json",
+        journal=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain.journal.jsonl",
         curve=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain_curve.csv",
     log:
         f"{LOGS}/pretraining/{{pretraining}}/seed{{seed}}.log",
@@ -37,6 +38,7 @@ rule finetune:
     output:
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune.json",
+        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune.journal.jsonl",
         curve=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune_curve.csv",
     log:
         f"{LOGS}/{{experiment}}/seed{{seed}}/finetune.log",

@@ -61,7 +61,7 @@ def run(
     title, workers = f"{experiment}/seed{seed}", torch.get_num_threads()
     place = Path("state") / context.run / experiment / f"seed{seed}-attack"
     state = place / _made_from(settings, device, data.data_hash, weights)
-    with context.track_result(experiment, seed, "attack", data.data_hash) as tracker, alone(place):
+    with context.track_result(experiment, seed, "attack", data, out) as tracker, alone(place):
         found = audit(UnitRange(loaded.network(device)).eval(), x, y, settings, other, state, title, workers=workers)
         metrics, tables = found.metrics, [_named(found, "raw")]
         if loaded.ema is not None:

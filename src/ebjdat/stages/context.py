@@ -14,10 +14,12 @@ import torch
 
 import ebjdat
 from ebjdat import params
+from ebjdat.data.prepared import Prepared
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, lock
 from ebjdat.params import Profile
-from ebjdat.tracking.runs import Subject, Tracker, track
+from ebjdat.tracking.journal import SUFFIX
+from ebjdat.tracking.runs import About, Subject, Tracker, track
 
 
 class BusyError(UserError):
@@ -37,23 +39,37 @@ class Context:
         """The device of the settings, with exactly the threads that were asked for, and deterministic algorithms."""
         return device_for(self.profile.runtime.device, threads or self.profile.runtime.threads)
 
-    def track(self, subject: Subject, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> AbstractContextManager[Tracker]:
-        return track(subject, settings, {"git_commit": git_commit(), **hashes})
+    def track(
+        self, subject: Subject, settings: Mapping[str, Any], tags: Mapping[str, str], out: Path, data: Prepared | None = None
+    ) -> AbstractContextManager[Tracker]:
+        """Track a stage; its journal will lie beside `out`, the stage's result. settings: all that determines it; tags: method, hashes."""
+        told = None
+        if data is not None:
+            splits = {f"n_{name}": len(getattr(data, name)) for name in ("train", "validation", "test")}
+            source = Path(self.profile.data.path).name if self.profile.data.path else self.profile.data.name
+            told = {"name": self.profile.data.name, "digest": data.data_hash, "source": source, "image_shape": data.image_shape, **splits}
+            tags = {**tags, "data_hash": data.data_hash}
+        about = About(settings, {**tags, "git_commit": git_commit()}, told, source_files(""))
+        return track(subject, about, journal_of(out))
 
-    def track_result(self, experiment: str, seed: int, stage: str | None, data_hash: str) -> AbstractContextManager[Tracker]:
-        """Track a stage of an experiment (None: the experiment as a whole): its run carries the experiment's resolved settings."""
+    def track_result(self, experiment: str, seed: int, stage: str, data: Prepared, out: Path) -> AbstractContextManager[Tracker]:
+        """Track a stage of an experiment: its run carries the experiment's resolved settings."""
         entry = self.profile.experiments[experiment]
-        return self.track(
-            Subject(self.run, experiment, seed, stage),
-            {**self.profile.resolved(experiment), "seed": seed},
-            {
-                "method": entry.method,
-                "base": params.base_of(entry.method, entry.base) or "",
-                "form": params.form_of(entry.method, entry.form) or "",
-                "params_hash": self.profile.params_hash(experiment, seed),
-                "data_hash": data_hash,
-            },
-        )
+        protocols = self.profile.evaluation.attack.protocols.items()
+        tags = {
+            "method": entry.method,
+            "base": params.base_of(entry.method, entry.base) or "",
+            "form": params.form_of(entry.method, entry.form) or "",
+            "params_hash": self.profile.params_hash(experiment, seed),
+            "protocol": "; ".join(f"{name}: {p.norm} radius {p.radius:.4g} in [0, 1]" for name, p in protocols),
+        }
+        settings = {**self.profile.resolved(experiment), "seed": seed}
+        return self.track(Subject(self.run, experiment, seed, stage), settings, tags, out, data)
+
+
+def journal_of(out: Path) -> Path:
+    """Where the finished journal of the stage that writes `out` lies: finetune.journal.jsonl beside finetune.json."""
+    return out.with_name(out.stem + SUFFIX)
 
 
 def device_for(wanted: str, threads: int) -> torch.device:

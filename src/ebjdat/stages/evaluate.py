@@ -42,7 +42,7 @@ def generate(
     loaded = checkpoint.load(weights, data_hash=data.data_hash)
     settings = context.profile.evaluation.generate
     train = DeviceData(data, "train", device)
-    with context.track_result(experiment, seed, "generate", data.data_hash) as tracker:
+    with context.track_result(experiment, seed, "generate", data, out) as tracker:
         model = loaded.network(device)
         pool = StartPool.of(train, torch.from_numpy(data.class_mean))
         chain, title = loaded.header.training.chain, f"{experiment}/seed{seed}"
@@ -102,7 +102,7 @@ def energy(
     device = context.device(threads)
     loaded = checkpoint.load(weights, data_hash=data.data_hash)
     settings, attack_settings = context.profile.evaluation.energy, context.profile.evaluation.attack
-    with context.track_result(experiment, seed, "energy", data.data_hash) as tracker:
+    with context.track_result(experiment, seed, "energy", data, out) as tracker:
         model = UnitRange(loaded.network(device)).eval()
         test = DeviceData(data, "test", device, settings.n)
         x, y = test.unit(), test.labels

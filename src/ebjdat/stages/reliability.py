@@ -31,7 +31,7 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
     loaded = checkpoint.load(weights, data_hash=data.data_hash)
     settings, attack = context.profile.evaluation.reliability, context.profile.evaluation.attack
     size = settings.batch_size
-    with context.track_result(experiment, seed, "reliability", data.data_hash) as tracker:
+    with context.track_result(experiment, seed, "reliability", data, out.metrics) as tracker:
         model = UnitRange(loaded.network(device)).eval()
         validation, test = DeviceData(data, "validation", device), DeviceData(data, "test", device, settings.n)
         x, y = test.unit(), test.labels

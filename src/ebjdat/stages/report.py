@@ -33,9 +33,9 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     page.write_audit(context.profile, context.run, results, card, rows, findings, out.audit_html)
     tables.write_audit_markdown(findings, tables.side_by_side(context.profile, rows), tables.checks_of(rows), out.audit_markdown)
     print(out.table_markdown.read_text(encoding="utf-8"))
-    for row in rows:
-        with context.track_result(row.experiment, row.seed, None, card["data_hash"]) as tracker:
-            tracker.final(row.metrics)
-    with context.track(Subject(context.run, "report", 0, "report", kind="report"), {}, {"data_hash": card["data_hash"]}) as tracker:
+    subject = Subject(context.run, "report", 0, "report", kind="report")
+    with context.track(subject, {}, {"data_hash": card["data_hash"]}, out.html) as tracker:
+        for row in rows:
+            tracker.result(row.experiment, row.seed, {"params_hash": row.params_hash, "data_hash": row.data_hash}, row.metrics)
         for path in (out.html, out.audit_html, out.table_csv, out.summary):
             tracker.artifact(path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
@@ -47,8 +51,8 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
         "training": settings.model_dump(),
         "seed": seed,
     }
-    hashes = {"method": entry.method, "data_hash": data.data_hash, "params_hash": digest(described)[:16]}
-    with context.track(subject, described, hashes) as tracker:
+    tags = {"method": entry.method, "params_hash": digest(described)[:16]}
+    with context.track(subject, described, tags, out.metrics, data) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         _train(context, job, data, context.profile.model_settings(name), None, out, tracker, threads)
 
@@ -57,7 +61,7 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
     """Train an experiment from its pretraining's checkpoint."""
     entry, settings = context.profile.experiments[experiment], context.profile.training_settings(experiment)
     data = prepared.load(data_path)
-    with context.track_result(experiment, seed, "finetune", data.data_hash) as tracker:
+    with context.track_result(experiment, seed, "finetune", data, out.metrics) as tracker:
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         network = context.profile.model_settings(entry.pretraining)
         _train(context, job, data, network, initial, out, tracker, threads)
@@ -102,12 +106,26 @@ def _train(
                 torch.from_numpy(data.class_mean),
                 lambda row: tracker.metrics(row, int(row["epoch"])),
                 on_event,
+                lambda epoch, images: tracker.picture("replay_buffer", _png(images), epoch),
             )
         except TrainingError:
             tracker.final(_divergences(events))
             raise
         _write(job, settings, model_settings, data, result, out, tracker)
         shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
+
+
+def _png(images: Tensor, per_row: int = 8) -> bytes:
+    """Images, uint8 (N, C, H, W), in rows; small ones enlarged."""
+    images = F.pad(images, (1, 1, 1, 1), value=255)
+    images = images[: len(images) // per_row * per_row] if len(images) >= per_row else images
+    rows = [torch.cat(list(row), dim=2) for row in images.split(per_row)]
+    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()  # (H, W, C)
+    picture = Image.fromarray(grid if grid.shape[2] == 3 else grid[..., 0])
+    scale = max(1, 32 // images.shape[-1])
+    file = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
 
 
 def _divergences(events: Sequence[Event]) -> dict[str, float]:
@@ -150,3 +168,4 @@ def _write(
     write_json(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
     tracker.final(metrics)
     tracker.artifact(out.curve)
+    tracker.model(out.checkpoint)

@@ -36,6 +36,7 @@ from ebjdat.training.healing import Event
 
 SHOWN = ("loss", "batch_acc_clean", "batch_acc_robust", "energy_clean", "energy_adversarial", "energy_generated")
 VALIDATION_BATCH = 250
+SHOWN_CHAINS = 10  # epochs at which chains are shown
 
 
 class TrainingError(UserError):
@@ -156,12 +157,14 @@ def train(
     class_mean: Tensor,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
     on_event: Callable[[Event], None] = lambda event: None,
+    on_chains: Callable[[int, Tensor], None] = lambda epoch, images: None,
 ) -> Trained:
     """Train `model` in place; return the checkpoint that validation selected.
 
     class_mean: (K, C, H, W) in [0, 1], for chain starts. on_epoch and on_event: called with each finished epoch's row and
-    each divergence, and, when a stopped training is continued, with those from before. Raises DataError when a batch does
-    not fit the training split, TrainingError when training diverged and its ladder is at its end.
+    each divergence, and, when a stopped training is continued, with those from before. on_chains: called at about ten
+    epochs with the replay buffer's first chains, 8 of each class, class by class, uint8 (N, C, H, W). Raises DataError when a
+    batch does not fit the training split, TrainingError when training diverged and its ladder is at its end.
     """
     epochs = job.settings.epochs
     per_epoch = _steps(job.settings, train_data)
@@ -201,11 +204,19 @@ def train(
             progress.finish_epoch(row)
             progress.save(job.state, learner)
             on_epoch(row)
+            if learner.buffer is not None and (progress.epoch % math.ceil(epochs / SHOWN_CHAINS) == 0 or progress.epoch == epochs):
+                on_chains(progress.epoch, _first_chains(learner.buffer, len(pool.mean)))
             shown = [n for n in (*SHOWN, "validation_acc_clean", "validation_acc_robust") if n in row]
             bar.line(f"epoch {progress.epoch}/{epochs}  " + format_values({n: row[n] for n in shown}))
     if not progress.selected.weights:  # no epochs, or ended before checkpoints compete
         progress.select(0.0, progress.epoch, learner)
     return Trained(progress.selected, progress.rows, progress.events, progress.seconds)
+
+
+def _first_chains(buffer: ReplayBuffer, classes: int) -> Tensor:
+    """Up to 8 chains of each of the first 10 classes, uint8 on the CPU."""
+    index = torch.cat([(buffer.labels == label).nonzero()[:8, 0] for label in range(min(classes, 10))])
+    return uint8_from_unit(unit_from_internal(buffer.images[index])).cpu()
 
 
 def _steps(settings: TrainingSettings, data: DeviceData) -> int:

@@ -1,0 +1,317 @@
+"""Journals -> MLflow: a run per experiment and seed with all its final metrics, its stages as child runs with the curves.
+
+The store itself says how far each journal was sent (tag `journal_lines` of its run), so nothing is sent twice, whoever
+sends and wherever it was broken off; a store that was deleted is simply filled again.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ebjdat.files import digest
+from ebjdat.tracking.journal import UNFINISHED, is_written, read
+
+BATCH = 900  # values of one call; MLflow takes 1000
+TAG_LENGTH = 4000
+
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # what fails is sent again from the journal
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import mlflow  # noqa: E402 (reads these variables)
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+
+
+@dataclass
+class Outcome:
+    """What a pass did: journals of which something was sent, values among it, journals that could not be sent and why."""
+
+    journals: int = 0
+    values: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Cursor:
+    """Where a journal stands in the store. parent: run of the experiment and seed, for results."""
+
+    run: str
+    parent: str | None
+    lines: int
+    size: int = -1  # of the journal, when it was last read
+    ended: bool = False
+
+
+class Sender:
+    """Sends journals to one store. Every journal is tried, whatever happened to the others."""
+
+    def __init__(self, uri: str) -> None:
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        mlflow.set_tracking_uri(uri)
+        self._uri = uri
+        self._client: Any = None
+        self._experiments: dict[str, str] = {}
+        self._cursors: dict[str, _Cursor] = {}
+        self._known: set[str] = set()  # MLflow experiments whose runs were looked through
+
+    def send(self, paths: Iterable[Path]) -> Outcome:
+        """Send what is new in these journals, in the order in which they were begun. Finished ones under state/ are then deleted."""
+        outcome = Outcome()
+        journals = []
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # finished and deleted in the meantime
+                journals.append((path, is_written(path), path.stat().st_size, read(path)))
+        seen: set[str] = set()
+        for path, alive, size, events in sorted(journals, key=lambda found: found[3][0]["time"] if found[3] else 0):
+            name = events[0]["begin"]["id"] if events else ""
+            if not events or name in seen:
+                continue
+            seen.add(name)
+            try:
+                sent = self._send(events, size, alive)
+            except Exception as error:  # whatever a store, a server or a network throws
+                outcome.errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+                self._cursors.pop(name, None)  # what has arrived is to be asked again
+                self._known.clear()
+                if not self._answers():
+                    break  # the others would only wait for it too
+                continue
+            outcome.journals += sent is not None
+            outcome.values += sent or 0
+            if not alive and events[-1].get("end") in ("FINISHED", "FAILED") and path.is_relative_to(UNFINISHED):
+                path.unlink(missing_ok=True)
+        return outcome
+
+    def _send(self, events: list[dict[str, Any]], size: int, alive: bool) -> int | None:
+        begin = events[0]["begin"]
+        if self._client is None:
+            self._client = MlflowClient(self._uri)
+        cursor = self._cursors.get(begin["id"])
+        if cursor is not None and cursor.size == size and (alive or cursor.ended):
+            return None
+        cursor = cursor or self._find(events[0]) or self._create(events[0])
+        self._cursors[begin["id"]] = cursor
+        values, before = 0, cursor.lines
+        waiting: list[Metric] = []
+        final: list[Metric] = []
+        for place, event in enumerate(events[cursor.lines :], cursor.lines + 1):
+            waiting += [Metric(k, v, event["time"], event["step"]) for k, v in _values(event).items()]
+            final += [Metric(k, v, event["time"], 0) for k, v in event.get("final", {}).items()]
+            if len(waiting) + len(final) > BATCH or place == len(events) or not ({"metrics", "system", "final"} & event.keys()):
+                values += len(waiting) + len(final)
+                if final and cursor.parent:
+                    self._client.log_batch(cursor.parent, metrics=final)
+                self._other(cursor, begin, event)
+                self._client.log_batch(cursor.run, metrics=waiting + final, tags=[RunTag("journal_lines", str(place))])
+                waiting, final, cursor.lines = [], [], place
+        cursor.ended = "end" in events[-1]
+        if not alive and not cursor.ended:  # its process was killed
+            self._state(cursor, begin, "KILLED", events[-1]["time"])
+            cursor.ended = True
+        cursor.size = size
+        return values if cursor.lines > before else None
+
+    def _answers(self) -> bool:
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception:
+            self._client = None
+        return self._client is not None
+
+    def _find(self, first: Mapping[str, Any]) -> _Cursor | None:
+        """Where a journal stands, if the store knows it. Asks once for all runs of its MLflow experiment."""
+        begin = first["begin"]
+        if begin["run"] not in self._known:
+            experiment = self._experiment(begin["run"])
+            for run in self._search(experiment, "tags.journal != ''"):
+                tags = run.data.tags
+                self._cursors.setdefault(
+                    tags["journal"], _Cursor(run.info.run_id, tags.get("mlflow.parentRunId"), int(tags.get("journal_lines", 0)))
+                )
+            self._known.add(begin["run"])
+        return self._cursors.get(begin["id"])
+
+    def _create(self, first: Mapping[str, Any]) -> _Cursor:
+        begin = first["begin"]
+        experiment = self._experiment(begin["run"])
+        tags = {
+            **{name: str(value)[:TAG_LENGTH] for name, value in first["tags"].items()},
+            "experiment": begin["name"],
+            "seed": str(begin["seed"]),
+            "dvc_exp": begin["dvc_exp"],
+            "host": begin["host"],
+            "begun": str(first["time"]),
+            "mlflow.source.name": "ebjdat",
+            "mlflow.source.git.commit": str(first["tags"].get("git_commit", "")),
+        }
+        parent = self._parent(experiment, first, tags) if begin["kind"] == "result" else None
+        of_stage = f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
+        others = [run for run in self._search(experiment, of_stage) if run.data.tags.get("superseded") == "false"]
+        newer = [run for run in others if int(run.data.tags["begun"]) > first["time"]]
+        for old in others:
+            if old not in newer:
+                self._supersede(old)
+        own = {"kind": f"{begin['kind']}-stage", "stage": begin["stage"], "superseded": str(bool(newer)).lower(), "journal": begin["id"]}
+        if parent:
+            own["mlflow.parentRunId"] = parent
+        name = f"{_title(begin)}/{begin['stage']}" + (" (superseded)" if newer else "")
+        run = self._client.create_run(experiment, start_time=first["time"], run_name=name, tags={**tags, **own}).info.run_id
+        self._settings(run, first)
+        self._client.log_batch(run, tags=[RunTag("journal_lines", "1")])
+        if parent:
+            self._client.set_tag(parent, f"state_{begin['stage']}", "RUNNING")
+        return _Cursor(run, parent, 1)
+
+    def _parent(self, experiment: str, first: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """The run of this experiment, seed, settings and data; a new one where there is none, which supersedes those of others."""
+        begin = first["begin"]
+        found = self._search(experiment, f"{_of(begin)} and tags.kind = 'result'")
+        same = [run for run in found if all(run.data.tags.get(key) == tags.get(key) for key in ("params_hash", "data_hash"))]
+        current = [run for run in found if run.data.tags.get("superseded") == "false"]
+        again = begin["stage"] == "finetune" and same and any(tag.startswith("event_") for tag in same[0].data.tags)
+        if same and not again:  # (what was logged of a training that diverged cannot be taken back)
+            run = same[0]
+        else:
+            made = {**tags, "kind": "result", "superseded": "true"}  # current only once it is whole
+            run = self._client.create_run(experiment, start_time=first["time"], run_name=_title(begin), tags=made)
+            self._settings(run.info.run_id, first)
+        newer = [other for other in current if other.info.run_id != run.info.run_id and int(other.data.tags["begun"]) > first["time"]]
+        if not newer:
+            latest = {**tags, "superseded": "false", "mlflow.runName": _title(begin)}
+            self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in latest.items()])
+            for old in current:
+                if old.info.run_id != run.info.run_id:
+                    self._supersede(old)
+        return str(run.info.run_id)
+
+    def _settings(self, run: str, first: Mapping[str, Any]) -> None:
+        params = [Param(name, value[:6000]) for name, value in first["params"].items()]
+        for start in range(0, len(params), 100):  # MLflow's limit per call
+            self._client.log_batch(run, params=params[start : start + 100])
+        if first["data"]:
+            data = dict(first["data"])
+            entity = Dataset(data.pop("name"), data.pop("digest"), "local", data.pop("source"), profile=str(data))
+            context = "training" if first["begin"]["stage"] in ("pretrain", "finetune") else "evaluation"
+            self._client.log_inputs(run, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+
+    def _other(self, cursor: _Cursor, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
+        """Whatever is not a number."""
+        whole = cursor.parent or cursor.run
+        if "tag" in event:
+            for run in {whole, cursor.run}:
+                self._client.set_tag(run, event["tag"][0], event["tag"][1][:TAG_LENGTH])
+        elif "artifact" in event and _unchanged(event["artifact"], event["sha256"]):
+            self._client.log_artifact(whole, event["artifact"])
+        elif "picture" in event:
+            self._picture(cursor.run, event)
+        elif "model" in event and _unchanged(event["model"], event["sha256"]):
+            self._model(whole, event)
+        elif "result" in event:
+            self._result(begin, event)
+        elif "resumed" in event:
+            self._client.update_run(cursor.run, status="RUNNING")
+        elif "end" in event:
+            self._state(cursor, begin, event["end"], event["time"])
+
+    def _state(self, cursor: _Cursor, begin: Mapping[str, Any], status: str, time: int) -> None:
+        for run in filter(None, (cursor.run, cursor.parent)):
+            self._client.set_terminated(run, status, time)
+        if cursor.parent:
+            self._client.set_tag(cursor.parent, f"state_{begin['stage']}", status)
+
+    def _picture(self, run: str, event: Mapping[str, Any]) -> None:
+        from PIL import Image
+
+        start = f"images/{event['picture']}%step%{event['step']}%"
+        if not any(file.path.startswith(start) for file in self._client.list_artifacts(run, "images")):
+            image = Image.open(io.BytesIO(base64.b64decode(event["png"])))
+            self._client.log_image(run, image, key=event["picture"], step=event["step"], timestamp=event["time"])
+
+    def _model(self, run: str, event: Mapping[str, Any]) -> None:
+        from ebjdat.tracking.served import log
+
+        if self._client.get_run(run).data.tags.get("model_sha256") != event["sha256"]:
+            log(run, Path(event["model"]))
+            self._client.set_tag(run, "model_sha256", event["sha256"])
+
+    def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
+        """All final metrics of an experiment and seed, on its run; its stages that hold become that run's children."""
+        row = event["result"]
+        experiment = self._experiment(begin["run"])
+        subject = {**begin, "name": row["name"], "seed": row["seed"]}
+        found = self._search(experiment, f"{_of(subject)} and tags.kind = 'result'")
+        for run in found:
+            if all(run.data.tags.get(key) == row["tags"][key] for key in ("params_hash", "data_hash")):
+                metrics = [Metric(k, v, event["time"], 0) for k, v in row["metrics"].items()]
+                for start in range(0, len(metrics), BATCH):
+                    self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+                stages = self._search(experiment, f"{_of(subject)} and tags.kind = 'result-stage' and tags.superseded = 'false'")
+                for stage in stages:
+                    if stage.data.tags.get("mlflow.parentRunId") != run.info.run_id:
+                        self._client.set_tag(stage.info.run_id, "mlflow.parentRunId", run.info.run_id)
+                        self._client.set_tag(run.info.run_id, f"state_{stage.data.tags['stage']}", stage.info.status)
+
+    def _experiment(self, name: str) -> str:
+        if name not in self._experiments:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                local = "MLFLOW_TRACKING_URI" not in os.environ
+                location = Path("mlartifacts").resolve().as_uri() if local else None
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
+                self._experiments[name] = str(self._client.create_experiment(name, location, tags=kind))
+            else:
+                self._experiments[name] = str(found.experiment_id)
+        return self._experiments[name]
+
+    def _search(self, experiment: str, text: str) -> list[Any]:
+        page = self._client.search_runs([experiment], text, max_results=1000)
+        found = list(page)
+        while page.token:
+            page = self._client.search_runs([experiment], text, max_results=1000, page_token=page.token)
+            found += page
+        return found
+
+    def _supersede(self, run: Any) -> None:
+        """Mark a run that a newer one replaces; its history stays."""
+        tags = {"superseded": "true", "mlflow.runName": f"{run.info.run_name} (superseded)"}
+        self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        if run.info.status == "RUNNING":  # its process was killed
+            self._client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _of(begin: Mapping[str, Any]) -> str:
+    """A filter for runs about the same subject. Trials of `dvc exp` keep to themselves."""
+    return f"tags.experiment = '{begin['name']}' and tags.seed = '{begin['seed']}' and tags.dvc_exp = '{begin['dvc_exp']}'"
+
+
+def _title(begin: Mapping[str, Any]) -> str:
+    trial = f" [{begin['dvc_exp']}]" if begin["dvc_exp"] else ""
+    return f"{begin['name']}/seed{begin['seed']}{trial}"
+
+
+def _values(event: Mapping[str, Any]) -> dict[str, float]:
+    return event.get("metrics", {}) | event.get("system", {})
+
+
+def _unchanged(path: str, sha256: str) -> bool:
+    """Whether this still is the file that the stage wrote; a later run may have replaced it."""
+    try:
+        return digest(Path(path)) == sha256
+    except FileNotFoundError:
+        return False
