@@ -1,146 +1,391 @@
-"""MLflow, the real one, on a fresh SQLite store: layout, reruns, four processes at once, and that it never stops a run."""
+"""Journals, and what becomes of them in the real MLflow on a fresh SQLite store: layout, reruns, kills, and each value once."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from ebjdat.params import flat
-from ebjdat.tracking.runs import Subject, numbers, track
+from ebjdat.data.prepared import Prepared
+from ebjdat.models.modes import UnitRange
+from ebjdat.models.wrn import WideResNet
+from ebjdat.params import ModelSettings, Profile, flat
+from ebjdat.tracking import background, journal
+from ebjdat.tracking.runs import About, Subject, numbers, track
+from ebjdat.tracking.send import Outcome, Sender
+from ebjdat.tracking.system import Sampler
+from ebjdat.training import checkpoint
+from ebjdat.training.checkpoint import Checkpoint, Header
 
-PROVENANCE = {"git_commit": "abc", "params_hash": "p", "data_hash": "d"}
+TAGS = {"method": "eb_jdat", "git_commit": "abc", "params_hash": "p", "data_hash": "d", "protocol": "standard: Linf radius 0.15"}
+DATA = {"name": "digits", "digest": "d", "source": "digits", "n_train": 3}
+CURRENT = "tags.kind = 'result' and tags.superseded = 'false'"
 
 
 @pytest.fixture(autouse=True)
-def fresh_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages journal here; the tests send, so that they know when it is done."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("EBJDAT_TRACKING", raising=False)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A store's tables, made once: making them takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Sender(f"sqlite:///{path}").send([])
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Callable[..., list[Any]]:
-    def search(filter_string: str, experiment: str = "digits") -> list[Any]:
-        from mlflow import MlflowClient
+def store(tmp_path: Path, empty_store: bytes) -> str:
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
-        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-        return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id], filter_string))
+
+@pytest.fixture
+def client(store: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def runs(client: Any) -> Callable[..., list[Any]]:
+    def search(filter_string: str = "") -> list[Any]:
+        return list(client.search_runs([client.get_experiment_by_name("digits").experiment_id], filter_string))
 
     return search
 
 
-RESULT = "tags.kind = 'result' and tags.superseded = 'false'"
+@pytest.fixture
+def sync(store: str) -> Callable[[], Outcome]:
+    def send() -> Outcome:
+        outcome = Sender(store).send([*journal.unfinished(), *journal.finished()])
+        assert outcome.errors == []
+        return outcome
+
+    return send
 
 
-def stage(name: str, metrics: dict[str, Any], params: dict[str, Any] | None = None, seed: int = 0) -> None:
-    with track(Subject("digits", "eb_jdat", seed, name), params or {"training": {"lr": 0.1}}, PROVENANCE) as tracker:
+def stage(
+    name: str, metrics: dict[str, Any], params: dict[str, Any] | None = None, seed: int = 0, tags: dict[str, str] | None = None
+) -> None:
+    params = params or {"training": {"lr": 0.1}}
+    about = About(params, {**TAGS, "params_hash": json.dumps(params), **(tags or {})}, DATA)
+    with track(Subject("digits", "eb_jdat", seed, name), about, Path(f"results/seed{seed}/{name}.journal.jsonl")) as tracker:
         tracker.metrics({"loss": 1.5, "skipped": "text"}, step=1)
         tracker.metrics({"loss": 0.5}, step=2)
         tracker.final(metrics)
 
 
-def test_one_run_per_experiment_and_seed_carries_all_final_metrics(runs: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_a_run_per_experiment_and_seed_with_everything_that_a_reader_asks_for(
+    runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome], tmp_path: Path
+) -> None:
     stage("finetune", {"train_seconds": 3.0})
     picture = tmp_path / "grid.png"
     picture.write_bytes(b"png")
-    with track(Subject("digits", "eb_jdat", 0, "attack"), {"training": {"lr": 0.1}}, PROVENANCE) as tracker:
+    about = About({"training": {"lr": 0.1}}, {**TAGS, "params_hash": json.dumps({"training": {"lr": 0.1}})}, DATA)
+    with track(Subject("digits", "eb_jdat", 0, "attack"), about, Path("results/seed0/attack.journal.jsonl")) as tracker:
         tracker.final({"clean_acc": 0.9, "n_test": 100, "norm": "Linf", "ok": True})
         tracker.artifact(picture)
+        tracker.tag("event_1", "epoch 3: diverged")
     stage("finetune", {"train_seconds": 4.0}, seed=1)
-    found = {r.info.run_name: r for r in runs(RESULT)}
+    sync()
+    found = {r.info.run_name: r for r in runs(CURRENT)}
     assert set(found) == {"eb_jdat/seed0", "eb_jdat/seed1"}
     run = found["eb_jdat/seed0"]
     assert run.data.metrics == {"train_seconds": 3.0, "clean_acc": 0.9, "n_test": 100.0}
     assert run.data.params == {"training.lr": "0.1"}
     assert run.info.status == "FINISHED"
-    assert {k: run.data.tags[k] for k in (*PROVENANCE, "experiment", "seed")} == {**PROVENANCE, "experiment": "eb_jdat", "seed": "0"}
-    children = runs(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    assert {c.info.run_name for c in children} == {"eb_jdat/seed0/finetune", "eb_jdat/seed0/attack"}
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    finetune = next(c for c in children if c.info.run_name.endswith("finetune"))
+    expected = {**TAGS, "params_hash": '{"training": {"lr": 0.1}}', "experiment": "eb_jdat", "seed": "0", "event_1": "epoch 3: diverged"}
+    expected |= {"state_finetune": "FINISHED", "state_attack": "FINISHED"}
+    assert {key: run.data.tags.get(key) for key in expected} == expected
+    (inputs,) = run.inputs.dataset_inputs
+    assert (inputs.dataset.name, inputs.dataset.digest) == ("digits", "d")
+    children = {c.data.tags["stage"]: c for c in runs(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")}
+    assert {c.info.run_name for c in children.values()} == {"eb_jdat/seed0/finetune", "eb_jdat/seed0/attack"}
+    finetune = children["finetune"]
     assert [(m.step, m.value) for m in client.get_metric_history(finetune.info.run_id, "loss")] == [(1, 1.5), (2, 0.5)]
+    assert finetune.data.metrics["system/system_memory_usage_megabytes"] > 100
     assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["grid.png"]
 
 
-def test_a_rerun_updates_and_new_settings_supersede(runs: Callable[..., list[Any]]) -> None:
+def test_nothing_is_sent_twice_and_a_deleted_store_is_filled_again(
+    runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome], empty_store: bytes, tmp_path: Path
+) -> None:
+    stage("finetune", {"train_seconds": 3.0})
+    assert sync().values > 0
+    before = {r.info.run_id: r.data.tags for r in runs()}
+    assert sync() == Outcome()
+    assert {r.info.run_id: r.data.tags for r in runs()} == before
+    assert len(runs()) == 2
+    (tmp_path / "elsewhere").mkdir()
+    fresh = tmp_path / "elsewhere/mlflow.db"
+    fresh.write_bytes(empty_store)
+    Sender(f"sqlite:///{fresh}").send(journal.finished())
+    from mlflow import MlflowClient
+
+    other = MlflowClient(f"sqlite:///{fresh}")
+    names = {r.info.run_name for r in other.search_runs([other.get_experiment_by_name("digits").experiment_id])}
+    assert names == {"eb_jdat/seed0", "eb_jdat/seed0/finetune"}
+
+
+def test_a_rerun_updates_and_new_settings_supersede(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
     stage("finetune", {"train_seconds": 3.0})
     stage("attack", {"clean_acc": 0.8})
+    sync()
     stage("finetune", {"train_seconds": 5.0})
-    (run,) = runs(RESULT)
+    sync()
+    (run,) = runs(CURRENT)
     assert run.data.metrics == {"train_seconds": 5.0, "clean_acc": 0.8}
     assert len(runs("tags.kind = 'result-stage' and tags.superseded = 'false'")) == 2
-    stage("finetune", {"train_seconds": 6.0}, {"training": {"lr": 0.2}})
-    (new,) = runs(RESULT)
-    assert new.info.run_id != run.info.run_id
-    assert new.data.params == {"training.lr": "0.2"}
-    assert new.data.metrics == {"train_seconds": 6.0}
-    assert {c.info.run_name for c in runs(f"tags.`mlflow.parentRunId` = '{new.info.run_id}'")} == {
-        "eb_jdat/seed0/finetune",
-        "eb_jdat/seed0/attack",
+    assert len(runs("tags.kind = 'result-stage' and tags.superseded = 'true'")) == 1
+    new = {"training": {"lr": 0.2}}
+    stage("finetune", {"train_seconds": 6.0}, new)
+    sync()
+    (latest,) = runs(CURRENT)
+    assert latest.info.run_id != run.info.run_id
+    assert latest.data.params == {"training.lr": "0.2"}
+    assert latest.data.metrics == {"train_seconds": 6.0}
+    (old,) = runs("tags.kind = 'result' and tags.superseded = 'true'")
+    assert old.info.run_name == "eb_jdat/seed0 (superseded)"
+    # The report knows which results hold: here the attack's still do.
+    with track(
+        Subject("digits", "report", 0, "report", "report"), About({}, {"data_hash": "d"}), Path("results/r.journal.jsonl")
+    ) as tracker:
+        tracker.result("eb_jdat", 0, {"params_hash": json.dumps(new), "data_hash": "d"}, {"clean_acc": 0.8, "train_seconds": 6.0})
+    sync()
+    (latest,) = runs(CURRENT)
+    assert latest.data.metrics == {"train_seconds": 6.0, "clean_acc": 0.8}
+    children = runs(f"tags.`mlflow.parentRunId` = '{latest.info.run_id}'")
+    assert {c.data.tags["stage"] for c in children} == {"finetune", "attack"}
+    assert latest.data.tags["state_attack"] == "FINISHED"
+
+
+def test_what_arrives_late_does_not_replace_what_is_newer(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    """Results of another machine, begun before those that the store has."""
+    stage("finetune", {"train_seconds": 3.0})
+    late = Path("results/seed0/finetune.journal.jsonl").rename("late.jsonl")
+    time.sleep(0.01)
+    stage("finetune", {"train_seconds": 5.0}, {"training": {"lr": 0.2}})
+    sync()
+    late.rename("results/late.journal.jsonl")
+    sync()
+    (run,) = runs(CURRENT)
+    assert run.data.metrics == {"train_seconds": 5.0}
+    assert {(r.info.run_name, r.data.tags["superseded"]) for r in runs()} == {
+        ("eb_jdat/seed0", "false"),
+        ("eb_jdat/seed0/finetune", "false"),
+        ("eb_jdat/seed0 (superseded)", "true"),
+        ("eb_jdat/seed0/finetune (superseded)", "true"),
     }
-    with track(Subject("digits", "eb_jdat", 0, None), {"training": {"lr": 0.2}}, PROVENANCE) as tracker:
-        tracker.final({"clean_acc": 0.7})
-    (final,) = runs(RESULT)
-    assert final.data.metrics == {"train_seconds": 6.0, "clean_acc": 0.7}
 
 
-def test_failures_are_marked(runs: Callable[..., list[Any]]) -> None:
-    def fail() -> None:
-        with track(Subject("digits", "eb_jdat", 0, "finetune"), {}, PROVENANCE):
-            raise KeyboardInterrupt
+def test_a_training_that_diverged_and_is_done_again_gets_a_run_of_its_own(
+    runs: Callable[..., list[Any]], sync: Callable[[], Outcome]
+) -> None:
+    about = About({"a": 1}, TAGS)
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), about, Path("results/1.journal.jsonl")) as tracker:
+        tracker.tag("event_1", "diverged")
+        tracker.final({"recoveries": 1})
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), about, Path("results/2.journal.jsonl")) as tracker:
+        tracker.final({"loss": 1})
+    sync()
+    (run,) = runs(CURRENT)
+    assert run.data.metrics == {"loss": 1.0}
+    assert "event_1" not in run.data.tags
 
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert {r.info.status for r in runs("")} == {"FAILED"}
+
+def test_trials_of_dvc_keep_to_themselves(
+    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage("finetune", {"train_seconds": 3.0})
+    monkeypatch.setenv("DVC_EXP_NAME", "wavy-ovum")
+    Path("results").rename("kept")
+    stage("finetune", {"train_seconds": 5.0}, {"training": {"lr": 0.2}})
+    Path("kept").rename("results/kept")
+    sync()
+    assert {r.info.run_name for r in runs(CURRENT)} == {"eb_jdat/seed0", "eb_jdat/seed0 [wavy-ovum]"}
 
 
-def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(runs: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_failures_are_marked(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    for error in (KeyboardInterrupt, ValueError):
+        with (
+            pytest.raises(error),
+            track(Subject("digits", error.__name__, 0, "finetune"), About({}, TAGS), Path("results/x.journal.jsonl")),
+        ):
+            raise error
+    assert not Path("results").exists()
+    sync()
+    assert {(r.data.tags["experiment"], r.info.status) for r in runs()} == {("KeyboardInterrupt", "KILLED"), ("ValueError", "FAILED")}
+    assert [path.name[:9] for path in journal.unfinished()] == ["finetune-"]  # the one that can go on; the failed one was sent
+
+
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from ebjdat.tracking.runs import About, Subject, track
+with track(Subject("digits", "eb_jdat", 0, "finetune"), About({"a": 1}, %r), Path("results/f.journal.jsonl")) as tracker:
+    for step in range(int(sys.argv[1])):
+        tracker.metrics({"loss": 10.0 - step}, step)
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[2]))
+    tracker.final({"done": 1})
+"""
+
+
+def test_a_killed_stage_goes_on_in_its_run_with_each_point_once(
+    runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]
+) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ENDLESS % TAGS, "3", "60"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout
+    assert killed.stdout.readline() == "ready\n"
+    (path,) = journal.unfinished()
+    assert journal.is_written(path)
+    sync()
+    assert {r.info.status for r in runs()} == {"RUNNING"}
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    with path.open("a") as file:
+        file.write('{"time": 1, "metr')  # killed in the middle of a line
+    sync()
+    assert {r.info.status for r in runs()} == {"KILLED"}
+    subprocess.run([sys.executable, "-c", ENDLESS % TAGS, "5", "0"], check=True)
+    sync()
+    assert [r.info.run_name for r in runs("tags.kind = 'result-stage'")] == ["eb_jdat/seed0/finetune"]
+    (run,) = runs("tags.kind = 'result-stage'")
+    assert run.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(s, 10.0 - s) for s in range(5)]
+    stage_again = subprocess.run([sys.executable, "-c", ENDLESS % {**TAGS, "data_hash": "e"}, "2", "0"], check=False)
+    assert stage_again.returncode == 0
+    sync()
+    assert len(runs("tags.kind = 'result-stage'")) == 2  # other data: an attempt of its own
+
+
+def test_a_replaced_file_is_not_sent_as_what_it_was(runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]) -> None:
+    for name, status in (("same.txt", "kept"), ("other.txt", "kept")):
+        Path(name).write_text(status)
+    with track(Subject("digits", "eb_jdat", 0, "attack"), About({}, TAGS), Path("results/a.journal.jsonl")) as tracker:
+        tracker.artifact(Path("same.txt"))
+        tracker.artifact(Path("other.txt"))
+    Path("other.txt").write_text("a later run's")
+    sync()
+    (run,) = runs(CURRENT)
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["same.txt"]
+
+
+def test_pictures_over_training(runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]) -> None:
+    from ebjdat.stages.train import _png
+
+    images = torch.arange(16 * 8 * 8, dtype=torch.uint8).reshape(16, 1, 8, 8)
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        tracker.picture("replay_buffer", _png(images), 1)
+        tracker.picture("replay_buffer", _png(images), 2)
+    sync()
+    (run,) = runs("tags.kind = 'result-stage'")
+    files = [a.path for a in client.list_artifacts(run.info.run_id, "images") if a.path.endswith(".png")]
+    assert sorted(f.split("+step+")[1][0] for f in files) == ["1", "2"]
+    from PIL import Image
+
+    shown = np.asarray(Image.open(client.download_artifacts(run.info.run_id, files[0])))
+    assert shown.shape == (2 * 10 * 4, 8 * 10 * 4)
+    assert np.array_equal(shown[4:36:4, 44:76:4], images[1, 0].numpy())  # second of the first row, each pixel four wide
+
+
+def test_the_logged_model_classifies_images_in_the_unit_range(
+    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
+) -> None:
+    model = ModelSettings(depth=10, width=1)
+    header = Header("eb_jdat/seed0", "eb_jdat", 0, model, profile.training_settings("eb_jdat"), (1, 8, 8), digits.classes, "d", "c", {})
+    checkpoint.save(Checkpoint(header, network.state_dict(), None, None), Path("c.safetensors"))
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        tracker.model(Path("c.safetensors"))
+    sync()
+    import mlflow
+
+    (run,) = runs(CURRENT)
+    loaded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    images = digits.images[:7].astype(np.float32) / 255
+    with torch.no_grad():
+        logits = UnitRange(network).eval()(torch.from_numpy(images))
+    found = loaded.predict(images)
+    assert list(found["class"]) == logits.argmax(1).tolist()
+    assert list(found["name"]) == [digits.classes[i] for i in logits.argmax(1)]
+    np.testing.assert_allclose(found["probability"], logits.softmax(1).amax(1), rtol=1e-5)
+    np.testing.assert_allclose(found["energy"], -logits.logsumexp(1), rtol=1e-5)
+    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 1, 8, 8)
+    assert loaded.input_example is not None
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\] are needed, found 0 to 255"):
+        loaded.predict(images * 255)
+
+
+def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `snakemake --cores 4`, with the process that sends beside them."""
     code = (
-        "import sys; from ebjdat.tracking.runs import Subject, track\n"
-        "with track(Subject('digits', 'e' + sys.argv[1], 0, 'finetune'), {'a': 1}, {}) as t:\n"
-        "    for step in range(20): t.metrics({'loss': step}, step)\n"
+        "import sys, time; from pathlib import Path; from ebjdat.tracking.runs import About, Subject, track\n"
+        "subject, name = Subject('digits', 'e' + sys.argv[1], 0, 'finetune'), f'results/{sys.argv[1]}.journal.jsonl'\n"
+        "with track(subject, About({'a': 1}, {}), Path(name)) as t:\n"
+        "    for step in range(50): t.metrics({'loss': step}, step); time.sleep(0.01)\n"
         "    t.final({'done': 1})"
     )
-    started = [subprocess.Popen([sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE, text=True) for i in range(4)]
-    errors = [p.communicate()[1] for p in started]
-    assert not any("WARNING" in e for e in errors), errors
-    assert sorted(r.data.tags["experiment"] for r in runs(RESULT)) == ["e0", "e1", "e2", "e3"]
-    children = runs("tags.kind = 'result-stage'")
-    assert [c.data.metrics for c in children] == [{"loss": 19.0, "done": 1.0}] * 4
+    environment = {**os.environ, "EBJDAT_TRACKING": "1"}
+    started = [subprocess.Popen([sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE, text=True, env=environment) for i in range(4)]
+    assert [p.communicate()[1] for p in started] == [""] * 4
+    deadline = time.monotonic() + 90
+    while journal.unfinished() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not journal.unfinished(), Path("logs/tracking.log").read_text()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    everything = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert sorted(r.info.run_name for r in everything) == sorted(f"e{i}/seed0{part}" for i in range(4) for part in ("", "/finetune"))
+    for run in everything:
+        if "stage" in run.data.tags:
+            assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(50))
+        assert run.data.metrics["done"] == 1.0
+    assert background.is_on() is False  # of this process
 
 
-def test_a_store_that_cannot_be_used_warns_once_and_the_work_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
-    with track(Subject("digits", "e", 0, "finetune"), {}, {}) as tracker:
+    with pytest.MonkeyPatch.context() as patch, track(Subject("digits", "e", 0, "finetune"), About({}, {})) as tracker:
         tracker.metrics({"loss": 1.0}, 1)
+        patch.setattr(journal.Journal, "write", lambda self, **event: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        tracker.metrics({"loss": 1.0}, 2)
         tracker.final({"x": 1})
         done.append(True)
     assert done == [True]
-    assert capsys.readouterr().err.count("WARNING: tracking stops") == 1
+    assert capsys.readouterr().err.count("WARNING: tracking stops for this stage") == 1
 
 
-def test_tracking_uri_is_honoured_and_can_be_switched_off(
-    runs: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EBJDAT_TRACKING", "0")
-    stage("finetune", {"x": 1})
-    assert not (tmp_path / "mlflow.db").exists()
-    monkeypatch.delenv("EBJDAT_TRACKING")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    stage("finetune", {"x": 1})
-    assert (tmp_path / "other.db").exists()
-    assert not (tmp_path / "mlflow.db").exists()
+def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
+    found: list[dict[str, float]] = []
+    with Sampler(found.append, seconds=0.1):
+        sum(i * i for i in range(3_000_000))
+    assert len(found) >= 2
+    assert all(0 < sample["system/system_memory_usage_percentage"] < 100 for sample in found)
+    assert found[0]["system/process_cpu_utilization_percentage"] > 10
+
+
+def test_passwords_of_a_store_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://someone:secret@127.0.0.1:5432/mlflow")
+    assert background.shown_uri() == "postgresql://someone:…@127.0.0.1:5432/mlflow"
 
 
 def test_flat_and_numbers() -> None:

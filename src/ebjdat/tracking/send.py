@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -182,6 +184,7 @@ class Sender:
         """The run of this experiment, seed, settings and data; a new one where there is none, which supersedes those of others."""
         begin = first["begin"]
         found = self._search(experiment, f"{_of(begin)} and tags.kind = 'result'")
+        found.sort(key=lambda run: (run.data.tags.get("superseded") == "false", int(run.data.tags["begun"])), reverse=True)
         same = [run for run in found if all(run.data.tags.get(key) == tags.get(key) for key in ("params_hash", "data_hash"))]
         current = [run for run in found if run.data.tags.get("superseded") == "false"]
         again = begin["stage"] == "finetune" and same and any(tag.startswith("event_") for tag in same[0].data.tags)
@@ -189,7 +192,8 @@ class Sender:
             run = same[0]
         else:
             made = {**tags, "kind": "result", "superseded": "true"}  # current only once it is whole
-            run = self._client.create_run(experiment, start_time=first["time"], run_name=_title(begin), tags=made)
+            name = f"{_title(begin)} (superseded)"
+            run = self._client.create_run(experiment, start_time=first["time"], run_name=name, tags=made)
             self._settings(run.info.run_id, first)
         newer = [other for other in current if other.info.run_id != run.info.run_id and int(other.data.tags["begun"]) > first["time"]]
         if not newer:
@@ -238,8 +242,8 @@ class Sender:
     def _picture(self, run: str, event: Mapping[str, Any]) -> None:
         from PIL import Image
 
-        start = f"images/{event['picture']}%step%{event['step']}%"
-        if not any(file.path.startswith(start) for file in self._client.list_artifacts(run, "images")):
+        name = re.compile(rf"images/{re.escape(event['picture'])}.step.{event['step']}.timestamp")  # MLflow's
+        if not any(name.match(file.path) for file in self._client.list_artifacts(run, "images")):
             image = Image.open(io.BytesIO(base64.b64decode(event["png"])))
             self._client.log_image(run, image, key=event["picture"], step=event["step"], timestamp=event["time"])
 
@@ -271,8 +275,8 @@ class Sender:
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                local = "MLFLOW_TRACKING_URI" not in os.environ
-                location = Path("mlartifacts").resolve().as_uri() if local else None
+                local = self._uri.startswith("sqlite:///")  # artifacts beside the file; elsewhere the server knows
+                location = Path(self._uri.removeprefix("sqlite:///")).with_name("mlartifacts").resolve().as_uri() if local else None
                 kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
                 self._experiments[name] = str(self._client.create_experiment(name, location, tags=kind))
             else:

@@ -32,7 +32,7 @@ class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         self._classes = loaded.header.classes
         self._model = UnitRange(loaded.network(torch.device("cpu"))).eval()
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # MLflow takes hints for a schema
         images = np.asarray(model_input, dtype=np.float32)
         if images.size and not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"pixels in [0, 1] are needed, found {images.min():.4g} to {images.max():.4g}")
