@@ -368,6 +368,7 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
         network.head.weight *= 20
     header = checkpoint.Header(
         title="test",
+        run="digits",
         method="eb_jdat",
         seed=seed,
         model=settings,
@@ -375,6 +376,7 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
         image_shape=data.image_shape,
         classes=data.classes,
         data_hash=data.data_hash,
+        params_hash="none",
         git_commit="none",
         metrics={},
     )

@@ -134,14 +134,14 @@ def test_averaged_weights_are_validated_by_themselves(digits: Prepared, network:
             weight.zero_()
     row: dict[str, float] = {}
     loop.validate(learner, job, DeviceData(digits, "validation", torch.device("cpu")), row)
-    assert row["validation_energy_ema"] == pytest.approx(-np.log(10), abs=1e-5)
+    assert row["ema_validation_energy"] == pytest.approx(-np.log(10), abs=1e-5)
     assert row["validation_energy"] != pytest.approx(-np.log(10), abs=1e-3)
 
 
 def test_the_last_epoch_always_competes(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
     _, result = run(digits, changed(settings, epochs=2, selection={"after": 1.0}), tmp_path / "state")
     assert result.selected.epoch == 2
-    assert result.selected.score == (result.rows[-1]["validation_acc_clean"] + result.rows[-1]["validation_acc_robust"]) / 2 > 0
+    assert result.selected.score == (result.rows[-1]["validation_clean_acc"] + result.rows[-1]["validation_robust_acc"]) / 2 > 0
 
 
 def test_sam_evaluates_one_loss_twice_and_keeps_running_statistics_of_the_first(network: WideResNet) -> None:
@@ -209,11 +209,11 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
     assert same(result, again)
     assert not torch.equal(before["stem.weight"], result.selected.weights["stem.weight"])
     logged = set(result.rows[0])
-    assert {"loss", "lr", "epoch", "seconds", "validation_acc_clean", "health_energy", "health_cross_entropy"} <= logged
-    assert ("validation_acc_robust" in logged) == (method in ("pgd_at", "trades", "eb_jdat"))
+    assert {"loss", "lr", "epoch", "seconds", "validation_clean_acc", "health_energy", "health_cross_entropy"} <= logged
+    assert ("validation_robust_acc" in logged) == (method in ("pgd_at", "trades", "eb_jdat"))
     chains = method in ("jem", "jempp", "sadajem", "eb_jdat")
     assert ("energy_generated" in logged) == ("health_diversity" in logged) == (result.selected.buffer is not None) == chains
-    assert (result.selected.ema is not None) == (settings.ema is not None) == ("validation_acc_clean_ema" in logged)
+    assert (result.selected.ema is not None) == (settings.ema is not None) == ("ema_validation_clean_acc" in logged)
 
 
 def test_an_interrupted_epoch_continues_bit_for_bit(
@@ -342,15 +342,16 @@ def test_validation_never_sees_the_test_split(digits: Prepared, settings: Traini
     job = Job("t", "eb_jdat", settings, 0, Path())
     learner = loop.Learner(network, torch.optim.SGD(network.parameters()), None, None)
     score = loop.validate(learner, job, DeviceData(digits, "validation", torch.device("cpu")), row)
-    assert row["validation_acc_clean"] == pytest.approx(correct)
-    assert row["validation_acc_robust"] <= row["validation_acc_clean"]
-    assert score == pytest.approx((row["validation_acc_clean"] + row["validation_acc_robust"]) / 2)
+    assert row["validation_clean_acc"] == pytest.approx(correct)
+    assert row["validation_robust_acc"] <= row["validation_clean_acc"]
+    assert score == pytest.approx((row["validation_clean_acc"] + row["validation_robust_acc"]) / 2)
 
 
 @pytest.fixture
 def saved(tmp_path: Path, network: WideResNet, settings: TrainingSettings) -> Path:
     header = Header(
         "eb_jdat/seed0",
+        "digits",
         "eb_jdat",
         0,
         ModelSettings(depth=10, width=1),
@@ -358,6 +359,7 @@ def saved(tmp_path: Path, network: WideResNet, settings: TrainingSettings) -> Pa
         (1, 8, 8),
         tuple("0123456789"),
         "data1",
+        "params1",
         "abc",
         {"x": 1.0},
     )

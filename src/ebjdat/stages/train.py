@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.files import digest, git_commit, write_json, write_text
 from ebjdat.models import wrn
-from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.params import ModelSettings
 from ebjdat.stages.context import Context, alone, source_files
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
@@ -47,10 +47,11 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
         "training": settings.model_dump(),
         "seed": seed,
     }
-    hashes = {"method": entry.method, "data_hash": data.data_hash, "params_hash": digest(described)[:16]}
+    params_hash = digest(described)[:16]
+    hashes = {"method": entry.method, "data_hash": data.data_hash, "params_hash": params_hash}
     with context.track(subject, described, hashes) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        _train(context, job, data, context.profile.model_settings(name), None, out, tracker, threads)
+        _train(context, job, data, context.profile.model_settings(name), None, params_hash, out, tracker, threads)
 
 
 def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
@@ -60,7 +61,8 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
     with context.track_result(experiment, seed, "finetune", data.data_hash) as tracker:
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         network = context.profile.model_settings(entry.pretraining)
-        _train(context, job, data, network, initial, out, tracker, threads)
+        params_hash = context.profile.params_hash(experiment, seed)
+        _train(context, job, data, network, initial, params_hash, out, tracker, threads)
 
 
 def _train(
@@ -69,6 +71,7 @@ def _train(
     data: Prepared,
     model_settings: ModelSettings,
     initial: Path | None,
+    params_hash: str,
     out: Outputs,
     tracker: Tracker,
     threads: int | None,
@@ -77,7 +80,9 @@ def _train(
     settings = job.settings
     model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
     if initial is not None:
-        model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
+        shape, classes = data.image_shape, data.classes
+        start = checkpoint.load(initial, data_hash=data.data_hash, model=model_settings, image_shape=shape, classes=classes)
+        model.load_state_dict(start.weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     machine = [str(device), torch.get_num_threads(), torch.__version__]
@@ -106,7 +111,8 @@ def _train(
         except TrainingError:
             tracker.final(_divergences(events))
             raise
-        _write(job, settings, model_settings, data, result, out, tracker)
+        made_by = {"run": context.run, "params_hash": params_hash, "git_commit": git_commit()}
+        _write(job, model_settings, data, result, made_by, f"{'finetune' if initial else 'pretrain'}_seconds", out, tracker)
         shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
 
 
@@ -117,11 +123,19 @@ def _divergences(events: Sequence[Event]) -> dict[str, float]:
 
 
 def _write(
-    job: Job, settings: TrainingSettings, model_settings: ModelSettings, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
+    job: Job,
+    model_settings: ModelSettings,
+    data: Prepared,
+    result: Trained,
+    made_by: Mapping[str, str],
+    seconds: str,
+    out: Outputs,
+    tracker: Tracker,
 ) -> None:
+    """made_by: run, params_hash and git_commit. seconds: the name of the training's time."""
     selected = result.selected
     metrics: dict[str, float] = {
-        "train_seconds": round(result.seconds, 3),
+        seconds: round(result.seconds, 3),
         "selected_epoch": selected.epoch,
         "selection_score": selected.score,
         "epochs": len(result.rows),
@@ -134,11 +148,13 @@ def _write(
         method=job.method,
         seed=job.seed,
         model=model_settings,
-        training=settings,
+        training=job.settings,
         image_shape=data.image_shape,
         classes=data.classes,
         data_hash=data.data_hash,
-        git_commit=git_commit(),
+        run=made_by["run"],
+        params_hash=made_by["params_hash"],
+        git_commit=made_by["git_commit"],
         metrics=metrics,
         events=tuple(map(str, result.events)),
     )
