@@ -26,7 +26,12 @@ OWN = "mine"  # a protocol that only this profile has
 FEW = {
     "n": 2,
     "pgd": {"step_size": 0.03},
-    "attacks": {"apgd_ce": {"steps": 2}, "apgd_t": {"steps": 2, "targets": 2}, "square": {"queries": 5}},
+    "attacks": {
+        "apgd_ce": {"steps": 2},
+        "apgd_t": {"steps": 2, "targets": 2},
+        "fab_t": {"steps": 1, "targets": 1},
+        "square": {"queries": 5},
+    },
 }
 HOMES = {  # headings whose names a file may have
     "pretrain": {"training", "provenance"},
@@ -44,15 +49,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vocabulary")
     content = yaml.safe_load((ROOT / "params/digits.yaml").read_text())
     content["experiments"] = {"ours": {"method": "eb_jdat", "pretraining": "clean", "training": {"ema": 0.9}}}
-    content["evaluation"]["attack"]["transfer"] = None
     small = yaml.safe_load((ROOT / "params/overrides/ci.yaml").read_text())
+    small["data"]["n_test"] = 20
     content = params.merge(content, {key: value for key, value in small.items() if key != "experiments"})
     protocols = {
-        "standard": {"eps": 0.15, "n": 2, "pgd": {"step_size": 0.03}},
+        "standard": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.03}},
         "released": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.02}},
         OWN: {"like": "standard", "eps": 0.1, **FEW},
     }
-    content["evaluation"]["attack"]["protocols"] = protocols
+    content["evaluation"]["attack"] = {"protocols": protocols, "transfer": None, "checks": {"n": 5, "steps": 20, "restarts": 1}}
     generate = {"reference": {"experiment": "ours", "seed": 0}, "protocols": {OWN: {"like": "released", "select": 1.0}}}
     content["evaluation"]["generate"] |= generate
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))

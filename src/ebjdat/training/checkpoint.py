@@ -160,8 +160,7 @@ def load(
     weights, ema = (
         {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
     )
-    with torch.device("meta"):  # only the shapes
-        network = WideResNet(header.model, header.image_shape[0], len(header.classes)).state_dict()
+    network = WideResNet(header.model, header.image_shape[0], len(header.classes)).state_dict()
     shapes = {name: tuple(value.shape) for name, value in network.items()}
     for found in ({k: tuple(v.shape) for k, v in part.items()} for part in ([weights, ema] if ema else [weights])):
         if shapes != found:
