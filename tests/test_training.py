@@ -27,6 +27,7 @@ from ebjdat.training import checkpoint, loop, schedules, updates
 from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.healing import Event
 from ebjdat.training.loop import Job, Trained, train
+from ebjdat.vocabulary import describe
 
 from .conftest import ROOT
 
@@ -209,6 +210,7 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
     assert same(result, again)
     assert not torch.equal(before["stem.weight"], result.selected.weights["stem.weight"])
     logged = set(result.rows[0])
+    assert {describe(name).stage for name in logged} <= {"curve", "energy"}
     assert {"loss", "lr", "epoch", "seconds", "validation_clean_acc", "health_energy", "health_cross_entropy"} <= logged
     assert ("validation_robust_acc" in logged) == (method in ("pgd_at", "trades", "eb_jdat"))
     chains = method in ("jem", "jempp", "sadajem", "eb_jdat")
