@@ -182,7 +182,7 @@ def inspect(path: Path) -> dict[str, Any]:
     Its "tensors" are name -> {"dtype", "shape", "sha256"}. Raises CheckpointError where there is no header to be read.
     """
     plain, tensors = _read(path, any_format=True)
-    known = plain.get(TENSORS, {})
+    known = plain[TENSORS] if isinstance(plain.get(TENSORS), dict) else {}
     told = {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "sha256": known.get(name)}
         for name, value in tensors.items()
