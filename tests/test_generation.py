@@ -23,7 +23,7 @@ from ebjdat.evaluation.generate import Samples
 from ebjdat.files import read_json
 from ebjdat.models.modes import moving_images
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import ChainSettings, GenerateSettings, ModelSettings, ParamsError, Profile
+from ebjdat.params import ChainSettings, GenerateSettings, ParamsError, Profile
 from ebjdat.report.figures import animate
 from ebjdat.samplers.chains import strides, walk
 from ebjdat.samplers.starts import StartPool
@@ -362,12 +362,13 @@ def test_the_gif_of_pure_noise_is_below_a_megabyte(frames: int, side: int, class
 
 def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Samples | None) -> WideResNet:
     """A network's checkpoint; its head is scaled so that what it says of images is not all alike."""
-    settings = ModelSettings(depth=10, width=1)
+    settings = profile.model
     network = build(settings, 1, 10, seed)
     with torch.no_grad():
         network.head.weight *= 20
     header = checkpoint.Header(
         title="test",
+        run="digits",
         method="eb_jdat",
         seed=seed,
         model=settings,
@@ -375,6 +376,7 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
         image_shape=data.image_shape,
         classes=data.classes,
         data_hash=data.data_hash,
+        params_hash="none",
         git_commit="none",
         metrics={},
     )

@@ -311,7 +311,9 @@ def test_the_logged_model_classifies_images_in_the_unit_range(
     runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
 ) -> None:
     model = ModelSettings(depth=10, width=1)
-    header = Header("eb_jdat/seed0", "eb_jdat", 0, model, profile.training_settings("eb_jdat"), (1, 8, 8), digits.classes, "d", "c", {})
+    header = Header(
+        "eb_jdat/seed0", "digits", "eb_jdat", 0, model, profile.training_settings("eb_jdat"), (1, 8, 8), digits.classes, "d", "p", "c", {}
+    )
     checkpoint.save(Checkpoint(header, network.state_dict(), None, None), Path("c.safetensors"))
     with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
         tracker.model(Path("c.safetensors"))

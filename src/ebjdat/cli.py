@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -340,6 +341,81 @@ def methods(
             values |= flat(entry["defaults"])
             table.add_row(name, entry["source"], "\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()))
         console.print(table)
+
+
+@app.command()
+@friendly
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="One name, e.g. released_pgd20_acc; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="docs/metrics.md.")] = False,
+) -> None:
+    """Explain every name in result files, DVC, MLflow and the report, or one: meaning, unit, which direction is better."""
+    import json
+
+    from ebjdat.vocabulary import STAGES, VOCABULARY, describe, markdown
+
+    chosen = VOCABULARY if name is None else (describe(name),)
+    if as_markdown:
+        typer.echo(markdown(), nl=False)
+        return
+    if as_json:
+        typer.echo(json.dumps([vars(quantity) for quantity in chosen], indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for stage in dict.fromkeys(quantity.stage for quantity in chosen):
+        rows = [quantity for quantity in chosen if quantity.stage == stage]
+        table = Table("name", "meaning", "unit", "better", "only where", title=stage, title_justify="left", caption=STAGES[stage])
+        for q in rows:
+            table.add_row(*map(escape, (q.name, q.meaning, q.unit, q.better, q.only)))
+        console.print(table)
+
+
+@app.command()
+@friendly
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint (safetensors).", metavar="CHECKPOINT")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what made a checkpoint and what it holds, and verify its digests; exit code 1 when they do not fit."""
+    import json
+
+    from ebjdat.params import flat
+    from ebjdat.training.checkpoint import inspect as read
+
+    told = read(file)
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+        raise typer.Exit(1 if told["problems"] else 0)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    table = Table("", str(file), title_justify="left", show_header=True)
+    for key, value in told.items():
+        if key not in ("tensors", "problems", "model", "training", "metrics"):
+            table.add_row(key, escape(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    for section in ("model", "training", "metrics"):
+        table.add_section()
+        for key, value in flat(told.get(section, {})).items():
+            table.add_row(f"{section}.{key}", escape(str(value)))
+    table.add_section()
+    for part, what in (("model.", "weights"), ("ema.", "averaged weights"), ("buffer.", "replay buffer")):
+        shapes = {name: entry["shape"] for name, entry in told["tensors"].items() if name.startswith(part)}
+        if shapes:
+            table.add_row(what, f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes.values()):,} numbers")
+    console.print(table)
+    if told["problems"]:
+        typer.secho("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in told["problems"]), fg="red", err=True)
+        raise typer.Exit(1)
+    typer.secho("every digest fits: header and tensors are as they were written", fg="green")
 
 
 def _known(name: str, names: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ CODE = {
     "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
     "reliability": package(*EVALUATION, "stages/reliability.py", "report/figures.py"),
     "report": [
-        *package(*BASE, "statistics.py", "report", "stages/report.py"),
+        *package(*BASE, "statistics.py", "vocabulary.py", "report", "stages/report.py"),
         *sorted(str(p) for p in Path("src/ebjdat/report").glob("*.j2")),
         "src/ebjdat/report/paper.yaml",
     ],

@@ -27,7 +27,7 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tens
     """Logits, cross-entropy, and what is logged of them under `name` ("clean" or "robust")."""
     logits = model(x)
     ce = F.cross_entropy(logits, y)
-    return logits, ce, {f"ce_{name}": ce.detach(), f"batch_acc_{name}": _accuracy(logits.detach(), y)}
+    return logits, ce, {f"ce_{name}": ce.detach(), f"batch_{name}_acc": _accuracy(logits.detach(), y)}
 
 
 def _generation(model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor, weights: WeightSettings) -> tuple[Tensor, Terms]:
@@ -64,7 +64,7 @@ def trades(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings
         "loss": ce + weights.beta * kl,
         **logged,
         "kl": kl.detach(),
-        "batch_acc_robust": _accuracy(adversarial_logits.detach(), batch.y),
+        "batch_robust_acc": _accuracy(adversarial_logits.detach(), batch.y),
         "energy_clean": marginal_energy(logits.detach()).mean(),
         "energy_adversarial": marginal_energy(adversarial_logits.detach()).mean(),
     }

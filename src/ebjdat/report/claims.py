@@ -17,6 +17,7 @@ from ebjdat.params import RELEASED, STANDARD, Profile, base_of, form_of, prefix_
 from ebjdat.registry import FORMS
 from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_of
 from ebjdat.statistics import mcnemar, normal, over_seeds
+from ebjdat.vocabulary import describe, sign
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05
@@ -125,7 +126,7 @@ class Evidence:
         if not significant:
             return "open", f"{how}: no difference that these examples can show"
         how += "" if len(counts) > 1 else "; one seed: of these two networks, not yet of the methods"
-        return ("holds" if np.mean(differences) > 0 else "fails"), how
+        return ("holds" if sign(f"{column}_acc") * np.mean(differences) > 0 else "fails"), how
 
 
 Claim = Callable[[Evidence], Finding | None]  # None: no experiment of the profile is about it
@@ -278,7 +279,8 @@ def _closes(e: Evidence, claim: str, paper: str, gap: str, who: str | None, agai
     ]
     if mine.n == 1 and verdict != "open":
         why += "; one seed: of these two networks, not yet of the methods"
-    return Finding(claim, paper, measured, "energies of test images, PGD-20 neighbours (standard) and fresh chains, nats", verdict, why)
+    protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(gap).unit}"
+    return Finding(claim, paper, measured, protocol, verdict, why)
 
 
 def training_closes_first_gap(e: Evidence) -> Finding | None:

@@ -146,7 +146,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame], columns: int = 4) -> Fig
     lines = -(-len(curves) // columns)
     columns = min(columns, len(curves))
     figure, axes = plt.subplots(2 * lines, columns, figsize=(2.7 * columns + 0.6, 4 * lines), squeeze=False, layout="constrained")
-    shown = {"validation_acc_clean": ("clean", "validation, clean"), "validation_acc_robust": ("adversarial", "validation, PGD")}
+    shown = {"validation_clean_acc": ("clean", "validation, clean"), "validation_robust_acc": ("adversarial", "validation, PGD")}
     energies = {"energy_clean": "clean", "energy_adversarial": "adversarial", "energy_generated": "generated"}
     for axis in axes.flat:
         axis.set_visible(False)

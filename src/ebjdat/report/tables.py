@@ -17,8 +17,9 @@ from ebjdat.files import read_json, write_text
 from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, prefix_of
 from ebjdat.registry import BASES, FORMS, METHODS
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
+from ebjdat.vocabulary import Quantity, describe
 
-# The contract with other programs: columns of summary.csv, in this order. Documented in docs/results-format.md.
+# The contract with other programs: columns of summary.csv, in this order. Listed in docs/results-format.md, explained in docs/metrics.md.
 SUMMARY_COLUMNS = (
     "experiment",
     "method",
@@ -62,26 +63,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of the table. correct: the count it is a fraction of `n` from; se: its standard error, for the interval."""
+    """A column of the table: where its n and its interval come from; what it means is the vocabulary's to say.
+
+    correct: the count it is a fraction of `n` from; se: its standard error; paper: its name among the paper's numbers.
+    """
 
     name: str
-    label: str
-    percent: bool
-    n: str
-    better: str  # "higher" or "lower"
+    n: str = ""
     correct: str | None = None
     se: str | None = None
-    paper: str | None = None  # its name among the paper's numbers
+    paper: str | None = None
+
+    @property
+    def quantity(self) -> Quantity:
+        return describe(self.name)
+
+    @property
+    def label(self) -> str:
+        return self.quantity.label
+
+    @property
+    def percent(self) -> bool:
+        return self.quantity.percent
+
+    @property
+    def better(self) -> str:
+        return self.quantity.better
 
 
-METRICS = (
-    Metric("clean_acc", "clean %", True, "n_test", "higher", "clean_correct", paper="clean"),
-    Metric("pgd20_acc", "PGD-20 %", True, "n_test", "higher", "pgd20_correct", paper="pgd20"),
-    Metric("autoattack_acc", "AutoAttack %", True, "n_attack", "higher", "autoattack_correct", paper="autoattack"),
-    Metric("frechet", "Fréchet", False, "n_samples", "lower", paper="fid"),
-    Metric("energy_gap_adversarial", "gap adv.", False, "n_energy_clean", "lower", se="energy_gap_adversarial_se"),
-    Metric("energy_gap_generated", "gap gen.", False, "n_energy_generated", "lower", se="energy_gap_generated_se"),
-    Metric("train_seconds", "train s", False, "", "lower"),
+METRICS = (  # vocabulary.TABLE, in its order
+    Metric("clean_acc", "n_test", "clean_correct", paper="clean"),
+    Metric("pgd20_acc", "n_test", "pgd20_correct", paper="pgd20"),
+    Metric("autoattack_acc", "n_attack", "autoattack_correct", paper="autoattack"),
+    Metric("frechet", "n_samples", paper="fid"),
+    Metric("energy_gap_adversarial", "n_energy_clean", se="energy_gap_adversarial_se"),
+    Metric("energy_gap_generated", "n_energy_generated", se="energy_gap_generated_se"),
+    Metric("train_seconds"),
 )
 
 
@@ -99,8 +116,8 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
             metrics: dict[str, Any] = {}
             for part in parts.values():
                 metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
-            metrics["finetune_seconds"] = metrics["train_seconds"]
-            metrics["train_seconds"] = round(metrics["train_seconds"] + before["train_seconds"], 3)
+            metrics["pretrain_seconds"] = before["pretrain_seconds"]
+            metrics["train_seconds"] = round(metrics["finetune_seconds"] + metrics["pretrain_seconds"], 3)
             events = [f"pretraining {experiment.pretraining}, {event}" for event in before.get("events", [])]
             metrics["events"] = events + metrics.get("events", [])
             commit = parts["finetune"]["git_commit"]
@@ -258,17 +275,17 @@ def write_markdown(table: pd.DataFrame, rows: Sequence[Row], profile: Profile, c
 
 def averaged_weights(rows: Sequence[Row]) -> list[list[str]]:
     """Header and a row per run whose training kept averaged weights: raw -> averaged."""
-    pairs = (("clean_acc", "clean %"), ("pgd20_acc", "PGD-20 %"), ("autoattack_acc", "AutoAttack %"), ("frechet", "Fréchet"))
+    names = ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet")
     found = []
     for row in rows:
         if "ema_clean_acc" in row.metrics:
             cells = []
-            for name, _ in pairs:
+            for name in names:
                 raw, averaged = row.metrics.get(name), row.metrics.get(f"ema_{name}")
                 scale, digits = (1, 2) if name == "frechet" else (100, 1)
                 cells.append("–" if raw is None or averaged is None else f"{raw * scale:.{digits}f} → {averaged * scale:.{digits}f}")
             found.append([row.experiment, str(row.seed), *cells])
-    return [["experiment", "seed", *(label for _, label in pairs)], *found] if found else []
+    return [["experiment", "seed", *(describe(name).label for name in names)], *found] if found else []
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -388,7 +405,8 @@ def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[di
 
 def sample_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
     """Heads, then (experiment, cells): how samples compare, of one seed. details: experiment -> metrics."""
-    heads = ["Fréchet", "KID ×1000", "precision %", "recall %", "score", "Fréchet, E(x, y) chains", "Fréchet, buffer", "Fréchet, released"]
+    heads = [describe(name).label for name in ("frechet", "kid", "precision", "recall", "reference_score")]
+    heads += [f"{describe('frechet').label}, {kind}" for kind in ("E(x, y) chains", "buffer", "released")]
     lines: list[Any] = [heads]
     for name, d in details.items():
         score = "inception_score" if d.get("inception_score") is not None else "reference_score"
@@ -416,7 +434,8 @@ def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
         for key in first
         if key.startswith(start) and not key.endswith(("_low", "_high"))
     }
-    heads = ["ECE %", "ECE, scaled %", "temperature", "NLL", *(f"{label} (energy)" for label in columns.values())]
+    heads = [describe(name).label for name in ("ece", "ece_scaled", "temperature", "nll")]
+    heads += [f"{label} (energy)" for label in columns.values()]
     lines: list[Any] = [heads]
     for name, d in details.items():
         cells = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import shutil
 import sys
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def run(
     """Evaluate a checkpoint of the profile; averaged weights, where it has them, beside the raw ones."""
     data = prepared.load(data_path)
     device = context.device(threads)
-    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    loaded = checkpoint.load_for(context.profile, experiment, weights, data)
     settings = context.profile.evaluation.attack
     test = DeviceData(data, "test", device)
     x, y = test.unit(), test.labels
@@ -101,7 +102,8 @@ def run_any(
     other = outside_model(source, None).to(device) if source else None
     images, labels = outside.images_of(data_path, size)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
-    tensors = digest(*(part for name, value in model.state_dict().items() if isinstance(value, Tensor) for part in (name, _bytes(value))))
+    parts = ((name, checkpoint.content(value).tobytes()) for name, value in model.state_dict().items() if isinstance(value, Tensor))
+    tensors = digest(*itertools.chain.from_iterable(parts))
     data_hash = digest(images.tobytes(), labels.tobytes())[:16]
     place = out.parent / f".{out.name}.state"
     with alone(place):
@@ -155,10 +157,6 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path}: a state dict is needed, found {type(found).__name__}")
     return {name.removeprefix("module."): value for name, value in found.items()}
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _made_from(settings: AttackSettings, device: torch.device, *inputs: Any) -> str:

@@ -39,7 +39,7 @@ def generate(
 
     data = prepared.load(data_path)
     device = context.device(threads)
-    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    loaded = checkpoint.load_for(context.profile, experiment, weights, data)
     settings = context.profile.evaluation.generate
     train = DeviceData(data, "train", device)
     with context.track_result(experiment, seed, "generate", data, out) as tracker:
@@ -100,7 +100,7 @@ def energy(
 
     data = prepared.load(data_path)
     device = context.device(threads)
-    loaded = checkpoint.load(weights, data_hash=data.data_hash)
+    loaded = checkpoint.load_for(context.profile, experiment, weights, data)
     settings, attack_settings = context.profile.evaluation.energy, context.profile.evaluation.attack
     with context.track_result(experiment, seed, "energy", data, out) as tracker:
         model = UnitRange(loaded.network(device)).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.files import digest, git_commit, write_json, write_text
 from ebjdat.models import wrn
-from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.params import ModelSettings
 from ebjdat.stages.context import Context, alone, source_files
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
@@ -51,10 +51,11 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
         "training": settings.model_dump(),
         "seed": seed,
     }
-    tags = {"method": entry.method, "params_hash": digest(described)[:16]}
+    params_hash = digest(described)[:16]
+    tags = {"method": entry.method, "params_hash": params_hash}
     with context.track(subject, described, tags, out.metrics, data) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        _train(context, job, data, context.profile.model_settings(name), None, out, tracker, threads)
+        _train(context, job, data, context.profile.model_settings(name), None, params_hash, out, tracker, threads)
 
 
 def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
@@ -64,7 +65,8 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
     with context.track_result(experiment, seed, "finetune", data, out.metrics) as tracker:
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         network = context.profile.model_settings(entry.pretraining)
-        _train(context, job, data, network, initial, out, tracker, threads)
+        params_hash = context.profile.params_hash(experiment, seed)
+        _train(context, job, data, network, initial, params_hash, out, tracker, threads)
 
 
 def _train(
@@ -73,6 +75,7 @@ def _train(
     data: Prepared,
     model_settings: ModelSettings,
     initial: Path | None,
+    params_hash: str,
     out: Outputs,
     tracker: Tracker,
     threads: int | None,
@@ -81,7 +84,9 @@ def _train(
     settings = job.settings
     model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
     if initial is not None:
-        model.load_state_dict(checkpoint.load(initial, data_hash=data.data_hash, model=model_settings).weights)
+        shape, classes = data.image_shape, data.classes
+        start = checkpoint.load(initial, data_hash=data.data_hash, model=model_settings, image_shape=shape, classes=classes)
+        model.load_state_dict(start.weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     machine = [str(device), torch.get_num_threads(), torch.__version__]
@@ -111,18 +116,19 @@ def _train(
         except TrainingError:
             tracker.final(_divergences(events))
             raise
-        _write(job, settings, model_settings, data, result, out, tracker)
+        made_by = {"run": context.run, "params_hash": params_hash, "git_commit": git_commit()}
+        _write(job, model_settings, data, result, made_by, f"{'finetune' if initial else 'pretrain'}_seconds", out, tracker)
         shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
 
 
 def _png(images: Tensor, per_row: int = 8) -> bytes:
     """Images, uint8 (N, C, H, W), in rows; small ones enlarged."""
+    scale = max(1, 32 // images.shape[-1])
     images = F.pad(images, (1, 1, 1, 1), value=255)
     images = images[: len(images) // per_row * per_row] if len(images) >= per_row else images
     rows = [torch.cat(list(row), dim=2) for row in images.split(per_row)]
     grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()  # (H, W, C)
     picture = Image.fromarray(grid if grid.shape[2] == 3 else grid[..., 0])
-    scale = max(1, 32 // images.shape[-1])
     file = io.BytesIO()
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
@@ -135,11 +141,19 @@ def _divergences(events: Sequence[Event]) -> dict[str, float]:
 
 
 def _write(
-    job: Job, settings: TrainingSettings, model_settings: ModelSettings, data: Prepared, result: Trained, out: Outputs, tracker: Tracker
+    job: Job,
+    model_settings: ModelSettings,
+    data: Prepared,
+    result: Trained,
+    made_by: Mapping[str, str],
+    seconds: str,
+    out: Outputs,
+    tracker: Tracker,
 ) -> None:
+    """made_by: run, params_hash and git_commit. seconds: the name of the training's time."""
     selected = result.selected
     metrics: dict[str, float] = {
-        "train_seconds": round(result.seconds, 3),
+        seconds: round(result.seconds, 3),
         "selected_epoch": selected.epoch,
         "selection_score": selected.score,
         "epochs": len(result.rows),
@@ -152,11 +166,13 @@ def _write(
         method=job.method,
         seed=job.seed,
         model=model_settings,
-        training=settings,
+        training=job.settings,
         image_shape=data.image_shape,
         classes=data.classes,
         data_hash=data.data_hash,
-        git_commit=git_commit(),
+        run=made_by["run"],
+        params_hash=made_by["params_hash"],
+        git_commit=made_by["git_commit"],
         metrics=metrics,
         events=tuple(map(str, result.events)),
     )

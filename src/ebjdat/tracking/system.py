@@ -51,6 +51,7 @@ class Sampler:
             found[f"gpu_{index}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
             found[f"gpu_{index}_memory_usage_megabytes"] = held.used / 1e6
             found[f"gpu_{index}_memory_usage_percentage"] = 100 * held.used / held.total
+            found[f"gpu_{index}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
         return {f"system/{name}": round(float(value), 2) for name, value in found.items()}
 
 

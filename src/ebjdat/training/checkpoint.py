@@ -1,24 +1,36 @@
-"""Checkpoints: one safetensors file with weights, the replay buffer, and in its header everything that explains them."""
+"""Checkpoints: one safetensors file with weights, the replay buffer, and in its header everything that explains them.
+
+The header also holds a digest of each tensor and of itself, by which every load notices a file that is not as it was
+written. That is against accidents and hand edits: whoever computes the digests again is not found out.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ebjdat import __version__
+from ebjdat.data.prepared import Prepared
 from ebjdat.errors import UserError
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.params import ModelSettings, Profile, TrainingSettings
 
 HEADER = "ebjdat"
+FORMAT = 2  # 1 had no digests
+FEW = 5  # names in a message
+TENSORS, DIGEST = "tensors", "digest"  # keys beside the header's own
 
 
 class CheckpointError(UserError):
@@ -30,6 +42,7 @@ class Header:
     """What made a checkpoint, and what it is for."""
 
     title: str
+    run: str  # name of results: the profile, and what it is overridden by
     method: str
     seed: int
     model: ModelSettings
@@ -37,20 +50,20 @@ class Header:
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     data_hash: str
+    params_hash: str  # of the experiment and seed, when it was trained
     git_commit: str
     metrics: dict[str, float]
     events: tuple[str, ...] = ()  # divergences, and what was changed in `training` after them
     version: str = __version__
+    format: int = FORMAT
 
-    def dump(self) -> str:
-        plain = vars(self) | {"model": self.model.model_dump(), "training": self.training.model_dump()}
-        return json.dumps(plain, sort_keys=True)
+    def plain(self) -> dict[str, Any]:
+        return vars(self) | {"model": self.model.model_dump(), "training": self.training.model_dump()}
 
     @classmethod
-    def parse(cls, text: str) -> Header:
-        plain: dict[str, Any] = json.loads(text)
+    def parse(cls, plain: Mapping[str, Any]) -> Header:
         return cls(
-            **plain
+            **dict(plain)
             | {
                 "model": ModelSettings.model_validate(plain["model"]),
                 "training": TrainingSettings.model_validate(plain["training"]),
@@ -82,19 +95,103 @@ class Checkpoint:
         return model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
+def content(value: Tensor) -> NDArray[np.uint8]:
+    """A tensor's bytes, row by row."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def tensor_digest(value: Tensor) -> str:
+    """sha256 of "dtype (shape) " and the bytes, e.g. "float32 (10, 16) ..."; a scalar's shape is "()"."""
+    total = hashlib.sha256(f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} ".encode())
+    total.update(content(value).data)
+    return total.hexdigest()
+
+
+def header_digest(plain: Mapping[str, Any]) -> str:
+    """sha256 of the header as JSON with sorted keys, without its own digest."""
+    rest = {name: value for name, value in plain.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def save(checkpoint: Checkpoint, path: Path) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in checkpoint.weights.items()}
     tensors |= {f"ema.{name}": value.contiguous() for name, value in (checkpoint.ema or {}).items()}
     if checkpoint.buffer is not None and checkpoint.buffer_labels is not None:
         tensors |= {"buffer.images": checkpoint.buffer.contiguous(), "buffer.labels": checkpoint.buffer_labels.contiguous()}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, {HEADER: checkpoint.header.dump()}))
+    plain = checkpoint.header.plain() | {TENSORS: {name: tensor_digest(value) for name, value in tensors.items()}}
+    plain[DIGEST] = header_digest(plain)
+    # one entry: safetensors writes several in no fixed order, and the same training would give other bytes
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, {HEADER: json.dumps(plain, sort_keys=True)}))
 
 
-def load(path: Path, *, data_hash: str | None = None, model: ModelSettings | None = None) -> Checkpoint:
-    """Read a checkpoint; with data_hash or model, refuse one that was made from other data or for another network.
+def load(
+    path: Path,
+    *,
+    data_hash: str | None = None,
+    model: ModelSettings | None = None,
+    method: str | None = None,
+    image_shape: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Checkpoint:
+    """Read a checkpoint and verify its digests; with any of the arguments, refuse one that was made for something else.
 
-    Raises CheckpointError for a missing, truncated or foreign file, and for one that does not fit, saying what differs.
+    Raises CheckpointError for a missing, truncated, changed or foreign file, and for one that does not fit, saying what
+    differs and what to do.
     """
+    plain, tensors = _read(path)
+    wrong = _problems(plain, tensors)
+    if wrong:
+        raise CheckpointError(f"{path}: not as it was written: {'; '.join(wrong)}; do not trust it, delete it and run its stage again")
+    try:
+        header = Header.parse({name: value for name, value in plain.items() if name not in (TENSORS, DIGEST)})
+    except (ValueError, TypeError, KeyError) as error:
+        told = f"written by version {plain.get('version')}, cannot be read by version {__version__}"
+        raise CheckpointError(f"{path}: its header, {told}: {error}; run its stage again") from error
+    expected = {"method": method, "image_shape": image_shape, "classes": classes, "data_hash": data_hash}
+    differs = [_difference(name, getattr(header, name), value) for name, value in expected.items() if value is not None]
+    if model is not None:
+        theirs, ours = header.model.model_dump(), model.model_dump()
+        parts = [f"{k} {theirs[k]} (settings: {ours[k]})" for k in ours if theirs[k] != ours[k]]
+        differs.append(f"holds another network: {', '.join(parts)}" if parts else "")
+    if any(differs):
+        raise CheckpointError(
+            f"{path}: {'; '.join(filter(None, differs))}; train again, or give the checkpoint that belongs to these settings and data"
+        )
+    weights, ema = (
+        {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
+    )
+    network = WideResNet(header.model, header.image_shape[0], len(header.classes)).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in network.items()}
+    for found in ({k: tuple(v.shape) for k, v in part.items()} for part in ([weights, ema] if ema else [weights])):
+        if shapes != found:
+            unfit = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))
+            raise CheckpointError(f"{path}: tensors do not fit its own header: {_named(unfit)}; run its stage again")
+    return Checkpoint(header, weights, tensors.get("buffer.images"), tensors.get("buffer.labels"), ema or None)
+
+
+def load_for(profile: Profile, experiment: str, path: Path, data: Prepared) -> Checkpoint:
+    """The checkpoint of a profile's experiment on these data. Raises CheckpointError for one of another method, network or data."""
+    entry = profile.experiments[experiment]
+    network, shape = profile.model_settings(entry.pretraining), data.image_shape
+    return load(path, data_hash=data.data_hash, model=network, method=entry.method, image_shape=shape, classes=data.classes)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """A checkpoint's header as it stands, also of another format, with "problems": what is not as it was written.
+
+    Its "tensors" are name -> {"dtype", "shape", "sha256"}. Raises CheckpointError where there is no header to be read.
+    """
+    plain, tensors = _read(path, any_format=True)
+    known = plain[TENSORS] if isinstance(plain.get(TENSORS), dict) else {}
+    told = {
+        name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "sha256": known.get(name)}
+        for name, value in tensors.items()
+    }
+    wrong = _problems(plain, tensors) if plain.get("format") == FORMAT else [_old(plain)]
+    return {**plain, TENSORS: told, "problems": wrong}
+
+
+def _read(path: Path, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
@@ -106,22 +203,60 @@ def load(path: Path, *, data_hash: str | None = None, model: ModelSettings | Non
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this package (no {HEADER!r} header)")
     try:
-        header = Header.parse(text)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read by version {__version__}: {error}") from error
-    if data_hash is not None and header.data_hash != data_hash:
-        raise CheckpointError(f"{path}: was trained on data {header.data_hash}, this is data {data_hash}; train again")
-    if model is not None and header.model != model:
-        theirs, ours = header.model.model_dump(), model.model_dump()
-        differs = ", ".join(f"{k} {theirs[k]} (settings: {ours[k]})" for k in ours if theirs[k] != ours[k])
-        raise CheckpointError(f"{path}: holds another network: {differs}; train again")
-    weights, ema = (
-        {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
+        plain = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not JSON ({error}); delete it and run its stage again") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: its header is no JSON object; delete it and run its stage again")
+    if plain.get("format") != FORMAT and not any_format:
+        raise CheckpointError(f"{path}: {_old(plain)}")
+    return plain, tensors
+
+
+def _old(plain: Mapping[str, Any]) -> str:
+    what = "has no digests, so nothing says that it is as it was written" if "format" not in plain else "is of another version"
+    return (
+        f"checkpoint format {plain.get('format', 1)} {what}; version {__version__} reads format {FORMAT} (written by version "
+        f"{plain.get('version', 'unknown')}, commit {plain.get('git_commit', 'unknown')}): run its stage again"
     )
-    channels, classes = header.image_shape[0], len(header.classes)
-    expected = {k: tuple(v.shape) for k, v in WideResNet(header.model, channels, classes).state_dict().items()}
-    for found in ({k: tuple(v.shape) for k, v in part.items()} for part in ([weights, ema] if ema else [weights])):
-        if expected != found:
-            wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            raise CheckpointError(f"{path}: tensors do not fit its own header: {', '.join(wrong[:5])}")
-    return Checkpoint(header, weights, tensors.get("buffer.images"), tensors.get("buffer.labels"), ema or None)
+
+
+def _problems(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """How header and tensors differ from what was written, in words; empty when they do not."""
+    wrong = []
+    written = plain.get(TENSORS)
+    if plain.get(DIGEST) != header_digest(plain) or not isinstance(written, dict):
+        wrong.append("the header was changed (its digest does not fit)")
+    written = written if isinstance(written, dict) else {}
+    changed = sorted(name for name in tensors.keys() & written.keys() if tensor_digest(tensors[name]) != written[name])
+    for names, what in (
+        (changed, "changed"),
+        (sorted(written.keys() - tensors.keys()), "missing"),
+        (sorted(tensors.keys() - written.keys()), "added"),
+    ):
+        if names:
+            wrong.append(f"tensors {what}: {_named(names)}")
+    return wrong
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """What a checkpoint is of against what is wanted; "" where they agree."""
+    if isinstance(theirs, tuple):
+        ours = tuple(ours)
+    if theirs == ours:
+        return ""
+    if name == "data_hash":
+        return f"was trained on data {theirs}, this is data {ours}"
+    if name == "classes":
+        if len(theirs) != len(ours):
+            return f"tells {len(theirs)} classes apart, here are {len(ours)}"
+        other = [f"{a!r} (here: {b!r})" for a, b in zip(theirs, ours, strict=True) if a != b]
+        return f"has other classes: {_named(other)}"
+    if name == "image_shape":
+        return f"takes images of shape {theirs}, here they are {ours} (channels, height, width)"
+    return f"{name} {theirs!r}, not {ours!r}"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more

@@ -34,7 +34,7 @@ from ebjdat.samplers.starts import StartPool
 from ebjdat.training import healing
 from ebjdat.training.healing import Event
 
-SHOWN = ("loss", "batch_acc_clean", "batch_acc_robust", "energy_clean", "energy_adversarial", "energy_generated")
+SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
 VALIDATION_BATCH = 250
 SHOWN_CHAINS = 10  # epochs at which chains are shown
 
@@ -206,7 +206,7 @@ def train(
             on_epoch(row)
             if learner.buffer is not None and (progress.epoch % math.ceil(epochs / SHOWN_CHAINS) == 0 or progress.epoch == epochs):
                 on_chains(progress.epoch, _first_chains(learner.buffer, len(pool.mean)))
-            shown = [n for n in (*SHOWN, "validation_acc_clean", "validation_acc_robust") if n in row]
+            shown = [n for n in (*SHOWN, "validation_clean_acc", "validation_robust_acc") if n in row]
             bar.line(f"epoch {progress.epoch}/{epochs}  " + format_values({n: row[n] for n in shown}))
     if not progress.selected.weights:  # no epochs, or ended before checkpoints compete
         progress.select(0.0, progress.epoch, learner)
@@ -337,13 +337,13 @@ def validate(learner: Learner, job: Job, validation: DeviceData, row: dict[str, 
     robust = wanted != "clean"
     networks: dict[str, nn.Module] = {"": learner.model}
     if learner.ema is not None:
-        networks["_ema"] = learner.ema.module
-    for suffix, network in networks.items():
+        networks["ema_"] = learner.ema.module
+    for prefix, network in networks.items():
         for name, value in validation_scores(network, job.settings, validation, robust).items():
-            row[f"validation_{name}{suffix}"] = value
+            row[f"{prefix}validation_{name}"] = value
     if wanted != "clean_and_robust":
-        return row[f"validation_acc_{wanted}"]
-    return (row["validation_acc_clean"] + row["validation_acc_robust"]) / 2
+        return row[f"validation_{wanted}_acc"]
+    return (row["validation_clean_acc"] + row["validation_robust_acc"]) / 2
 
 
 def validation_scores(model: nn.Module, settings: TrainingSettings, validation: DeviceData, robust: bool) -> dict[str, float]:
@@ -353,20 +353,20 @@ def validation_scores(model: nn.Module, settings: TrainingSettings, validation: 
     """
     plain = {"score": "ce", "steps": 10, "mode": "eval", "start": "uniform", "project": True, "range": "unit"}
     attack = settings.adversary.model_copy(update=plain)
-    correct = {"acc_clean": 0, "acc_robust": 0}
+    correct = {"clean_acc": 0, "robust_acc": 0}
     energy = 0.0
     for start in range(0, len(validation), VALIDATION_BATCH):
         index = slice(start, start + VALIDATION_BATCH)
         x, y = validation.internal(index), validation.labels[index]
         with evaluating(model):
             logits = model(x)
-            correct["acc_clean"] += int((logits.argmax(1) == y).sum())
+            correct["clean_acc"] += int((logits.argmax(1) == y).sum())
             energy += float(marginal_energy(logits).sum())
         if robust:
             x = neighbours(model, x, y, attack, generator(validation.device, "validation", start))
             with evaluating(model):
-                correct["acc_robust"] += int((model(x).argmax(1) == y).sum())
-    found = {name: n / len(validation) for name, n in correct.items() if name == "acc_clean" or robust}
+                correct["robust_acc"] += int((model(x).argmax(1) == y).sum())
+    found = {name: n / len(validation) for name, n in correct.items() if name == "clean_acc" or robust}
     return {**found, "energy": energy / len(validation)}
 
 

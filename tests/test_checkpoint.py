@@ -1,0 +1,283 @@
+"""Checkpoints as files: what is read back, and every way in which a file can be wrong, made in its bytes here.
+
+The layout (safetensors: 8 bytes of length, JSON, tensors) and the digests are written out again, not taken from the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ebjdat.cli import app
+from ebjdat.data.prepared import Prepared
+from ebjdat.models.modes import UnitRange
+from ebjdat.models.wrn import WideResNet, build
+from ebjdat.params import ModelSettings, Profile
+from ebjdat.training import checkpoint
+from ebjdat.training.checkpoint import Checkpoint, CheckpointError, Header
+
+from .conftest import ROOT
+
+MODEL = ModelSettings(depth=10, width=1)
+
+
+@pytest.fixture
+def header(profile: Profile) -> Header:
+    return Header(
+        title="eb_jdat/seed0",
+        run="digits",
+        method="eb_jdat",
+        seed=0,
+        model=MODEL,
+        training=profile.training_settings("eb_jdat"),
+        image_shape=(1, 8, 8),
+        classes=tuple("0123456789"),
+        data_hash="data1",
+        params_hash="params1",
+        git_commit="abc",
+        metrics={"selection_score": 0.1 + 0.2},
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path, network: WideResNet, header: Header) -> Path:
+    buffer = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    averaged = {name: value + 1 for name, value in network.state_dict().items()}
+    checkpoint.save(Checkpoint(header, network.state_dict(), buffer, torch.arange(6), averaged), tmp_path / "c.safetensors")
+    return tmp_path / "c.safetensors"
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The file's own table (dtype, shape and place of each tensor, and "__metadata__") and the tensors' bytes."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def written(path: Path, table: dict[str, Any], data: bytes) -> Path:
+    text = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The file with another header of this package, everything else as it was."""
+    table, data = parts(path)
+    plain = json.loads(table["__metadata__"]["ebjdat"])
+    change(plain)
+    table["__metadata__"]["ebjdat"] = json.dumps(plain)
+    return written(path, table, data)
+
+
+def test_round_trip(saved: Path, network: WideResNet) -> None:
+    loaded = checkpoint.load(
+        saved, data_hash="data1", model=MODEL, method="eb_jdat", image_shape=[1, 8, 8], classes=[str(k) for k in range(10)]
+    )
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.allclose(loaded.network(torch.device("cpu"))(x), network.eval()(x), atol=1e-5)  # another memory format
+    assert loaded.buffer is not None
+    assert loaded.buffer.shape == (6, 1, 8, 8)
+    assert loaded.ema is not None
+    assert torch.equal(loaded.ema["head.weight"], loaded.weights["head.weight"] + 1)
+    assert loaded.header.training.adversary.score == "energy"
+    assert (loaded.header.run, loaded.header.params_hash) == ("digits", "params1")
+    assert loaded.header.metrics == {"selection_score": 0.30000000000000004}
+
+
+def test_the_same_content_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    checkpoint.save(checkpoint.load(saved), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_digests_are_those_that_the_documentation_says(saved: Path) -> None:
+    """Recomputed with NumPy and hashlib: "dtype (shape) " and the bytes; the header as sorted JSON without its digest."""
+    table, data = parts(saved)
+    plain = json.loads(table["__metadata__"]["ebjdat"])
+    names = {"F32": "float32", "I64": "int64", "U8": "uint8"}
+    for name, entry in table.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            shape = str(tuple(entry["shape"]))
+            text = f"{names[entry['dtype']]} {shape} ".encode() + data[begin:end]
+            assert plain["tensors"].pop(name) == hashlib.sha256(text).hexdigest()
+    assert plain["tensors"] == {}
+    plain = json.loads(table["__metadata__"]["ebjdat"])
+    own = plain.pop("digest")
+    assert own == hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["model.stem.weight", "ema.head.bias", "buffer.images", "model.blocks.0.norm1.num_batches_tracked"])
+def test_one_flipped_bit_names_its_tensor(saved: Path, name: str) -> None:
+    table, data = parts(saved)
+    name = name if name in table else next(n for n in table if n.endswith("num_batches_tracked"))
+    begin, end = table[name]["data_offsets"]
+    place = begin + (end - begin) // 2
+    flipped = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    with pytest.raises(CheckpointError, match=rf"not as it was written: tensors changed: {name};"):
+        checkpoint.load(written(saved, table, flipped))
+
+
+def test_swapped_retyped_missing_and_added_tensors_are_named(saved: Path, tmp_path: Path) -> None:
+    table, data = parts(saved)
+    same = [name for name in table if name.endswith(("norm.weight", "norm.bias"))]
+    first, second = next((a, b) for a in same for b in same if a < b and table[a]["shape"] == table[b]["shape"])
+    swapped = table | {first: table[second], second: table[first]}
+    with pytest.raises(CheckpointError, match=rf"tensors changed: .*{first}, {second}"):
+        checkpoint.load(written(saved, swapped, data))
+
+    retyped = table | {"model.head.bias": {**table["model.head.bias"], "dtype": "I32"}}  # the same bytes
+    with pytest.raises(CheckpointError, match=r"tensors changed: model\.head\.bias;"):
+        checkpoint.load(written(saved, retyped, data))
+
+    tensors = load_file(written(saved, table, data))
+    head = {"ebjdat": table["__metadata__"]["ebjdat"]}
+    save_file({n: v for n, v in tensors.items() if n != "model.head.bias"}, tmp_path / "less.safetensors", head)
+    with pytest.raises(CheckpointError, match=r"tensors missing: model\.head\.bias;"):
+        checkpoint.load(tmp_path / "less.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(1)}, tmp_path / "more.safetensors", head)
+    with pytest.raises(CheckpointError, match=r"tensors added: model\.extra;"):
+        checkpoint.load(tmp_path / "more.safetensors")
+
+
+def tell_another_seed(plain: dict[str, Any]) -> None:
+    plain["seed"] = 1
+
+
+def tell_a_better_score(plain: dict[str, Any]) -> None:
+    plain["metrics"]["selection_score"] = 0.99
+
+
+def tell_other_data(plain: dict[str, Any]) -> None:
+    plain["data_hash"] = "data2"
+
+
+@pytest.mark.parametrize("change", [tell_another_seed, tell_a_better_score, tell_other_data, lambda plain: plain.pop("digest")])
+def test_a_header_that_was_edited_is_noticed(saved: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(CheckpointError, match="the header was changed"):
+        checkpoint.load(edited(saved, change), data_hash="data2")
+
+
+def test_every_cut_is_noticed(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"not a whole safetensors file .* delete it and run its stage again"):
+            checkpoint.load(saved)
+
+
+def test_files_of_other_kinds_say_what_they_are(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such checkpoint; run the stage that makes it first"):
+        checkpoint.load(tmp_path / "none.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "torch.safetensors")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        checkpoint.load(tmp_path / "torch.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this package"):
+        checkpoint.load(tmp_path / "foreign.safetensors")
+    for text in ("{", "[]"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"ebjdat": text})
+        with pytest.raises(CheckpointError, match="its header is no"):
+            checkpoint.load(tmp_path / "foreign.safetensors")
+
+
+def test_formats_of_other_versions_are_refused(saved: Path) -> None:
+    """Format 1, of before there were digests, had no "format"; a later one says its number."""
+
+    def age(plain: dict[str, Any]) -> None:
+        for name in ("format", "tensors", "digest", "run", "params_hash"):
+            del plain[name]
+
+    newer = edited(saved, lambda plain: plain.update(format=3, version="9.0"))
+    with pytest.raises(CheckpointError, match=r"format 3 is of another version; .* reads format 2 \(written by version 9\.0, commit abc"):
+        checkpoint.load(newer)
+    with pytest.raises(CheckpointError, match=r"format 1 has no digests, .*: run its stage again"):
+        checkpoint.load(edited(saved, age))
+
+
+def test_what_does_not_fit_is_told_all_at_once(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="trained on data data1, this is data data2; train again"):
+        checkpoint.load(saved, data_hash="data2")
+    with pytest.raises(CheckpointError, match=r"holds another network: width 1 \(settings: 2\)"):
+        checkpoint.load(saved, model=ModelSettings(depth=10, width=2))
+    with pytest.raises(CheckpointError, match="method 'eb_jdat', not 'jempp'"):
+        checkpoint.load(saved, method="jempp")
+    with pytest.raises(CheckpointError, match=r"takes images of shape \(1, 8, 8\), here they are \(3, 32, 32\)"):
+        checkpoint.load(saved, image_shape=[3, 32, 32])
+    with pytest.raises(CheckpointError, match="tells 10 classes apart, here are 100"):
+        checkpoint.load(saved, classes=[str(k) for k in range(100)])
+    with pytest.raises(CheckpointError, match=r"has other classes: '0' \(here: 'zero'\)"):
+        checkpoint.load(saved, classes=["zero", *"123456789"])
+    with pytest.raises(
+        CheckpointError, match=r"method .*; takes images .*; was trained on .*; holds another network: depth 10 \(settings: 16\)"
+    ):
+        checkpoint.load(saved, method="jem", image_shape=(3, 8, 8), data_hash="x", model=ModelSettings(depth=16, width=1))
+
+
+def test_weights_of_another_width_do_not_fit_their_header(tmp_path: Path, header: Header) -> None:
+    """Whole, digests and all, but made wrong: the header tells of width 1, of 10 classes, of one channel."""
+    path = tmp_path / "c.safetensors"
+    for wrong, name in (
+        (build(ModelSettings(depth=10, width=2), 1, 10, 0), r"block"),
+        (build(MODEL, 1, 3, 0), r"head\.bias, head\.weight;"),
+        (build(MODEL, 3, 10, 0), r"stem\.weight;"),
+    ):
+        checkpoint.save(Checkpoint(header, wrong.state_dict(), None, None), path)
+        with pytest.raises(CheckpointError, match=rf"do not fit its own header: .*{name}"):
+            checkpoint.load(path)
+
+
+def test_an_experiments_checkpoint_fits_its_profile(saved: Path, profile: Profile, digits: Prepared, header: Header) -> None:
+    right = dataclasses.replace(header, model=profile.model, data_hash=digits.data_hash)
+    big = build(profile.model, 1, 10, 0)
+    checkpoint.save(Checkpoint(right, big.state_dict(), None, None), saved)
+    assert checkpoint.load_for(profile, "eb_jdat", saved, digits).header == right
+    with pytest.raises(CheckpointError, match="method 'eb_jdat', not 'pgd_at'"):
+        checkpoint.load_for(profile, "pgd_at", saved, digits)
+
+
+def test_inspect_tells_the_header_and_whether_it_is_as_written(saved: Path) -> None:
+    run = CliRunner().invoke
+    told = json.loads(run(app, ["inspect", str(saved), "--json"]).output)
+    assert (told["run"], told["method"], told["params_hash"], told["data_hash"]) == ("digits", "eb_jdat", "params1", "data1")
+    assert told["tensors"]["model.head.bias"]["shape"] == [10]
+    assert told["problems"] == []
+    shown = run(app, ["inspect", str(saved)])
+    assert shown.exit_code == 0
+    assert all(text in shown.output for text in ("params1", "training.optimizer.lr", "replay buffer", "every digest fits"))
+    changed = run(app, ["inspect", str(edited(saved, tell_another_seed))])
+    assert changed.exit_code == 1
+    assert "the header was changed" in changed.output
+    old = run(app, ["inspect", str(edited(saved, lambda plain: plain.pop("format"))), "--json"])
+    assert old.exit_code == 1
+    assert "format 1 has no digests" in json.loads(old.output)["problems"][0]
+    missing = run(app, ["inspect", "none.safetensors"])
+    assert missing.exit_code == 1
+    assert "there is no such checkpoint" in missing.output
+
+
+def test_the_documentations_python_runs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: WideResNet) -> None:
+    """The code blocks of docs/checkpoints.md, as they stand, on a real file."""
+    monkeypatch.chdir(tmp_path)
+    saved.rename("seed0.safetensors")
+    blocks = (ROOT / "docs/checkpoints.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 2
+    images = np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32)
+    names: dict[str, Any] = {"images": torch.from_numpy(images)}
+    exec(blocks[0].split("```")[0], names)
+    assert torch.allclose(names["logits"], UnitRange(network).eval()(names["images"]), atol=1e-5)
+    names = {}
+    exec(blocks[1].split("```")[0], names)
+    with safe_open("seed0.safetensors", "pt") as file:
+        assert names["header"] == json.loads(file.metadata()["ebjdat"])

@@ -1,0 +1,188 @@
+"""The vocabulary against what the stages really write, against MLflow's own names, and against its document."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ebjdat import params, vocabulary
+from ebjdat.cli import app
+from ebjdat.files import read_json
+from ebjdat.report import tables
+from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
+from ebjdat.stages.context import Context
+from ebjdat.tracking import journal
+from ebjdat.vocabulary import STAGES, VOCABULARY, Quantity, UnknownNameError, describe
+
+from .conftest import ROOT
+
+OWN = "mine"  # a protocol that only this profile has
+FEW = {
+    "n": 2,
+    "pgd": {"step_size": 0.03},
+    "attacks": {
+        "apgd_ce": {"steps": 2},
+        "apgd_t": {"steps": 2, "targets": 2},
+        "fab_t": {"steps": 1, "targets": 1},
+        "square": {"queries": 5},
+    },
+}
+HOMES = {  # headings whose names a file may have
+    "pretrain": {"training", "provenance"},
+    "finetune": {"training", "provenance"},
+    "attack": {"attack", "provenance"},
+    "generate": {"generate", "provenance"},
+    "energy": {"energy", "provenance"},
+    "reliability": {"reliability", "provenance"},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of every stage for one experiment with everything there is to measure: chains, neighbours, averaged weights, ensembles."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    content = yaml.safe_load((ROOT / "params/digits.yaml").read_text())
+    content["experiments"] = {"ours": {"method": "eb_jdat", "pretraining": "clean", "training": {"ema": 0.9}}}
+    small = yaml.safe_load((ROOT / "params/overrides/ci.yaml").read_text())
+    small["data"]["n_test"] = 20
+    content = params.merge(content, {key: value for key, value in small.items() if key != "experiments"})
+    protocols = {
+        "standard": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.03}},
+        "released": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.02}},
+        OWN: {"like": "standard", "eps": 0.1, **FEW},
+    }
+    content["evaluation"]["attack"] = {"protocols": protocols, "transfer": None, "checks": {"n": 5, "steps": 20, "restarts": 1}}
+    generate = {"reference": {"experiment": "ours", "seed": 0}, "protocols": {OWN: {"like": "released", "select": 1.0}}}
+    content["evaluation"]["generate"] |= generate
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("EBJDAT_TRACKING", "0")
+        context, data, before = Context.load(Path("tiny.yaml"), []), Path("data.npz"), Path("results/pretraining/clean/seed0")
+        out = Path("results/ours/seed0")
+        prepare.run(context.profile, data, Path("card.json"))
+        first = train.Outputs(Path("clean.safetensors"), before / "pretrain.json", before / "pretrain_curve.csv")
+        train.pretrain(context, "clean", 0, data, first, None)
+        weights = Path("ours.safetensors")
+        tuned = train.Outputs(weights, out / "finetune.json", out / "finetune_curve.csv")
+        train.finetune(context, "ours", 0, data, first.checkpoint, tuned, None)
+        attack.run(context, "ours", 0, data, weights, None, out / "attack.json", out / "verdicts.parquet", None)
+        pictures = (out / "generate.json", out / "samples.npz", out / "samples.png", out / "chains.gif")
+        evaluate.generate(context, "ours", 0, data, weights, weights, *pictures, None)
+        evaluate.energy(
+            context, "ours", 0, data, weights, out / "samples.npz", out / "energy.json", out / "energy.npz", out / "energy.png", None
+        )
+        files = reliability.Outputs(*(out / f"reliability.{kind}" for kind in ("json", "npz", "png")))
+        reliability.run(context, "ours", 0, data, weights, files, None)
+        names = ("summary.csv", "table.csv", "table.md", "report.html", "audit.html", "audit.md")
+        report.run(context, Path("results"), Path("card.json"), report.Outputs(*(Path("results") / name for name in names)))
+    return folder / "results"
+
+
+def found(results: Path) -> Iterator[tuple[str, str, Any]]:
+    """(file's stem, name, value) of every key of every JSON and every column of every CSV."""
+    for path in sorted(results.rglob("*.json")):
+        yield from ((path.stem, name, value) for name, value in read_json(path).items())
+    for path in sorted(results.rglob("*.csv")):
+        for row in csv.DictReader(path.open()):
+            yield from ((path.stem, name, value) for name, value in row.items())
+
+
+def test_every_name_that_is_written_is_in_the_vocabulary(written: Path) -> None:
+    seen = list(found(written))
+    assert {stem for stem, *_ in seen} == {*HOMES, "pretrain_curve", "finetune_curve", "summary", "table"}
+    for stem, name, value in seen:
+        quantity = describe(name, protocols=("released", OWN, "standard"))
+        if stem in HOMES:
+            assert quantity.stage in HOMES[stem], (stem, name)
+        if stem.endswith("_curve"):
+            assert quantity.stage == "curve" or name in ("energy_clean", "energy_adversarial", "energy_generated"), name
+        if value in (None, ""):
+            continue
+        if quantity.unit == "fraction":
+            assert 0 <= float(value) <= 1, (stem, name, value)
+        if quantity.unit == "count":
+            assert float(value) >= 0, (stem, name, value)
+            assert float(value) == int(float(value)), (stem, name, value)
+
+
+def test_everything_in_the_vocabulary_is_written_or_says_when(written: Path) -> None:
+    names = {name for _, name, _ in found(written)}
+    used = {describe(name, protocols=("released", OWN, "standard")).name for name in names}
+    missing = {q.name for q in VOCABULARY if q.name not in used and not q.only and q.stage != "system"}
+    assert missing == set()
+
+
+def test_every_name_that_goes_to_mlflow_is_in_the_vocabulary(written: Path) -> None:
+    stages, names = set(), set()
+    for path in written.rglob("*.journal.jsonl"):
+        events = journal.read(path)
+        stages.add(events[0]["begin"]["stage"])
+        for event in events[1:]:
+            names |= {*event.get("metrics", {}), *event.get("system", {}), *event.get("final", {})}
+            names |= set(event.get("result", {}).get("metrics", {}))
+    assert stages == {"pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"}
+    assert {"loss", "clean_acc", "train_seconds", "system/cpu_utilization_percentage"} <= names
+    for name in names:
+        describe(name, protocols=("released", OWN, "standard"))
+    assert all(describe(name).stage == "system" for name in names if name.startswith("system/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "better", "unit"),
+    [
+        ("clean_acc", "[ema_][<protocol>_]clean_acc", "higher", "fraction"),
+        ("released_pgd20_acc", "[ema_][<protocol>_]pgd<steps>_acc", "higher", "fraction"),
+        ("pgd20_acc_first_n", "[<protocol>_]pgd<steps>_acc_first_n", "higher", "fraction"),
+        ("ema_standard_l2_after_fab_t_correct", "[ema_][<protocol>_]after_<attack>_correct", "higher", "count"),
+        ("ema_validation_clean_acc", "[ema_]validation_clean_acc", "higher", "fraction"),
+        ("frechet_buffer", "[<protocol>_]frechet[_conditional|_buffer]", "lower", "squared distance of features"),
+        ("detect_auroc_energy_standard_l2_low", "detect_auroc_(energy|max_probability)_<protocol>_(low|high)", "", "fraction"),
+        ("ood_auroc_gradient_norm_noise", "ood_auroc_<score>_<set>", "higher", "fraction"),
+        ("n_ood_in", "n_ood_in", "", "count"),
+        ("energy_gap_generated_sd", "<column>_sd", "", "as the column"),
+        ("train_seconds", "train_seconds", "lower", "seconds"),
+        ("system/gpu_1_power_usage_watts", "system/gpu_<gpu>_power_usage_watts", "", "watts"),
+    ],
+)
+def test_a_name_is_found_with_its_unit_and_direction(name: str, entry: str, better: str, unit: str) -> None:
+    quantity = describe(name)
+    assert (quantity.name, quantity.better, quantity.unit) == (entry, better, unit)
+
+
+@pytest.mark.parametrize("name", ["acc_clean", "pgd_acc", "ood_auroc_entropy_noise", "after_magic_correct", "other_clean_acc", ""])
+def test_other_names_are_unknown(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="is not measured"):
+        describe(name, protocols=("released",))
+
+
+def test_entries_are_whole_and_stand_once() -> None:
+    assert len({q.name for q in VOCABULARY}) == len(VOCABULARY)
+    assert {q.stage for q in VOCABULARY} == set(STAGES)
+    assert all(q.meaning and q.unit and q.better in ("higher", "lower", "") for q in VOCABULARY)
+    assert tuple(metric.name for metric in tables.METRICS) == vocabulary.TABLE
+    assert all(metric.label and metric.better for metric in tables.METRICS)
+    assert [vocabulary.sign(name) for name in ("clean_acc", "frechet", "n_test")] == [1, -1, 0]
+
+
+def test_the_document_is_up_to_date() -> None:
+    """Else: ebjdat metrics --markdown > docs/metrics.md"""
+    made = CliRunner().invoke(app, ["metrics", "--markdown"]).output
+    assert (ROOT / "docs/metrics.md").read_text() == made
+
+
+def test_the_command_explains_one_name_and_lists_all() -> None:
+    one = json.loads(CliRunner().invoke(app, ["metrics", "released_pgd20_acc", "--json"]).output)
+    assert [(entry["better"], entry["unit"]) for entry in one] == [("higher", "fraction")]
+    assert [Quantity(**entry) for entry in json.loads(CliRunner().invoke(app, ["metrics", "--json"]).output)] == list(VOCABULARY)
+    assert "higher" in CliRunner().invoke(app, ["metrics", "released_pgd20_acc"]).output
+    unknown = CliRunner().invoke(app, ["metrics", "clen_acc"])
+    assert unknown.exit_code == 1
+    assert "did you mean" in unknown.output
