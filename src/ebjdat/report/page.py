@@ -209,13 +209,13 @@ def best_marks(table: pd.DataFrame, metric: Metric) -> list[str]:
 
 
 def differing_settings(profile: Profile) -> dict[str, dict[str, Any]]:
-    """Experiment -> its settings in which the profile's experiments differ (not of data and evaluation, which they share)."""
+    """Experiment -> its settings in which the profile's experiments differ; data and evaluation they share, a fresh start has none."""
     everything = {
         name: flat({key: value for key, value in profile.resolved(name).items() if key in ("model", "pretraining", "training")})
         for name in profile.experiments
     }
     keys = dict.fromkeys(key for found in everything.values() for key in found)
-    varied = [key for key in keys if len({repr(found.get(key)) for found in everything.values()}) > 1]
+    varied = [key for key in keys if len({repr(found[key]) for found in everything.values() if key in found}) > 1]
     return {name: {key: found[key] for key in varied if key in found} for name, found in everything.items()}
 
 
