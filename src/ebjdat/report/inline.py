@@ -109,6 +109,8 @@ def trilemma(table: pd.DataFrame, metric: Metric) -> Markup:
     for i, (at, record) in enumerate(table.iterrows()):
         name, y = escape(record["experiment"]), i * ROW
         label = f"{name}: {escape(head)}: {cell(record, metric)}"
+        if "±" in label:  # the bar is the interval, not the spread
+            label += f", 95 % interval [{low[at]:.2f}, {high[at]:.2f}]"
         inside = f'<rect x="-4" y="{y}" width="{WIDTH + 8}" height="{ROW - 2}" rx="4"/><text x="0" y="{y + 14}">{name}</text>'
         if np.isfinite(values[at]):
             shown = cell(record, metric).split(" ")[0]
