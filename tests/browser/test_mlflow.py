@@ -7,6 +7,8 @@ import json
 from .conftest import Browser, Store
 from .store import METRICS
 
+OPTION = """const found = [...document.querySelectorAll("[class*=select-item-option]")].find((o) => o.textContent === "pgd20_acc");
+found?.click(); return Boolean(found);"""
 RUNS = "[role=gridcell] a[href*='/runs/']"
 
 
@@ -21,9 +23,14 @@ def test_runs_are_compared_by_chosen_metrics(browser: Browser, mlflow_ui: Store)
     chosen = {name: mlflow_ui.runs[name] for name in ("pgd_at/seed0", "eb_jdat/seed0")}
     query = f"runs={json.dumps(list(chosen.values()))}&experiments={json.dumps([mlflow_ui.experiment])}"
     browser.open(f"{mlflow_ui.address}/#/compare-runs?{query}")
-    for metric in ("clean_acc", "pgd20_acc"):
-        row = browser.wait(lambda metric=metric: next(row for row in browser.texts("tr") if row.startswith(metric)), f"a row {metric}")
-        assert [float(value) for value in row.split()[1:]] == [METRICS[name][metric] for name in chosen]
+    table = browser.wait(lambda: browser.one("body").text.split("\nMetrics\nShow diff only\n")[1].split("\nArtifacts")[0], "metrics")
+    metrics = sorted(METRICS["eb_jdat/seed0"])
+    values = [METRICS[name][metric] for metric in metrics for name in chosen]
+    assert table.splitlines() == [*metrics, *map(str, values)]  # a row per metric, a column per run
+    assert browser.texts(".axis-title") == ["clean_acc"]
+    browser.all("[role=combobox]")[1].click()  # parameters are the first
+    browser.wait(lambda: browser.js(OPTION), "the other metric to choose")
+    browser.wait(lambda: browser.texts(".axis-title") == metrics, "an axis per chosen metric")
 
 
 def test_a_picture_of_a_run_opens(browser: Browser, mlflow_ui: Store) -> None:
