@@ -435,6 +435,7 @@ def test_the_audit_page_shows_claims_checks_and_pairs(profile: Profile, filled: 
     assert set(re.findall(r"(?:src|href)=[\"'](?!data:|#)([^\"']*)", html)) == {"report.html"}
     assert html.count("<script") == 1
     assert html.count('<span class="fail">FAIL</span>') == len(profile.experiments)
+    assert html.count("0.05 &gt; 0.01") + html.count("0.05 > 0.01") == len(profile.experiments)
     assert html.count("not asked") == len(profile.experiments)
     assert "McNemar" in html
     for finding in findings:

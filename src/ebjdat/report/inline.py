@@ -90,7 +90,7 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
     axis.axhline(100 * chance, color="#bbbbbb", linewidth=1)
     axis.set(ylim=(0, 101), xlabel="radius, [0, 1] pixels", ylabel="accuracy under PGD, %")
     axis.set_xlim(0, min(5 * max(radii.values()), 1.04 * max(points[-1][0] for points in curves.values())))
-    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower left")
     return figure
 
 
@@ -114,7 +114,7 @@ def trilemma(table: pd.DataFrame, metric: Metric) -> Markup:
         inside = f'<rect x="-4" y="{y}" width="{WIDTH + 8}" height="{ROW - 2}" rx="4"/><text x="0" y="{y + 14}">{name}</text>'
         if np.isfinite(values[at]):
             shown = cell(record, metric).split(" ")[0]
-            inside += f'<text x="{WIDTH}" y="{y + 14}" text-anchor="end" font-weight="650">{shown}</text>'
+            inside += f'<text x="{WIDTH}" y="{y + 14}" text-anchor="end" class="value">{shown}</text>'
             inside += f'<path class="track" d="M8 {y + 25}H{WIDTH - 8}"/>'
             if np.isfinite(low[at]):
                 inside += f'<path class="interval" d="M{x(low[at])} {y + 25}H{x(high[at])}"/>'
