@@ -43,13 +43,21 @@ rule generate:
             f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.png",
             caption="../report/samples.rst",
             category="Samples",
-            labels={"experiment": "{experiment}", "seed": "{seed}"},
+            labels={
+                "experiment": "{experiment}",
+                "seed": "{seed}",
+                "what": "samples",
+            },
         ),
         chains=report(
             f"{RESULTS}/{{experiment}}/seed{{seed}}/chains.gif",
             caption="../report/chains.rst",
             category="Samples",
-            labels={"experiment": "{experiment}", "seed": "{seed}"},
+            labels={
+                "experiment": "{experiment}",
+                "seed": "{seed}",
+                "what": "chains",
+            },
         ),
     log:
         f"{LOGS}/{{experiment}}/seed{{seed}}/generate.log",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -13,7 +11,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -43,13 +40,6 @@ plt.rcParams.update(
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-
-
-def png(figure: Figure) -> bytes:
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return memory.getvalue()
 
 
 def sample_grids(
@@ -109,72 +99,6 @@ def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mappi
     return figure
 
 
-def trilemma(table: pd.DataFrame, metrics: Sequence[Any], heads: Mapping[str, str]) -> Figure:
-    """Accuracy, robustness and generation side by side: a row per experiment, 95 % intervals, the paper's numbers hollow."""
-    panels = [m for m in metrics if m.name in ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet") and m.name in table]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 0.42 * len(table) + 1.1), sharey=True, layout="constrained", squeeze=False
-    )
-    y = np.arange(len(table))
-    for axis, metric in zip(axes[0], panels, strict=True):
-        scale = 100 if metric.percent else 1
-        values = table[metric.name].to_numpy(float) * scale
-        axis.hlines(y, 0, values, color="#DDDDDD", linewidth=1.5, zorder=1)
-        if f"{metric.name}_low" in table:
-            low, high = (table[f"{metric.name}_{end}"].to_numpy(float) * scale for end in ("low", "high"))
-            axis.errorbar(values, y, xerr=[values - low, high - values], fmt="none", ecolor="#777777", capsize=3, zorder=2)
-        axis.scatter(values, y, s=42, color=COLOURS["generated" if metric.name == "frechet" else "clean"], zorder=3)
-        if f"{metric.name}_paper" in table:
-            axis.scatter(table[f"{metric.name}_paper"] * scale, y, s=42, facecolors="none", edgecolors=INK, zorder=3)
-        for at, value in zip(y, values, strict=True):
-            if np.isfinite(value):
-                text = f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-                axis.annotate(text, (value, at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
-        arrow = "better →" if metric.better == "higher" else "← better"
-        axis.set_title(f"{heads[metric.name]}\n{arrow}", fontsize=9)
-        if metric.percent:
-            axis.set_xlim(0, 104)
-        else:
-            axis.set_xlim(0, np.nanmax(values) * 1.12)
-    axes[0, 0].set_yticks(y, table["experiment"])
-    axes[0, 0].set_ylim(len(table) - 0.4, -0.6)
-    return figure
-
-
-def training_curves(curves: Mapping[str, pd.DataFrame], columns: int = 4) -> Figure:
-    """Per experiment, `columns` side by side: what validation said after each epoch, and below it the mean energies."""
-    lines = -(-len(curves) // columns)
-    columns = min(columns, len(curves))
-    figure, axes = plt.subplots(2 * lines, columns, figsize=(2.7 * columns + 0.6, 4 * lines), squeeze=False, layout="constrained")
-    shown = {"validation_clean_acc": ("clean", "validation, clean"), "validation_robust_acc": ("adversarial", "validation, PGD")}
-    energies = {"energy_clean": "clean", "energy_adversarial": "adversarial", "energy_generated": "generated"}
-    for axis in axes.flat:
-        axis.set_visible(False)
-    handles: list[dict[str, Any]] = [{}, {}]
-    for place, (title, frame) in enumerate(curves.items()):
-        line, column = divmod(place, columns)
-        above, below = axes[2 * line, column], axes[2 * line + 1, column]
-        for name, (colour, label) in shown.items():
-            if name in frame and len(frame):
-                above.plot(frame["epoch"], 100 * frame[name], color=COLOURS[colour], label=label)
-        for name, colour in energies.items():
-            if name in frame and len(frame):
-                below.plot(frame["epoch"], frame[name], color=COLOURS[colour], label=colour)
-        above.set_title(title, fontsize=9)
-        above.set_ylim(0, 102)
-        below.set_xlabel("epoch", fontsize=8)
-        if not column:
-            above.set_ylabel("accuracy, %")
-            below.set_ylabel("mean energy, nats")
-        for i, axis in enumerate((above, below)):
-            axis.set_visible(True)
-            axis.tick_params(labelsize=7)
-            handles[i] |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    for i in range(2):
-        axes[i, 0].legend(handles[i].values(), handles[i].keys(), frameon=False, fontsize=7)
-    return figure
-
-
 def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) -> Figure:
     """A column per curve: accuracy against confidence, bin by bin, with the diagonal of a calibrated network; below, shares.
 
@@ -209,26 +133,6 @@ def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) 
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("images, %\n(log scale)")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
-    return figure
-
-
-def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping[str, float], chance: float) -> Figure:
-    """Accuracy under PGD against the radius. curves: title -> [(radius in [0, 1] pixels, accuracy)]; radii: dotted, by name."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    for i, (title, points) in enumerate(curves.items()):
-        at, accuracy = np.asarray(points).T
-        style = ("-", "--", ":")[i // len(palette) % 3]
-        axis.plot(at, 100 * accuracy, style, marker="o", markersize=3, color=palette[i % len(palette)], label=title)
-    for name, radius in radii.items():
-        axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
-        axis.annotate(name, (radius, 101), fontsize=7, ha="center", va="bottom", color="#666666", annotation_clip=False)
-    axis.axhline(100 * chance, color="#BBBBBB", linewidth=1)
-    axis.set_ylim(0, 101)
-    axis.set_xlim(0, min(5 * max(radii.values()), 1.04 * max(points[-1][0] for points in curves.values())))
-    axis.set_xlabel("radius, [0, 1] pixels")
-    axis.set_ylabel("accuracy under PGD, %")
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

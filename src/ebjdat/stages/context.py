@@ -30,10 +30,11 @@ class BusyError(UserError):
 class Context:
     profile: Profile
     run: str  # name of results, checkpoints and MLflow experiment
+    overrides: tuple[str, ...] = ()  # as they were given; the report shows them in its commands
 
     @classmethod
     def load(cls, path: Path, overrides: list[str]) -> Context:
-        return cls(params.load(path, overrides), params.run_name(path, overrides))
+        return cls(params.load(path, overrides), params.run_name(path, overrides), tuple(overrides))
 
     def device(self, threads: int | None = None) -> torch.device:
         """The device of the settings, with exactly the threads that were asked for, and deterministic algorithms."""
