@@ -186,3 +186,17 @@ def test_the_command_explains_one_name_and_lists_all() -> None:
     unknown = CliRunner().invoke(app, ["metrics", "clen_acc"])
     assert unknown.exit_code == 1
     assert "did you mean" in unknown.output
+
+
+def test_the_report_draws_every_curve_that_training_writes(written: Path) -> None:
+    """By the names that they have: one that the report does not know would be missing without a word."""
+    import pandas as pd
+
+    from ebjdat.report import inline
+
+    (path,) = written.rglob("finetune_curve.csv")
+    frame = pd.read_csv(path)
+    above, below = inline.training_curves(frame).axes
+    shown = [100 * frame["validation_clean_acc"], 100 * frame["validation_robust_acc"]]
+    assert [line.get_ydata().tolist() for line in above.lines] == [values.tolist() for values in shown]
+    assert [line.get_label() for line in below.lines] == ["clean", "adversarial", "generated"]
