@@ -56,6 +56,7 @@ TRANSFER = [
 ]
 REPORT = {
     "summary": f"{RESULTS}/summary.csv",
+    "metrics": f"{RESULTS}/metrics.json",
     "table_csv": f"{RESULTS}/table.csv",
     "table_md": f"{RESULTS}/table.md",
     "html": f"{RESULTS}/report.html",
