@@ -20,6 +20,8 @@ localrules:
 
 
 onerror:
+    if RECORD:
+        dvc_results.release(*IN_USE)
     print(
         f"Some jobs failed: what each says is above and in {LOGS}/. The others are kept, and the same command goes on from there."
     )

@@ -11,6 +11,7 @@ import dvc_results
 import dvc_stages
 
 RECORDED = dvc_stages.recorded(RUN)
+IN_USE = [f"data/{RUN}", CHECKPOINTS, RESULTS]
 STAGES = str(dvc_stages.target(RUN))
 
 # Once per command: not in its jobs' processes, not in what is called from here, not beside a run that is at work.
@@ -29,6 +30,16 @@ if (
         print(told, file=sys.stderr)
 
 
+onstart:
+    if RECORD:
+        dvc_results.announce(*IN_USE)
+
+
+onsuccess:
+    if RECORD:
+        dvc_results.release(*IN_USE)
+
+
 rule record:
     """Bring the profile's dvc.yaml up to date and have DVC cache what this workflow made, so that `dvc repro` has nothing to do."""
     input:
@@ -42,6 +53,10 @@ rule record:
     params:
         profile=config["profile"],
         stages=STAGES,
+        lock=dvc_results.lock_of(RUN),
+        settled=dvc_results.settled(RUN),
+        folders=IN_USE,
     shell:
         "(python workflow/scripts/dvc_stages.py --profile {params.profile} --inputs $EBJDAT_INPUTS"
-        " && dvc commit --force {params.stages}) 2>&1 | tee -i {log}"
+        " && python workflow/scripts/dvc_results.py {params.folders}"
+        " && dvc commit --force {params.stages} && cp {params.lock} {params.settled}) 2>&1 | tee -i {log}"

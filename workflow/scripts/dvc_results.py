@@ -2,7 +2,8 @@
 
 Snakemake keeps a record of every file that its jobs wrote, and judges files without one by their time stamps alone: results
 from elsewhere would all run again, or pass for new ones. So before it plans, the Snakefile asks here. A file is Snakemake's own
-when its time stamp is the one in its record. Only where a file is not does DVC have to say what it is:
+when its time stamp is the one in its record. Only where a file is not, or dvc.lock is another one than the last time, does DVC
+have to say what it is:
 
 - outputs, inputs, code and settings are those of dvc.lock, and so are those of all stages before: taken over (recorded);
 - outputs are ones that DVC knows (those of dvc.lock or of another version), but anything else differs: old results. They lose
@@ -14,10 +15,13 @@ Nothing of this touches a file's content, so links into DVC's cache are safe.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,9 @@ import dvc_stages
 import yaml
 from snakemake.persistence.file import FilePersistence
 
+OLDEST = (1, 1)  # seconds since 1970; Snakemake takes 0 for "unknown"
 RUNNING = Path(".dvc/tmp/rwlock")
+SELF = "snakemake"  # its name in DVC's lock file
 # Set for the programs that are called here, which then do not ask again.
 ASKED = "EBJDAT_DVC_ASKED"
 
@@ -72,13 +78,26 @@ def refuse_beside_dvc() -> None:
 
 
 def announce(*folders: str) -> None:
-    """Tell DVC, by its own lock file, that these folders are being read: it then refuses to delete or replace what is in them."""
+    """Tell DVC, in its own lock file, that these folders are in use: `dvc repro` then refuses before it deletes anything there."""
+    from dvc.fs import localfs
+    from dvc.rwlock import _edit_rwlock
+
+    RUNNING.parent.mkdir(parents=True, exist_ok=True)
+    with _edit_rwlock(str(RUNNING.parent.resolve()), localfs, False) as locks:
+        for folder in folders:
+            locks["read"][os.path.abspath(folder)].append({"pid": os.getpid(), "cmd": SELF})
+
+
+def release(*folders: str) -> None:
+    """Take `announce` back: also from another process, since the rule `record` calls DVC while Snakemake runs."""
     from dvc.fs import localfs
     from dvc.rwlock import _edit_rwlock
 
     with _edit_rwlock(str(RUNNING.parent.resolve()), localfs, False) as locks:
-        for folder in folders:
-            locks["read"][os.path.abspath(folder)].append({"pid": os.getpid(), "cmd": "snakemake"})
+        for folder in map(os.path.abspath, folders):
+            locks["read"][folder] = [holder for holder in locks["read"].get(folder, []) if holder["cmd"] != SELF]
+            if not locks["read"][folder]:
+                del locks["read"][folder]
 
 
 def is_own(name: str, records: FilePersistence) -> bool:
@@ -93,9 +112,18 @@ def in_cache(name: str, cache: Path) -> bool:
     return (cache / "files/md5" / md5[:2] / md5[2:]).exists()
 
 
+def lock_of(profile: str) -> Path:
+    return dvc_stages.target(profile).with_suffix(".lock")
+
+
+def settled(profile: str) -> Path:
+    """A copy of dvc.lock as it was when Snakemake's records were last known to agree with it."""
+    return Path(f".dvc/tmp/settled-{profile}")
+
+
 def locked_outputs(profile: str) -> dict[str, list[str]]:
     """Stage -> outputs that the profile's dvc.lock names; nothing where there is no dvc.lock."""
-    lock = dvc_stages.target(profile).with_suffix(".lock")
+    lock = lock_of(profile)
     if not lock.exists():
         return {}
     content = yaml.load(lock.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
@@ -138,19 +166,21 @@ def settle(profile: str) -> str:
     outputs = locked_outputs(profile)
     here = {stage: [name for name in names if os.path.lexists(name)] for stage, names in outputs.items()}
     records = FilePersistence(nolock=True)
+    lock, before = lock_of(profile), settled(profile)
+    # Another dvc.lock than last time (git checkout): the same bytes can be what other settings or code make, too.
+    same = bool(here) and before.exists() and filecmp.cmp(lock, before, shallow=False)
     foreign = {stage for stage, names in here.items() if not all(is_own(name, records) for name in names)}
-    if not foreign:
+    if (same and not foreign) or not any(here.values()):
         return ""
     stages = dvc_stages.stages(profile)
     good = current(profile, stages)
-    adopted = taken_over({name: stages[name] for name in good}, foreign)
+    adopted = taken_over({name: stages[name] for name in good}, foreign) if same else good
     suspects = [name for stage in sorted(foreign - set(good)) for name in here[stage] if not is_own(name, records)]
     cache = Path(run("dvc", "cache", "dir").strip()) if suspects else Path()
     old = [name for name in suspects if in_cache(name, cache)]
-    if old:
-        run("snakemake", "--nolock", "--config", f"profile={profile}", "--cleanup-metadata", *old)
-        for name in old:
-            os.utime(name, (0, 0), follow_symlinks=False)
+    for name in old:
+        records._delete_record(name)
+        os.utime(name, OLDEST, follow_symlinks=False)
     if adopted:
         targets = [name for stage in adopted for name in here[stage]]
         if len(good) == len(outputs):
@@ -159,6 +189,12 @@ def settle(profile: str) -> str:
             recorded.touch()
             targets.append(str(recorded))
         run("snakemake", "--touch", "--config", f"profile={profile}", "--forcerun", *targets, "--", *targets)
+    before.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(lock, before)
     said = [f"{len(adopted)} of {len(outputs)} stages are taken over from DVC"] if adopted else []
     said += [f"{len(foreign - set(good))} hold results of other settings, code or data and will be made again"] if old else []
     return "; ".join(said)
+
+
+if __name__ == "__main__":
+    release(*sys.argv[1:])

@@ -117,8 +117,10 @@ def stage(job: dict[str, Any], paths: list[str], name: str, profile: Profile, ra
     if name != DEFAULT:
         result["wdir"] = "../.."
     result["deps"] = folded(job["input"])
-    if job["rule"] == "prepare" and profile.data.path and Path(profile.data.path).is_dir():
-        result["deps"].append(profile.data.path)  # the rule has a digest of its listing among its params
+    # Folders of images: the rules have a digest of their listing among their params.
+    folder = {"prepare": profile.data.path, "reliability": profile.evaluation.reliability.ood_path}.get(job["rule"])
+    if folder and Path(folder).is_dir():
+        result["deps"].append(folder)
     needed = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
     result["params"] = [{f"params/{name}.yaml": [p for p in needed if section(raw, p) is not None]}]  # DVC: a missing one is an error
     result["outs"] = [o for o in job["output"] if not o.endswith("/metrics.json")]
