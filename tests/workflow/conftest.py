@@ -33,18 +33,20 @@ class Project:
 
     folder: Path
 
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW"))},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder / "src"),
+            "EBJDAT_TRACKING": "0",
+            **more,
+        }
+
     def run(self, *command: str, ok: bool = True, **environment: str) -> str:
-        bin_folder = Path(sys.executable).parent
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW"))},
-                "PATH": f"{bin_folder}:{os.environ['PATH']}",
-                "PYTHONPATH": str(self.folder / "src"),
-                "EBJDAT_TRACKING": "0",
-                **environment,
-            },
+            env=self.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -205,3 +205,122 @@ def test_branches_with_results_of_their_own_are_switched_by_dvc_checkout_alone(p
     project.run("dvc", "checkout")
     assert project.planned() == LATE
     project.run("git", "checkout", "-qf", "other")
+
+
+def test_experiments_of_dvc_from_a_clone(project: Project, tmp_path: Path) -> None:
+    made = clone(project, tmp_path / "clone")
+    made.run("dvc", "pull")
+    text = made.run("dvc", "exp", "run", "-n", "fewer", "-S", "params/digits.yaml:evaluation.energy.n=20")
+    assert ran(text) == {"energy-classifier-seed0", "report"}
+    made.run("git", "checkout", "-q", "params", "dvc.lock")
+    made.run("dvc", "checkout")
+    for paper in ("cifar10", "cifar100"):
+        made.run("dvc", "exp", "run", "--queue", "-n", paper, "-S", f"params/digits.yaml:report.paper={paper}")
+    made.run("dvc", "exp", "run", "--run-all")
+    (baseline,) = [e for e in json.loads(made.run("dvc", "exp", "show", "--json")) if e["rev"] != "workspace"]
+    found = {e["name"]: e["revs"][0]["data"] for e in baseline["experiments"]}
+    shown = {}
+    for name, data in found.items():
+        params = data["params"]["params/digits.yaml"]["data"]
+        gap = data["metrics"]["results/digits/metrics.json"]["data"]["classifier"]["energy_gap_adversarial"]
+        shown[name] = (params["evaluation"]["energy"]["n"], params["report"]["paper"], gap)
+    assert {name: values[:2] for name, values in shown.items()} == {
+        "fewer": (20, None),
+        "cifar10": (None, "cifar10"),
+        "cifar100": (None, "cifar100"),
+    }
+    assert shown["cifar10"][2] == shown["cifar100"][2] != shown["fewer"][2]
+    assert made.planned() == {}
+    made.run("dvc", "exp", "apply", "fewer")
+    assert made.planned() == {}
+    assert "up to date" in made.run("dvc", "status")
+
+
+def test_a_second_profile_is_recorded_beside_the_first(project: Project) -> None:
+    shutil.copy(project.folder / "params/digits.yaml", project.folder / "params/second.yaml")
+    second = ("--config", "profile=second")
+    file = "pipelines/second/dvc.yaml"
+    project.run("python", "workflow/scripts/dvc_stages.py", "--profile", "second")
+    assert len(ran(project.run("dvc", "repro", f"{file}:finetune-classifier-seed0"))) == 3
+    project.run("snakemake", "--cores", "2", *second)
+    assert project.planned(*second) == {}
+    assert "up to date" in project.run("dvc", "status")
+    assert ran(project.run("dvc", "repro", file)) == set()
+    params = project.folder / "params/second.yaml"
+    params.write_text(params.read_text().replace("paper: null", "paper: cifar10"))
+    assert ran(project.run("dvc", "repro")) == set()  # the default profile alone
+    assert {stage.split(":")[-1] for stage in ran(project.run("dvc", "repro", file))} == {"report"}
+    assert project.planned(*second) == {}
+    project.commit("a second profile")
+    project.run("dvc", "push")
+    made = clone(project, project.folder.parent / "clone of two")
+    made.run("dvc", "pull")
+    assert made.planned(*second) == {}
+    assert made.planned() == {}
+    project.run("git", "reset", "-q", "--hard", "HEAD~1")
+
+
+def broken(project: Project) -> list[str]:
+    """Files in DVC's cache whose content is no longer what they are named by."""
+    files = [p for p in (project.folder / ".dvc/cache/files/md5").glob("??/*") if p.is_file()]
+    assert files
+    return [str(p) for p in files if hashlib.md5(p.read_bytes()).hexdigest() != (p.parent.name + p.name).removesuffix(".dir")]
+
+
+@pytest.mark.parametrize("link", ["hardlink", "symlink"])
+def test_reruns_do_not_write_through_links_into_the_cache(project: Project, link: str) -> None:
+    project.run("dvc", "config", "cache.type", link)
+    project.run("dvc", "checkout", "--relink")
+    linked = project.folder / "results/digits/classifier/seed0/energy.json"
+    assert linked.is_symlink() if link == "symlink" else linked.stat().st_nlink == 2
+    assert project.planned() == {}
+    project.change(evaluation={"energy": {"n": 20}})
+    project.run("snakemake", "--cores", "2")
+    assert broken(project) == []
+    assert project.planned() == {}
+    project.change(report={"paper": "cifar10"})
+    assert ran(project.run("dvc", "repro")) == {"report"}
+    assert project.planned() == {}
+    assert broken(project) == []
+
+
+def killed_in_training(project: Project, *command: str) -> str:
+    """Start it, wait until its training has kept a state, kill its whole process group; what the other tool said meanwhile."""
+    log = project.folder.parent / "killed.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=project.folder, env=project.environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while not re.search(r"epoch +\d", log.read_text()) or not list((project.folder / "state/digits/classifier").rglob("*.pt")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    other = ("snakemake", "--dry-run") if command[0] == "dvc" else ("dvc", "repro")
+    busy = project.run(*other, ok=False)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return busy
+
+
+def test_a_killed_stage_leaves_no_entry_and_both_tools_continue_its_training(project: Project) -> None:
+    project.change(
+        experiments={"classifier": {"training": {"epochs": 150, "selection": {"after": 0.99}}}}, runtime={"checkpoint_minutes": 0.0001}
+    )
+    before = (project.folder / "dvc.lock").read_text()
+    stage = "finetune-classifier-seed0"
+    busy = killed_in_training(project, "dvc", "repro", "--single-item", stage)
+    assert "is at work in this folder; wait for it" in busy
+    assert (project.folder / "dvc.lock").read_text() == before
+    assert stage in project.run("dvc", "status", stage)
+    project.run("snakemake", "--unlock")
+    busy = killed_in_training(project, "snakemake", "--cores", "1", "results/digits/classifier/seed0/finetune.json")
+    assert re.search(r"is busy, it is being blocked by:\n +\(PID \d+\): snakemake", busy)
+    assert "continues at epoch" in (project.folder.parent / "killed.log").read_text()
+    project.run("snakemake", "--unlock")
+    text = project.run("dvc", "repro", "--single-item", stage)
+    assert "continues at epoch" in text
+    settings = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"][stage]["params"]["params/digits.yaml"]
+    assert settings["experiments.classifier"]["training"]["epochs"] == 150
+    assert not list((project.folder / "state").rglob("*.pt"))
