@@ -136,11 +136,11 @@ def plots(name: str, profile: Profile) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for column, title in CURVES.items():
         curves = {f"{folder}/finetune_curve.csv": column for folder in folders}
-        found.append({title: {"x": "epoch", "y": curves, "title": title, "x_label": "epoch", "y_label": title}})
+        found.append({title: {"template": "curves", "x": "epoch", "y": curves, "title": title, "x_label": "epoch", "y_label": title}})
     for column, title in BARS.items():
         if column == "autoattack_acc" and not profile.evaluation.attack.standard.n:
             continue
-        bars = {"template": "bar_horizontal", "x": column, "y": {f"{results}/table.csv": "experiment"}}
+        bars = {"template": "fractions", "x": column, "y": {f"{results}/table.csv": "experiment"}}
         found.append({title: {**bars, "title": title, "x_label": title, "y_label": "experiment"}})
     return [*found, *({f"{folder}/{picture}": None} for picture in PICTURES for folder in folders)]
 
