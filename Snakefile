@@ -19,6 +19,17 @@ localrules:
     record,
 
 
+# DVC is told what is in use meanwhile.
+onstart:
+    if RECORD:
+        dvc_results.announce(*IN_USE)
+
+
+onsuccess:
+    if RECORD:
+        dvc_results.release(*IN_USE)
+
+
 onerror:
     if RECORD:
         dvc_results.release(*IN_USE)

@@ -30,16 +30,6 @@ if (
         print(told, file=sys.stderr)
 
 
-onstart:
-    if RECORD:
-        dvc_results.announce(*IN_USE)
-
-
-onsuccess:
-    if RECORD:
-        dvc_results.release(*IN_USE)
-
-
 rule record:
     """Bring the profile's dvc.yaml up to date and have DVC cache what this workflow made, so that `dvc repro` has nothing to do."""
     input:

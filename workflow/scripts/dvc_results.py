@@ -106,10 +106,11 @@ def is_own(name: str, records: FilePersistence) -> bool:
     return record is not None and record.endtime == os.lstat(name).st_mtime
 
 
-def in_cache(name: str, cache: Path) -> bool:
+def is_known(name: str, hashes: set[str], cache: Path) -> bool:
+    """Whether DVC has the file's content, as one of these or in its cache."""
     with open(name, "rb") as file:
         md5 = hashlib.file_digest(file, "md5").hexdigest()
-    return (cache / "files/md5" / md5[:2] / md5[2:]).exists()
+    return md5 in hashes or (cache / "files/md5" / md5[:2] / md5[2:]).exists()
 
 
 def lock_of(profile: str) -> Path:
@@ -121,13 +122,16 @@ def settled(profile: str) -> Path:
     return Path(f".dvc/tmp/settled-{profile}")
 
 
-def locked_outputs(profile: str) -> dict[str, list[str]]:
-    """Stage -> outputs that the profile's dvc.lock names; nothing where there is no dvc.lock."""
+def locked_outputs(profile: str) -> dict[str, dict[str, str]]:
+    """Stage -> outputs and their hashes in the profile's dvc.lock; nothing where there is no dvc.lock."""
     lock = lock_of(profile)
     if not lock.exists():
         return {}
-    content = yaml.load(lock.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-    return {stage: [out["path"] for out in entry.get("outs", [])] for stage, entry in content.get("stages", {}).items()}
+    try:
+        content = yaml.load(lock.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except yaml.YAMLError as error:
+        raise DvcError(f"{lock} cannot be read (an unfinished merge?): {error}") from None
+    return {stage: {o["path"]: o.get("md5", "") for o in entry.get("outs", [])} for stage, entry in content.get("stages", {}).items()}
 
 
 def outputs_of(stage: dict[str, Any]) -> list[str]:
@@ -137,6 +141,8 @@ def outputs_of(stage: dict[str, Any]) -> list[str]:
 def current(profile: str, stages: dict[str, dict[str, Any]]) -> list[str]:
     """Those of the stages whose outputs, inputs, code and settings are those of dvc.lock, and so for all stages before; in their order."""
     file = dvc_stages.target(profile)
+    if not file.exists():
+        return []
     prefix = "" if profile == dvc_stages.DEFAULT else f"{file}:"
     changed = json.loads(run("dvc", "status", "--json", str(file)))
     # dvc.yaml may be older than the settings, and then not name what a stage depends on now.
@@ -164,7 +170,7 @@ def taken_over(good: dict[str, dict[str, Any]], foreign: set[str]) -> list[str]:
 def settle(profile: str) -> str:
     """Take over or mark as old what DVC put here. Returns what to tell the user, "" when all files are Snakemake's own."""
     outputs = locked_outputs(profile)
-    here = {stage: [name for name in names if os.path.lexists(name)] for stage, names in outputs.items()}
+    here = {stage: [name for name in names if os.path.exists(name)] for stage, names in outputs.items()}
     records = FilePersistence(nolock=True)
     lock, before = lock_of(profile), settled(profile)
     # Another dvc.lock than last time (git checkout): the same bytes can be what other settings or code make, too.
@@ -177,7 +183,8 @@ def settle(profile: str) -> str:
     adopted = taken_over({name: stages[name] for name in good}, foreign) if same else good
     suspects = [name for stage in sorted(foreign - set(good)) for name in here[stage] if not is_own(name, records)]
     cache = Path(run("dvc", "cache", "dir").strip()) if suspects else Path()
-    old = [name for name in suspects if in_cache(name, cache)]
+    hashes = {md5 for names in outputs.values() for md5 in names.values()}
+    old = [name for name in suspects if is_known(name, hashes, cache)]
     for name in old:
         records._delete_record(name)
         os.utime(name, OLDEST, follow_symlinks=False)
