@@ -240,8 +240,6 @@ def test_a_second_profile_is_recorded_beside_the_first(project: Project) -> None
     shutil.copy(project.folder / "params/digits.yaml", project.folder / "params/second.yaml")
     second = ("--config", "profile=second")
     file = "pipelines/second/dvc.yaml"
-    project.run("python", "workflow/scripts/dvc_stages.py", "--profile", "second")
-    assert len(ran(project.run("dvc", "repro", f"{file}:finetune-classifier-seed0"))) == 3
     project.run("snakemake", "--cores", "2", *second)
     assert project.planned(*second) == {}
     assert "up to date" in project.run("dvc", "status")
@@ -267,19 +265,25 @@ def broken(project: Project) -> list[str]:
     return [str(p) for p in files if hashlib.md5(p.read_bytes()).hexdigest() != (p.parent.name + p.name).removesuffix(".dir")]
 
 
-@pytest.mark.parametrize("link", ["hardlink", "symlink"])
-def test_reruns_do_not_write_through_links_into_the_cache(project: Project, link: str) -> None:
-    project.run("dvc", "config", "cache.type", link)
-    project.run("dvc", "checkout", "--relink")
+def test_reruns_do_not_write_through_links_into_the_cache(project: Project) -> None:
     linked = project.folder / "results/digits/classifier/seed0/energy.json"
-    assert linked.is_symlink() if link == "symlink" else linked.stat().st_nlink == 2
-    assert project.planned() == {}
+    project.run("dvc", "config", "cache.type", "hardlink")
+    project.run("dvc", "checkout", "--relink")
+    assert linked.stat().st_nlink == 2
     project.change(evaluation={"energy": {"n": 20}})
+    assert project.planned() == LATE
     project.run("snakemake", "--cores", "2")
     assert broken(project) == []
+    project.run("dvc", "config", "cache.type", "symlink")
+    project.run("dvc", "checkout", "--relink")
+    assert linked.is_symlink()
     assert project.planned() == {}
     project.change(report={"paper": "cifar10"})
+    assert project.planned() == {"report": 1, "record": 1, "all": 1}
     assert ran(project.run("dvc", "repro")) == {"report"}
+    assert project.planned() == {}
+    project.change(report={"paper": "cifar100"})
+    project.run("snakemake", "--cores", "2")
     assert project.planned() == {}
     assert broken(project) == []
 
