@@ -106,15 +106,13 @@ def test_every_shipped_profile_is_a_pipeline_of_its_own_for_dvc(tmp_path: Path) 
     for name in sorted(names):
         project.run("python", "workflow/scripts/dvc_stages.py", "--profile", name)
     with Repo(str(project.folder)) as repo:
+        assert len(repo.index.graph) == len(repo.index.stages) > 400  # DVC raises when outputs overlap or edges make a circle
         stages = {Path(s.path_in_repo).parent.name or "digits": s for s in repo.index.stages}
         assert {s.wdir for s in stages.values()} == {str(project.folder)}
         assert set(stages) == names | {"digits"}
         commands = {c for s in repo.index.stages if "pipelines/cifar10/" in s.path_in_repo for c in [s.cmd] if isinstance(c, str)}
     assert all(" --config profile=cifar10 -- " in command for command in commands)
-    assert "pipelines/cifar10/dvc.yaml" in project.run("dvc", "dag", "pipelines/cifar10/dvc.yaml")
     assert project.run("git", "check-ignore", "pipelines/cifar10/dvc.yaml", ok=False) == ""
-    status = json.loads(project.run("dvc", "status", "--json", "dvc.yaml"))
-    assert not any("pipelines/" in name for name in status)  # a bare `dvc repro` takes the same stages
 
 
 def test_metrics_params_and_plots_show_what_changed(project: Project) -> None:
