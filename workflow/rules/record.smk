@@ -14,16 +14,13 @@ RECORDED = dvc_stages.recorded(RUN)
 IN_USE = [f"data/{RUN}", CHECKPOINTS, RESULTS]
 STAGES = str(dvc_stages.target(RUN))
 
-# Once per command: not in its jobs' processes, not in what is called from here, not beside a run that is at work.
-if (
-    RECORD
-    and workflow.is_main_process
-    and dvc_results.ASKED not in os.environ
-    and not any(Path(".snakemake/locks").glob("*"))
-):
+# Once per command: not in its jobs' processes, not in what is called from here.
+if RECORD and workflow.is_main_process and dvc_results.ASKED not in os.environ:
     try:
         dvc_results.refuse_beside_dvc()
-        told = dvc_results.settle(RUN)
+        # Not beside another snakemake at work, nor before `--unlock`.
+        free = not any(Path(".snakemake/locks").glob("*"))
+        told = dvc_results.settle(RUN) if free else ""
     except (dvc_results.BusyError, dvc_results.DvcError) as error:
         raise WorkflowError(str(error)) from None
     if told:
