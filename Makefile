@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SNAKEMAKE := snakemake --cores all --config profile=$(PROFILE) $(if $(OVERRIDES),overrides='$(OVERRIDES)')
 
 .DEFAULT_GOAL := help
-.PHONY: dvc.yaml help install reproduce test lint format ui lock unlock clean
+.PHONY: dvc.yaml dvc pull help install reproduce test lint format ui lock unlock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,15 @@ ui: install ## MLflow UI with all runs on 127.0.0.1, port 5000 (or PORT)
 	@echo "MLflow starts; then open 127.0.0.1:$(or $(PORT),5000) in a browser and choose Model training"
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
-dvc.yaml: install ## bring dvc.yaml up to date after adding an experiment
-	$(BIN)/python workflow/scripts/dvc_stages.py
+dvc.yaml: install ## bring the profile's dvc.yaml up to date after adding an experiment
+	$(BIN)/python workflow/scripts/dvc_stages.py --profile $(PROFILE)
+
+dvc: dvc.yaml ## reproduce the profile with DVC (another than the default: pipelines/PROFILE/dvc.yaml)
+	$(BIN)/dvc repro $(if $(filter digits,$(PROFILE)),dvc.yaml,pipelines/$(PROFILE)/dvc.yaml)
+
+pull: install ## fetch the results that dvc.lock names and say what is still to be run
+	$(BIN)/dvc pull
+	$(SNAKEMAKE) --dry-run --quiet all
 
 unlock: install ## after a kill -9: release Snakemake's lock
 	$(SNAKEMAKE) --unlock

@@ -19,7 +19,20 @@ localrules:
     record,
 
 
+# DVC is told what is in use meanwhile.
+onstart:
+    if RECORD:
+        dvc_results.announce(*IN_USE)
+
+
+onsuccess:
+    if RECORD:
+        dvc_results.release(*IN_USE)
+
+
 onerror:
+    if RECORD:
+        dvc_results.release(*IN_USE)
     print(
         f"Some jobs failed: what each says is above and in {LOGS}/. The others are kept, and the same command goes on from there."
     )

@@ -174,6 +174,15 @@ def test_summary_is_the_contract(profile: Profile, filled: Path) -> None:
     assert re.split(r",\s*", listed.strip()) == CONTRACT.split(",")
 
 
+def test_headline_metrics_are_means_over_seeds_of_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        tables.Row("a", "m", seed, "", "", "", {"clean_acc": value, "ece": ece, "autoattack_acc": None, "n_test": 5})
+        for seed, value, ece in ((0, 0.5, 0.1), (1, 1.0, None))
+    ]
+    assert tables.headline(rows) == {"a": {"clean_acc": 0.75}}
+    assert set(tables.HEADLINE) <= set(tables.SUMMARY_COLUMNS)
+
+
 def test_what_was_not_measured_is_empty(profile: Profile, tmp_path: Path) -> None:
     fill(profile, tmp_path, autoattack=False)
     rows = collect(profile, tmp_path, "d1")

@@ -247,6 +247,7 @@ def report(
     summary: Annotated[
         Path, typer.Option(help="summary.csv, a row per experiment and seed; the stages' results are read from its folder.")
     ],
+    metrics: Annotated[Path, typer.Option(help="Headline metrics of each experiment, means over seeds (JSON).")],
     table_csv: Annotated[Path, typer.Option(help="The table with intervals (CSV).")],
     table_md: Annotated[Path, typer.Option(help="The table (Markdown).")],
     html: Annotated[Path, typer.Option(help="The report page.")],
@@ -258,7 +259,8 @@ def report(
     from ebjdat.stages import report as stage
     from ebjdat.stages.context import Context
 
-    stage.run(Context.load(params, override), summary.parent, card, stage.Outputs(summary, table_csv, table_md, html, audit_html, audit_md))
+    outputs = stage.Outputs(summary, metrics, table_csv, table_md, html, audit_html, audit_md)
+    stage.run(Context.load(params, override), summary.parent, card, outputs)
 
 
 @app.command()

@@ -33,18 +33,20 @@ class Project:
 
     folder: Path
 
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW"))},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder / "src"),
+            "EBJDAT_TRACKING": "0",
+            **more,
+        }
+
     def run(self, *command: str, ok: bool = True, **environment: str) -> str:
-        bin_folder = Path(sys.executable).parent
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW"))},
-                "PATH": f"{bin_folder}:{os.environ['PATH']}",
-                "PYTHONPATH": str(self.folder / "src"),
-                "EBJDAT_TRACKING": "0",
-                **environment,
-            },
+            env=self.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,9 +55,9 @@ class Project:
         assert not ok or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}"
         return done.stdout
 
-    def planned(self) -> dict[str, int]:
+    def planned(self, *options: str) -> dict[str, int]:
         """Jobs that Snakemake would run, by rule."""
-        text = self.run("snakemake", "--dry-run", "--cores", "2")
+        text = self.run("snakemake", "--dry-run", "--cores", "2", *options)
         table = re.search(r"^job +count\n[- ]+\n(.*?)^total", text, re.M | re.S)
         return {line.split()[0]: int(line.split()[1]) for line in table[1].splitlines()} if table else {}
 
@@ -63,6 +65,10 @@ class Project:
         """Outputs of the jobs that Snakemake would run."""
         text = self.run("snakemake", "--dry-run", "--cores", "2")
         return {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
 
     def change(self, **content: object) -> None:
         file = self.folder / "params/digits.yaml"
@@ -75,10 +81,8 @@ class Project:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="package")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Two experiments that share nothing but the data; one epoch each; a git and DVC repository of its own."""
-    folder = tmp_path_factory.mktemp("project") / "checkout"
+def checkout(folder: Path, *experiments: str) -> Project:
+    """A copy of the project with these experiments of one epoch each; a git and DVC repository of its own."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -88,10 +92,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
             shutil.copy(ROOT / name, folder / name)
     layers = [yaml.safe_load((ROOT / name).read_text()) for name in ("params/digits.yaml", "params/overrides/ci.yaml")]
     content = merge({}, *layers, TINY)
-    content["experiments"] = {name: content["experiments"][name] for name in ("classifier", "eb_jdat")}
+    content["experiments"] = {name: content["experiments"][name] for name in experiments}
+    content["pretraining"] = {name: content["pretraining"][name] for name in {e["pretraining"] for e in content["experiments"].values()}}
     (folder / "params/digits.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     made = Project(folder)
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t.example", "commit", "-qm", "start"]):
-        made.run("git", *command)
+    made.run("git", "init", "-q", "-b", "main")
+    for key, value in (("user.name", "t"), ("user.email", "t@t.example")):
+        made.run("git", "config", key, value)
     made.run("python", "workflow/scripts/dvc_stages.py")
+    made.commit("start")
     return made
+
+
+@pytest.fixture(scope="package")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Two experiments that share nothing but the data."""
+    return checkout(tmp_path_factory.mktemp("project") / "checkout", "classifier", "eb_jdat")

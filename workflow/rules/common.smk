@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -56,6 +57,7 @@ TRANSFER = [
 ]
 REPORT = {
     "summary": f"{RESULTS}/summary.csv",
+    "metrics": f"{RESULTS}/metrics.json",
     "table_csv": f"{RESULTS}/table.csv",
     "table_md": f"{RESULTS}/table.md",
     "html": f"{RESULTS}/report.html",

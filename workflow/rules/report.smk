@@ -25,6 +25,7 @@ rule report:
         code=CODE["report"],
     output:
         summary=REPORT["summary"],
+        metrics=REPORT["metrics"],
         table_csv=REPORT["table_csv"],
         table_md=report(
             REPORT["table_md"],
@@ -57,6 +58,6 @@ rule report:
         sections=sections("experiments", "seeds", "evaluation", "report"),
     shell:
         "python -m ebjdat report {params.settings} --card {input.card} --summary {output.summary}"
-        " --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
+        " --metrics {output.metrics} --table-csv {output.table_csv} --table-md {output.table_md} --html {output.html}"
         " --audit-html {output.audit_html} --audit-md {output.audit_md}"
         " > {log} 2>&1"

@@ -1,14 +1,17 @@
-"""Write dvc.yaml from Snakemake's own graph: one stage per job, with the job's files and sections of the profile.
+"""Write a profile's dvc.yaml from Snakemake's own graph: one stage per job, with the job's files and sections of the profile.
 
-    python workflow/scripts/dvc_stages.py [--check | --inputs DIGEST]
+    python workflow/scripts/dvc_stages.py [--profile NAME] [--check | --inputs DIGEST]
 
 The Snakefile is the only description of the pipeline. This asks it for every job (a forced dry run), so a stage names
-exactly what its rule names. `--check` writes nothing and exits 1 when dvc.yaml is out of date. `--inputs` exits 1 when
-settings or code are no longer those of DIGEST, which the rule `record` took when its run began: then DVC must not record.
+exactly what its rule names. The default profile's stages are in ./dvc.yaml, those of others in pipelines/NAME/dvc.yaml, so
+that a bare `dvc repro` runs the default profile alone. `--check` writes nothing and exits 1 when the file is out of date.
+`--inputs` exits 1 when settings or code are no longer those of DIGEST, which the rule `record` took when its run began:
+then DVC must not record.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -21,38 +24,51 @@ import yaml
 from ebjdat.files import digest
 from ebjdat.params import Profile, load, merge, read_layers, section, section_names
 
-TARGET = Path("dvc.yaml")
-PARAMS = "params/digits.yaml"
+DEFAULT = "digits"
 HEAD = """\
 # Made by workflow/scripts/dvc_stages.py from the Snakefile; the rule `record` keeps it current. Do not edit.
 # Each stage asks Snakemake for one rule's target and for nothing else, so that both tools see every run.
 """
-# DVC records its own runs; this tells the rule `record` so.
-RECORDED = "mkdir -p .dvc/tmp && touch .dvc/tmp/recorded"
-METRICS = re.compile(r"/(finetune|pretrain|attack|generate|energy|reliability)\.json$")
-CURVES = re.compile(r"_curve\.csv$")
+ORDER = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"]
+CURVES = {"validation_clean_acc": "Validation accuracy", "loss": "Training loss"}
+BARS = {
+    "clean_acc": "Clean accuracy",
+    "pgd20_acc": "Accuracy under PGD-20",
+    "autoattack_acc": "Accuracy under AutoAttack",
+}
+PICTURES = ("samples.png", "energy.png")
 
 
-def dry_run() -> str:
+def target(profile: str) -> Path:
+    """The profile's dvc.yaml."""
+    return Path("dvc.yaml") if profile == DEFAULT else Path("pipelines", profile, "dvc.yaml")
+
+
+def recorded(profile: str) -> str:
+    """Output of the rule `record`: whoever recorded last touches it."""
+    return f".dvc/tmp/recorded-{profile}"
+
+
+def dry_run(profile: str) -> str:
     """Snakemake's plan of everything but `record`."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor"]
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor", "--config", f"profile={profile}"]
     environment = {**os.environ, "DVC_STAGE": "none"}  # leaves `record` out of the graph
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
     if done.returncode:
-        sys.exit(f"snakemake cannot plan the default profile:\n{done.stdout}")
+        sys.exit(f"snakemake cannot plan the profile {profile}:\n{done.stdout}")
     return done.stdout
 
 
-def current_inputs() -> str:
+def current_inputs(profile: str) -> str:
     """Digest of settings and code as they are now; the same as INPUTS of workflow/rules/common.smk."""
-    settings = merge({}, *(layer for _, layer in read_layers(PARAMS)))
-    code = sorted({Path(name) for job in jobs() for name in job["input"] if name.startswith("src/")})
+    settings = merge({}, *(layer for _, layer in read_layers(f"params/{profile}.yaml")))
+    code = sorted({Path(name) for job in jobs(profile) for name in job["input"] if name.startswith("src/")})
     return digest(settings, *code)[:16]
 
 
-def jobs() -> list[dict[str, Any]]:
-    """Every job of the default profile: rule, wildcards, inputs, outputs, sections of the params file."""
-    text = dry_run()
+def jobs(profile: str) -> list[dict[str, Any]]:
+    """Every job of a profile: rule, wildcards, inputs, outputs."""
+    text = dry_run(profile)
     found = []
     for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.M)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)
@@ -61,7 +77,7 @@ def jobs() -> list[dict[str, Any]]:
         if rule[1] == "all":
             continue
         wildcards = dict(pair.split("=", 1) for pair in re.split(r", ", fields["wildcards"])) if "wildcards" in fields else {}
-        files = {kind: list(dict.fromkeys(fields.get(kind, "").split(", "))) for kind in ("input", "output")}
+        files = {kind: [f for f in dict.fromkeys(fields.get(kind, "").split(", ")) if f] for kind in ("input", "output")}
         found.append({"rule": rule[1], "wildcards": wildcards, **files})
     return found
 
@@ -78,52 +94,93 @@ def sections() -> dict[str, list[str]]:
     return found
 
 
-def stage(job: dict[str, Any], paths: list[str], profile: Profile, raw: dict[str, Any]) -> dict[str, Any]:
-    target = job["output"][0]
-    command = f"snakemake --allowed-rules {job['rule']} --cores all -- {target}"
-    result: dict[str, Any] = {"cmd": [command, RECORDED] if job["rule"] == "report" else command}
-    result["deps"] = job["input"]
-    named = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
-    result["params"] = [{PARAMS: [p for p in named if section(raw, p) is not None]}]  # DVC takes a missing one for an error
-    outs = [o for o in job["output"] if not METRICS.search(o) and not CURVES.search(o)]
-    metrics = [o for o in job["output"] if METRICS.search(o)]
-    curves = [o for o in job["output"] if CURVES.search(o)]
-    if outs:
-        result["outs"] = outs
-    if metrics:
-        result["metrics"] = metrics
-    if curves:
-        result["plots"] = [{c: {"x": "epoch", "y": "loss"}} for c in curves]
-    return result
+def content(folder: Path) -> set[str]:
+    """What DVC hashes of a folder (.dvcignore leaves compiled files out)."""
+    return {str(p) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
 
-def render() -> str:
-    paths = sections()
-    profile, raw = load(PARAMS), merge({}, *(layer for _, layer in read_layers(PARAMS)))
-    stages = {}
-    for job in jobs():
+def folded(files: list[str]) -> list[str]:
+    """The same files, shorter: a code folder stands for its files where all of them are named."""
+    named = set(files)
+    whole = {str(d) for d in Path("src").rglob("*") if d.is_dir() and d.name != "__pycache__" and content(d) and content(d) <= named}
+    top = {d for d in whole if not any(str(parent) in whole for parent in Path(d).parents)}
+    inside = {name: next((str(d) for d in Path(name).parents if str(d) in top), name) for name in files}
+    return list(dict.fromkeys(inside[name] for name in files))
+
+
+def stage(job: dict[str, Any], paths: list[str], name: str, profile: Profile, raw: dict[str, Any]) -> dict[str, Any]:
+    config = "" if name == DEFAULT else f" --config profile={name}"
+    command = f"snakemake --allowed-rules {job['rule']} --cores all{config} -- {job['output'][0]}"
+    # DVC records its own runs; this tells the rule `record` so.
+    told = f"mkdir -p .dvc/tmp && touch {recorded(name)}"
+    result: dict[str, Any] = {"cmd": [command, told] if job["rule"] == "report" else command}
+    if name != DEFAULT:
+        result["wdir"] = "../.."
+    result["deps"] = folded(job["input"])
+    # Folders of images: the rules have a digest of their listing among their params.
+    folder = {"prepare": profile.data.path, "reliability": profile.evaluation.reliability.ood_path}.get(job["rule"])
+    if folder and Path(folder).is_dir():
+        result["deps"].append(folder)
+    needed = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
+    result["params"] = [{f"params/{name}.yaml": [p for p in needed if section(raw, p) is not None]}]  # DVC: a missing one is an error
+    result["outs"] = [o for o in job["output"] if not o.endswith("/metrics.json")]
+    metrics = [o for o in job["output"] if o.endswith("/metrics.json")]
+    return result | ({"metrics": metrics} if metrics else {})
+
+
+def plots(name: str, profile: Profile) -> list[dict[str, Any]]:
+    """What `dvc plots` shows: a training's curves beside each other, accuracies by experiment, pictures; of the first seed."""
+    root = "" if name == DEFAULT else "../../"  # `wdir` does not hold for plots
+    results = f"{root}results/{name}"
+    folders = [f"{results}/{experiment}/seed{profile.seeds[0]}" for experiment in profile.experiments]
+    found: list[dict[str, Any]] = []
+    for column, title in CURVES.items():
+        curves = {f"{folder}/finetune_curve.csv": column for folder in folders}
+        found.append({title: {"template": "curves", "x": "epoch", "y": curves, "title": title, "x_label": "epoch", "y_label": title}})
+    for column, title in BARS.items():
+        if column == "autoattack_acc" and not profile.evaluation.attack.standard.n:
+            continue
+        bars = {"template": "fractions", "x": column, "y": {f"{results}/table.csv": "experiment"}}
+        found.append({title: {**bars, "title": title, "x_label": title, "y_label": "experiment"}})
+    return [*found, *({f"{folder}/{picture}": None} for picture in PICTURES for folder in folders)]
+
+
+def stages(name: str) -> dict[str, dict[str, Any]]:
+    """Stage name -> what stands in dvc.yaml, in the order of the chain."""
+    params = f"params/{name}.yaml"
+    paths, profile, raw = sections(), load(params), merge({}, *(layer for _, layer in read_layers(params)))
+    found = {}
+    for job in jobs(name):
         where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
-        name = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
-        assert name not in stages, name
-        stages[name] = stage(job, paths[job["rule"]], profile, raw)
-    order = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"]
-    by_rule = sorted(stages.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0]))
-    return HEAD + yaml.safe_dump({"stages": dict(by_rule)}, sort_keys=False, width=120)
+        title = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
+        assert title not in found, title
+        found[title] = stage(job, paths[job["rule"]], name, profile, raw)
+    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0].split("-")[0]), item[0])))
+
+
+def render(name: str) -> str:
+    content = {"stages": stages(name), "plots": plots(name, load(f"params/{name}.yaml"))}
+    return HEAD + yaml.safe_dump(content, sort_keys=False, width=120)
 
 
 def main() -> int:
-    if "--inputs" in sys.argv[1:] and current_inputs() != sys.argv[sys.argv.index("--inputs") + 1]:
+    parser = argparse.ArgumentParser(description="Write a profile's dvc.yaml from the Snakefile.")
+    parser.add_argument("--profile", default=DEFAULT)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when it is out of date")
+    parser.add_argument("--inputs", help="exit 1 when settings or code are no longer those of this digest")
+    asked = parser.parse_args()
+    if asked.inputs and current_inputs(asked.profile) != asked.inputs:
         print("settings or code changed while this ran: nothing is recorded; run snakemake again", file=sys.stderr)
         return 1
-    text = render()
-    current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-    if text == current:
+    text, file = render(asked.profile), target(asked.profile)
+    if file.exists() and text == file.read_text(encoding="utf-8"):
         return 0
-    if "--check" in sys.argv[1:]:
-        print("dvc.yaml is out of date with the Snakefile and params/digits.yaml; run `make dvc.yaml`", file=sys.stderr)
+    if asked.check:
+        print(f"{file} is out of date with the Snakefile and params/{asked.profile}.yaml; run `make dvc.yaml`", file=sys.stderr)
         return 1
-    TARGET.write_text(text, encoding="utf-8")
-    print(f"wrote {TARGET}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    print(f"wrote {file}")
     return 0
 
 

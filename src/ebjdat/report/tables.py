@@ -131,6 +131,33 @@ def write_summary(rows: Sequence[Row], path: Path) -> None:
     write_text(path, frame.to_csv(index=False))
 
 
+# What DVC shows and compares (`dvc metrics show`): names of summary.csv.
+HEADLINE = (
+    "clean_acc",
+    "pgd20_acc",
+    "autoattack_acc",
+    "released_pgd20_acc",
+    "released_autoattack_acc",
+    "frechet",
+    "energy_gap_adversarial",
+    "energy_gap_generated",
+    "ece",
+    "checks_failed",
+    "recoveries",
+    "train_seconds",
+)
+
+
+def headline(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Experiment -> headline metric -> mean over seeds, to six digits; without what was not measured for every seed."""
+    found: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(row.experiment for row in rows):
+        mine = [row.metrics for row in rows if row.experiment == name]
+        measured = [metric for metric in HEADLINE if all(m.get(metric) is not None for m in mine)]
+        found[name] = {metric: float(f"{np.mean([m[metric] for m in mine]):.6g}") for metric in measured}
+    return found
+
+
 def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     """95 % interval: over seeds when there are several; else Wilson over examples, or normal from a standard error."""
     values = [m[metric.name] for m in metrics]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebjdat.files import read_json
+from ebjdat.files import read_json, write_json
 from ebjdat.report import claims, page, tables
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject
@@ -14,6 +14,7 @@ from ebjdat.tracking.runs import Subject
 @dataclass(frozen=True)
 class Outputs:
     summary: Path
+    metrics: Path
     table_csv: Path
     table_markdown: Path
     html: Path
@@ -25,6 +26,7 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     card = read_json(card_path)
     rows = tables.collect(context.profile, results, card["data_hash"])
     tables.write_summary(rows, out.summary)
+    write_json(out.metrics, tables.headline(rows))
     table = tables.aggregate(context.profile, rows)
     tables.write_csv(table, out.table_csv)
     tables.write_markdown(table, rows, context.profile, card, out.table_markdown)
