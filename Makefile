@@ -48,6 +48,7 @@ format: install ## format Python and Snakemake files
 
 ui: install ## MLflow UI with all runs on 127.0.0.1, port 5000 (or PORT)
 	@$(BIN)/ebjdat sync
+	@case "$$MLFLOW_TRACKING_URI" in http*) echo "MLFLOW_TRACKING_URI is a server: open its address in a browser"; exit 1;; esac
 	@echo "MLflow starts; then open 127.0.0.1:$(or $(PORT),5000) in a browser and choose Model training"
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(or $(PORT),5000) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 

@@ -48,6 +48,23 @@ def test_after_snakemake_neither_tool_has_anything_to_do(after_snakemake: Projec
     assert stamps(after_snakemake) == before
 
 
+def test_snakemakes_own_report_has_every_result_with_its_caption(after_snakemake: Project) -> None:
+    after_snakemake.run("snakemake", "--report", "snakemake-report.html")
+    page = after_snakemake.folder / "snakemake-report.html"
+    text = page.read_text()
+    page.unlink()
+    for name in ("table.md", "report.html", "audit.html", "samples.png", "chains.gif", "energy.png", "reliability.png"):
+        assert name in text
+    captions = (
+        "integrity checks of every evaluation",
+        "Chains of eb_jdat, seed 0",
+        "Calibration of classifier, seed 0",
+        "buffer of eb_jdat",
+    )
+    for caption in (*captions, "fresh chains under eb_jdat, seed 0", "Experiments by metrics", "EB-JDAT reproduction, profile"):
+        assert caption in text
+
+
 def test_snakemake_reruns_what_a_finetuning_parameter_changes_and_nothing_else(after_snakemake: Project) -> None:
     after_snakemake.change(experiments={"eb_jdat": {"training": {"optimizer": {"lr": 0.01}}}})
     planned = after_snakemake.planned()

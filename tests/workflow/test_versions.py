@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from ..conftest import ROOT
 from .conftest import Project, checkout
@@ -146,6 +147,16 @@ def test_a_clone_that_pulled_has_nothing_to_run_and_old_results_never_pass_for_n
     assert made.planned() == {}
     assert "up to date" in made.run("dvc", "status")
     assert "<html" in (made.folder / "results/digits/report.html").read_text()
+    # MLflow's runs came along, as journals: `make ui` fills its store from them.
+    assert "journals -> sqlite:" in made.run("python", "-m", "ebjdat", "sync")
+    client = MlflowClient(f"sqlite:///{made.folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    stages = ("finetune", "attack", "generate", "energy", "reliability")
+    ours = {"classifier/seed0", *(f"classifier/seed0/{stage}" for stage in stages)}
+    assert {r.info.run_name for r in runs} == {*ours, "scratch/seed0/pretrain", "report/seed0/report"}
+    (result,) = [r for r in runs if r.data.tags["kind"] == "result"]
+    shown = json.loads((made.folder / "results/digits/metrics.json").read_text())["classifier"]
+    assert {name: result.data.metrics[name] for name in shown} == shown
     # Snakemake knows them now as if they were made here.
     made.change(evaluation={"energy": {"n": 20}})
     assert made.planned() == LATE
