@@ -30,8 +30,8 @@ reproduce: install ## run the profile's whole chain, then show its table
 	$(SNAKEMAKE)
 	@$(BIN)/ebjdat show --params params/$(PROFILE).yaml $(foreach item,$(OVERRIDES),--override $(item))
 
-test: install ## run the tests, two files at a time; those of the whole workflow take longest and begin
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workflow tests
+test: install ## run the tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install ## ruff, mypy, import rules, workflow lint
 	$(BIN)/ruff check

@@ -19,6 +19,14 @@ from ebjdat.params import DataSettings, ModelSettings, Profile, TrainingSettings
 ROOT = Path(__file__).parents[1]
 
 
+FIRST = ("workflow/test_versions", "workflow/test_two_tools", "test_servers", "test_stages", "test_any_model", "browser/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin, so that none of them is left for the end, when only one process is at work."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)

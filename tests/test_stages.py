@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import attack, evaluate, train
-from ebjdat.stages.context import BusyError, Context
+from ebjdat.stages.context import BusyError, Context, journal_of
 from ebjdat.training import checkpoint, healing
 from ebjdat.training.loop import TrainingError
 
@@ -153,12 +154,20 @@ def diverging(files: Files, **more: str) -> Context:
     return Context(params.load(ROOT / "params/digits.yaml", overrides), "diverging")
 
 
-def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sent(out: train.Outputs, folder: Path) -> Any:
+    """A client of the store to which the training's journal was sent."""
     from mlflow import MlflowClient
 
+    from ebjdat.tracking.send import Sender
+
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    assert Sender(uri).send([journal_of(out.metrics)]).errors == []
+    return MlflowClient(uri)
+
+
+def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("EBJDAT_TRACKING", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
     context, out = diverging(files), files.out("healed")
     train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
     result = read_json(out.metrics)
@@ -167,7 +176,7 @@ def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path
     assert "a new noise seed" in result["events"][0]
     assert "the rate x 0.1" in result["events"][1]
     assert checkpoint.load(out.checkpoint).header.metrics["recoveries"] == result["recoveries"]
-    client = MlflowClient()
+    client = sent(out, tmp_path)
     runs = client.search_runs([client.get_experiment_by_name("diverging").experiment_id])
     assert len(runs) == 2
     for run in runs:  # the experiment's and its stage's
@@ -178,11 +187,8 @@ def test_recoveries_are_in_the_result_and_in_mlflow(files: Files, tmp_path: Path
 
 def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And done again without one, nothing of it is left on the experiment's current run."""
-    from mlflow import MlflowClient
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("EBJDAT_TRACKING", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
     overrides = [str(ROOT / "params/overrides/ci.yaml"), "experiments.eb_jdat.training.epochs=2"]
     own = ["experiments.eb_jdat.training.healing.mode=record", "experiments.eb_jdat.training.healing.gap=1.0e-9"]
     context, out = Context(params.load(ROOT / "params/digits.yaml", [*overrides, *own]), "recorded"), files.out("recorded")
@@ -190,7 +196,7 @@ def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path:
     result = read_json(out.metrics)
     assert (result["collapse_epoch"], result["recoveries"], len(result["events"])) == (1, 0, 1)
     assert checkpoint.load(out.checkpoint).header.events == tuple(result["events"])
-    client = MlflowClient()
+    client = sent(out, tmp_path)
     where = [client.get_experiment_by_name("recorded").experiment_id]
     for run in client.search_runs(where):
         assert run.data.metrics["recoveries"] == 0
@@ -199,6 +205,7 @@ def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path:
 
     monkeypatch.setattr(healing, "symptoms", lambda *_: ())
     train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
+    sent(out, tmp_path)
     (current,) = client.search_runs(where, "tags.kind = 'result' and tags.superseded = 'false'")
     assert "event_1" not in current.data.tags
     assert "collapse_epoch" not in current.data.metrics
@@ -302,15 +309,32 @@ STAGES = {
     "reliability": "reliability",
     "report": "report",
 }
-OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.tracking", "ebjdat.tracking.runs"}
+OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress"}
+EACH_ALONE = """
+import os, sys, torch
+for stage in sys.argv[1:]:
+    if os.fork() == 0:
+        __import__(f"ebjdat.stages.{stage}")
+        print(stage, *(m for m in sys.modules if m.startswith("ebjdat")), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Stage module -> what Python loads for it alone. Forks share what takes long, torch."""
+    command = [sys.executable, "-c", EACH_ALONE, *sorted(set(STAGES.values()))]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {stage: set(modules) for stage, *modules in map(str.split, lines)}
 
 
 @pytest.mark.parametrize("rule", STAGES)
-def test_rules_name_every_module_that_their_stage_imports(rule: str) -> None:
-    """Against Python's own list of what a stage loads; tracking, progress and packages that hold nothing change no result."""
-    code = f"import sys, ebjdat.stages.{STAGES[rule]}; print(*(m for m in sys.modules if m.startswith('ebjdat')))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+def test_rules_name_every_module_that_their_stage_imports(rule: str, loaded: dict[str, set[str]]) -> None:
+    """Tracking, progress and packages that hold nothing change no result."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     named = next(set(stage["deps"]) for name, stage in stages.items() if name.startswith("finetune" if rule == "train" else rule))
-    paths = {m: {f"src/{m.replace('.', '/')}.py", f"src/{m.replace('.', '/')}/__init__.py"} for m in loaded - OUTSIDE}
+    modules = {m for m in loaded[STAGES[rule]] - OUTSIDE if not m.startswith("ebjdat.tracking")}
+    assert f"ebjdat.stages.{STAGES[rule]}" in modules
+    paths = {m: {f"src/{m.replace('.', '/')}.py", f"src/{m.replace('.', '/')}/__init__.py"} for m in modules}
     assert {m for m, either in paths.items() if not any(name in named or str(Path(name).parent) in named for name in either)} == set()

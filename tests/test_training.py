@@ -263,7 +263,8 @@ def test_sigkill_anywhere_and_again_gives_the_same_weights(digits: Prepared, pro
     prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
     model = build(profile.model, 1, 10, 0)
     header = Header(
-        "t", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8), data.classes, data.data_hash, "x", {}
+        *("t", "digits", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8)),
+        *(data.classes, data.data_hash, "p", "x", {}),
     )
     checkpoint.save(Checkpoint(header, model.state_dict(), None, None), tmp_path / "initial.safetensors")
     environment = {**os.environ, "EBJDAT_TRACKING": "0", "OMP_NUM_THREADS": "1"}

@@ -57,7 +57,11 @@ class Project:
 
     def planned(self, *options: str) -> dict[str, int]:
         """Jobs that Snakemake would run, by rule."""
-        text = self.run("snakemake", "--dry-run", "--cores", "2", *options)
+        return self.jobs(self.run("snakemake", "--dry-run", "--cores", "2", *options))
+
+    @staticmethod
+    def jobs(text: str) -> dict[str, int]:
+        """The table of jobs in what Snakemake said."""
         table = re.search(r"^job +count\n[- ]+\n(.*?)^total", text, re.M | re.S)
         return {line.split()[0]: int(line.split()[1]) for line in table[1].splitlines()} if table else {}
 
@@ -73,12 +77,6 @@ class Project:
     def change(self, **content: object) -> None:
         file = self.folder / "params/digits.yaml"
         file.write_text(yaml.safe_dump(merge(yaml.safe_load(file.read_text()), content), sort_keys=False))
-
-    def clear(self) -> None:
-        """As after a clone: nothing that a run wrote is left."""
-        for name in ("data", "checkpoints", "results", "state", "logs", "benchmarks", ".snakemake", "dvc.lock", ".dvc/cache", ".dvc/tmp"):
-            path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def checkout(folder: Path, *experiments: str) -> Project:

@@ -8,18 +8,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import ebjdat
 from ebjdat import params
-from ebjdat.data.prepared import Prepared
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, lock
 from ebjdat.params import Profile
 from ebjdat.tracking.journal import SUFFIX
 from ebjdat.tracking.runs import About, Subject, Tracker, track
+
+if TYPE_CHECKING:  # the report reads no data, and does not depend on how that is prepared
+    from ebjdat.data.prepared import Prepared
 
 
 class BusyError(UserError):
