@@ -60,7 +60,7 @@ dvc: dvc.yaml ## reproduce the profile with DVC (another than the default: pipel
 
 pull: install ## fetch the results that dvc.lock names and say what is still to be run
 	$(BIN)/dvc pull
-	$(SNAKEMAKE) --dry-run --quiet all
+	$(SNAKEMAKE) --dry-run --quiet rules reason host
 
 unlock: install ## after a kill -9: release Snakemake's lock
 	$(SNAKEMAKE) --unlock
