@@ -99,9 +99,10 @@ class Server:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Between the stages and a server. mode: "through"; "slow", 2 s for each call; "lost", where the server does what it was
+    """Between the stages and a server.
 
-    asked and its answer never arrives; "down", where nothing gets there.
+    mode: "through"; "slow", 2 s for each call; "lost", where the server does what it was asked and its answer never arrives;
+    "down", where nothing gets there.
     """
 
     daemon_threads = True

@@ -21,7 +21,7 @@ from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ModelSettings, Profile, flat
 from ebjdat.tracking import background, journal
-from ebjdat.tracking.runs import About, Subject, numbers, track
+from ebjdat.tracking.runs import About, Subject, Tracker, numbers, track
 from ebjdat.tracking.send import Outcome, Sender
 from ebjdat.tracking.system import Sampler
 from ebjdat.training import checkpoint
@@ -361,19 +361,166 @@ def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Pa
         if "stage" in run.data.tags:
             assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(50))
         assert run.data.metrics["done"] == 1.0
-    assert background.is_on() is False  # of this process
+    assert not journal.unfinished()
 
 
-def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
-    with pytest.MonkeyPatch.context() as patch, track(Subject("digits", "e", 0, "finetune"), About({}, {})) as tracker:
+def full_disk(*arguments: object, **named: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path("results/e.journal.jsonl")
+    with pytest.MonkeyPatch.context() as patch, track(Subject("digits", "e", 0, "finetune"), About({}, TAGS), copy) as tracker:
         tracker.metrics({"loss": 1.0}, 1)
-        patch.setattr(journal.Journal, "write", lambda self, **event: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(journal.Journal, "write", full_disk)
         tracker.metrics({"loss": 1.0}, 2)
         tracker.final({"x": 1})
-        done.append(True)
-    assert done == [True]
     assert capsys.readouterr().err.count("WARNING: tracking stops for this stage") == 1
+    events = journal.read(copy)  # an output of the stage: it is there, with what could be written
+    assert [event["step"] for event in events if "metrics" in event] == [1]
+    assert events[-1]["end"] == "FINISHED"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "__init__", full_disk)
+        with track(Subject("digits", "f", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+            tracker.metrics({"loss": 1.0}, 1)
+    assert Path("results/f.journal.jsonl").read_text() == ""
+    assert Sender("sqlite:///unused.db").send([Path("results/f.journal.jsonl")]) == Outcome()
+
+
+class Lossy:
+    """A client whose call number `fatal` fails: before it is done, or after, when its answer gets lost."""
+
+    def __init__(self, client: Any, fatal: int, after: bool) -> None:
+        self.client, self.fatal, self.after, self.calls = client, fatal, after, 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.fatal and not self.after:
+                raise ConnectionError("lost")
+            result = method(*arguments, **named)
+            if self.calls == self.fatal:
+                raise ConnectionError("lost")
+            return result
+
+        return call
+
+
+def content(uri: str) -> list[Any]:
+    """Everything in a store that a reader sees, without ids."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    found = []
+    for run in runs:
+        tags = {k: names.get(v, v) for k, v in run.data.tags.items()}
+        curves = {k: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)] for k in ("loss", "acc")}
+        data = [given.dataset.digest for given in run.inputs.dataset_inputs]
+        files = sorted(a.path.split("+timestamp")[0] for place in ("", "images") for a in client.list_artifacts(run.info.run_id, place))
+        found.append((run.info.run_name, run.info.status, tags, run.data.params, curves, data, files))
+    return sorted(found, key=str)
+
+
+def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: bytes, tmp_path: Path) -> None:
+    """Every call of sending two attempts of a stage fails in turn, before or after it is done; then it is sent again."""
+    from mlflow import MlflowClient
+
+    Path("figure.txt").write_text("a figure")
+    for lr in (0.1, 0.2):
+        tags = {**TAGS, "params_hash": str(lr)}
+        where = Path(f"results/{lr}.journal.jsonl")
+        with track(Subject("digits", "eb_jdat", 0, "finetune"), About({"lr": lr}, tags, DATA), where) as tracker:
+            tracker.metrics({"loss": 1.5}, 1)
+            tracker.tag("event_1", "diverged")
+            tracker.artifact(Path("figure.txt"))
+            tracker.metrics({"loss": 0.5}, 2)
+            tracker.final({"acc": 0.9})
+    paths = list(journal.finished())
+
+    def sent(fatal: int, after: bool) -> tuple[list[Any], int]:
+        place = tmp_path / f"{fatal}{after}"
+        place.mkdir()
+        (place / "mlflow.db").write_bytes(empty_store)
+        uri = f"sqlite:///{place / 'mlflow.db'}"
+        first = Sender(uri)
+        first._client = lossy = Lossy(MlflowClient(uri), fatal, after)
+        outcome = first.send(paths)
+        assert bool(outcome.errors) == (fatal > 0)
+        assert (first if fatal % 2 else Sender(uri)).send(paths).errors == []
+        return content(uri), lossy.calls
+
+    expected, calls = sent(0, after=False)
+    assert len(expected) == 4
+    assert calls > 30
+    for fatal in range(1, calls + 1):
+        found, _ = sent(fatal, after=fatal % 3 > 0)
+        assert found == expected, f"call {fatal} of {calls}"
+
+
+def test_more_values_than_one_call_takes(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    with track(Subject("digits", "eb_jdat", 0, "attack"), About({}, TAGS), Path("results/a.journal.jsonl")) as tracker:
+        tracker.metrics({f"m{i}": i for i in range(890)}, 1)
+        tracker.final({f"f{i}": i for i in range(1200)})
+    sync()
+    (child,) = runs("tags.kind = 'result-stage'")
+    (parent,) = runs(CURRENT)
+    assert len([name for name in child.data.metrics if not name.startswith("system/")]) == 890 + 1200
+    assert len(parent.data.metrics) == 1200
+
+
+def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(runs: Callable[..., list[Any]], client: Any, sync: Any) -> None:
+    """Its state was damaged or made on other threads: the points of the killed attempt are not its own."""
+    subject, about = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
+    killed = Tracker(subject, about)
+    killed.metrics({"loss": 1.0}, 1)
+    killed.close("KILLED")
+    with track(subject, about, Path("results/f.journal.jsonl")) as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+        tracker.metrics({"loss": 3.0}, 2)
+    sync()
+    new, old = sorted(runs("tags.kind = 'result-stage'"), key=lambda run: run.data.tags["superseded"])
+    assert [m.value for m in client.get_metric_history(new.info.run_id, "loss")] == [2.0, 3.0]
+    assert [m.value for m in client.get_metric_history(old.info.run_id, "loss")] == [1.0]
+    assert (new.info.status, old.info.status, old.data.tags["superseded"]) == ("FINISHED", "KILLED", "true")
+    assert not journal.unfinished()
+
+
+def test_results_that_came_back_are_current_again(runs: Callable[..., list[Any]], sync: Any, store: str) -> None:
+    """As `dvc checkout` of an older commit does, and `ebjdat sync` after it."""
+    stage("finetune", {"x": 1})
+    first = Path("results/seed0/finetune.journal.jsonl").read_bytes()
+    stage("finetune", {"x": 2}, {"training": {"lr": 0.2}})
+    (Path("results") / "first.journal.jsonl").write_bytes(first)
+    sync()
+    assert [run.data.metrics["x"] for run in runs(CURRENT)] == [2]
+    Path("results/seed0/finetune.journal.jsonl").unlink()
+    Sender(store).adopt(journal.finished())
+    (current,) = runs(CURRENT)
+    assert (current.data.metrics["x"], current.info.run_name) == (1, "eb_jdat/seed0")
+    (child,) = runs("tags.kind = 'result-stage' and tags.superseded = 'false'")
+    assert child.data.tags["mlflow.parentRunId"] == current.info.run_id
+
+
+def test_a_damaged_journal_is_named_and_the_others_are_sent(runs: Callable[..., list[Any]], store: str) -> None:
+    Path("results").mkdir()
+    Path("results/bad.journal.jsonl").write_text("not JSON\n")
+    stage("finetune", {"x": 1})
+    outcome = Sender(store).send(journal.finished())
+    assert [error.split(":")[0] for error in outcome.errors] == ["results/bad.journal.jsonl"]
+    assert [run.data.metrics["x"] for run in runs(CURRENT)] == [1]
+
+
+def test_journals_of_one_store_are_not_sent_to_another_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ("sqlite:///a.db", "sqlite:///b.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ValueError, match="failed"), track(Subject("digits", "e", 0, "finetune"), About({}, TAGS)):
+            raise ValueError("failed")
+        assert len(journal.unfinished(background.store())) == 1
+    assert len(journal.unfinished()) == 2
 
 
 def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
@@ -386,8 +533,13 @@ def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
 
 
 def test_passwords_of_a_store_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://someone:secret@127.0.0.1:5432/mlflow")
-    assert background.shown_uri() == "postgresql://someone:…@127.0.0.1:5432/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://someone:secret@127.0.0.1:5432/mlflow?password=hidden&sslmode=require")
+    assert background.shown_uri() == "postgresql://…@127.0.0.1:5432/mlflow?password=…&sslmode=require"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    stage("finetune", {"x": 1})
+    outcome = Sender(background.tracking_uri()).send(journal.finished())
+    assert len(outcome.errors) == 1
+    assert "secret" not in outcome.errors[0]
 
 
 def test_flat_and_numbers() -> None:

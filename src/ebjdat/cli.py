@@ -307,7 +307,10 @@ def sync() -> None:
 
     typer.echo(f"{len(paths)} journals -> {background.shown_uri()}")
     with background.sending():
-        outcome = Sender(background.tracking_uri()).send(paths)
+        sender = Sender(background.tracking_uri())
+        outcome = sender.send(paths)
+        if not outcome.errors:
+            sender.adopt(journal.finished())
     background.note(outcome.errors[0] if outcome.errors else None)
     if outcome.errors:
         raise TrackingError(

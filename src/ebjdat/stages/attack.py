@@ -80,7 +80,7 @@ def run(
         }
         _write(metrics, pa.concat_tables(tables), settings, about, out, verdicts_out)
         tracker.final(metrics)
-        shutil.rmtree(place, ignore_errors=True)  # only after every declared output is written
+    shutil.rmtree(place, ignore_errors=True)  # only after every declared output is written, the journal too
 
 
 def run_any(

@@ -55,7 +55,8 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
     tags = {"method": entry.method, "params_hash": params_hash}
     with context.track(subject, described, tags, out.metrics, data) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        _train(context, job, data, context.profile.model_settings(name), None, params_hash, out, tracker, threads)
+        state = _train(context, job, data, context.profile.model_settings(name), None, params_hash, out, tracker, threads)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
@@ -66,7 +67,8 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         network = context.profile.model_settings(entry.pretraining)
         params_hash = context.profile.params_hash(experiment, seed)
-        _train(context, job, data, network, initial, params_hash, out, tracker, threads)
+        state = _train(context, job, data, network, initial, params_hash, out, tracker, threads)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _train(
@@ -79,7 +81,8 @@ def _train(
     out: Outputs,
     tracker: Tracker,
     threads: int | None,
-) -> None:
+) -> Path:
+    """Returns the folder of the resumable state, to be deleted when every declared output is written, the journal too."""
     device = context.device(threads)
     settings = job.settings
     model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
@@ -118,7 +121,7 @@ def _train(
             raise
         made_by = {"run": context.run, "params_hash": params_hash, "git_commit": git_commit()}
         _write(job, model_settings, data, result, made_by, f"{'finetune' if initial else 'pretrain'}_seconds", out, tracker)
-        shutil.rmtree(state.parent, ignore_errors=True)  # only after every declared output is written
+    return state.parent
 
 
 def _png(images: Tensor, per_row: int = 8) -> bytes:

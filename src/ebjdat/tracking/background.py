@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,9 +29,14 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_STORE.resolve()}"
 
 
+def store() -> str:
+    """A short name of the store: journals that are meant for it lie in a folder of that name."""
+    return digest(tracking_uri())[:12]
+
+
 def _place(name: str) -> Path:
     """A file about this store, e.g. its lock."""
-    return UNFINISHED / f"{digest(tracking_uri())[:12]}.{name}"
+    return UNFINISHED / f"{store()}.{name}"
 
 
 def sending() -> contextlib.AbstractContextManager[None]:
@@ -78,22 +84,31 @@ def note(error: str | None) -> None:
         write_json(place, {"uri": shown_uri(), "error": error, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
+def without_secrets(text: str) -> str:
+    """A text in which no address shows a user's password."""
+    return re.sub(r"(?i)((?:password|passwd|token|secret)=)[^&\s'\")]+", r"\1…", re.sub(r"://[^/@\s]*@", "://…@", text))
+
+
 def shown_uri() -> str:
-    """The store's address without a password."""
-    scheme, mark, rest = tracking_uri().partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{mark}{user.partition(':')[0]}{':…' if ':' in user else ''}{at}{host}" if at else tracking_uri()
+    return without_secrets(tracking_uri())
+
+
+def wait(seconds: float = 30.0) -> None:
+    """Until all journals of this store are sent, or for so long; at once where no process sends."""
+    deadline = time.monotonic() + seconds
+    while is_on() and unfinished(store()) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def main() -> None:
     """Send until every stage has ended and everything is sent, or the store has not answered for too long."""
-    while unfinished():  # asked again after the lock was given back: a stage may have begun and relied on this process
+    while unfinished(store()):  # asked again after the lock was given back: a stage may have begun and relied on this process
         try:
             with lock(_place("sender"), wait=False):
                 done = _until_nothing_is_left()
         except BlockingIOError:
             return  # another one is at work
-        if not done or not any(map(is_written, unfinished())):
+        if not done or not any(map(is_written, unfinished(store()))):
             return
 
 
@@ -103,9 +118,9 @@ def _until_nothing_is_left() -> bool:
     os.nice(5)  # stages come first
     sender, delay, failing_since = Sender(tracking_uri()), POLL, None
     while True:
-        alive = any(map(is_written, unfinished()))  # asked before: what is written until they end is sent below
+        alive = any(map(is_written, unfinished(store())))  # asked before: what is written until they end is sent below
         with sending():
-            outcome = sender.send(unfinished())
+            outcome = sender.send(unfinished(store()))
         if outcome.errors:
             now = time.monotonic()
             failing_since = failing_since or now

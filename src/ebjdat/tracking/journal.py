@@ -10,14 +10,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebjdat.files import write_atomic
+from ebjdat.files import write_text
 
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
+PATIENCE = 20  # tenths of a second that a journal's lock is tried
 
 
 class Journal:
@@ -30,11 +31,15 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise
+        for attempt in range(PATIENCE):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # or only a reader, who asks whether the writer lives
+                if attempt + 1 == PATIENCE:
+                    self._file.close()
+                    raise
+                time.sleep(0.1)
         self._file.seek(0)
         whole = self._file.read().rpartition(b"\n")[0]
         self._file.truncate(len(whole) + bool(whole))
@@ -44,19 +49,19 @@ class Journal:
         self._file.write(line.encode())
         self._file.flush()
 
-    def close(self, copy: Path | None = None) -> None:
-        """Release the file, after it was copied to where finished ones lie."""
-        with self._file:
-            if copy is not None:
-                self._file.seek(0)
-                content = self._file.read()
-                write_atomic(copy, lambda temporary: temporary.write_bytes(content))
+    def close(self) -> None:
+        self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The events of a journal; a line in the making is left out."""
     whole = path.read_bytes().rpartition(b"\n")[0]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def write_finished(events: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A whole journal where finished ones lie; without events (nothing could be journalled) an empty file."""
+    write_text(path, "".join(json.dumps(event) + "\n" for event in events))
 
 
 def is_written(path: Path) -> bool:
@@ -69,12 +74,12 @@ def is_written(path: Path) -> bool:
     return False
 
 
-def unfinished() -> list[Path]:
-    """Journals that a stage still writes, that were killed, or that may not be sent yet."""
-    return sorted(UNFINISHED.rglob(f"*{SUFFIX}"))
+def unfinished(store: str = "") -> list[Path]:
+    """Journals that a stage still writes, that were killed, or that may not be sent yet. store: only those meant for this one."""
+    return sorted((UNFINISHED / store).rglob(f"*{SUFFIX}"))
 
 
 def finished() -> Iterator[Path]:
     """Journals beside results, also those that came with them from elsewhere."""
     for folder, _, names in os.walk("results"):
-        yield from (Path(folder) / name for name in sorted(names) if name.endswith(SUFFIX) and not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted(names) if name.endswith(SUFFIX))

@@ -11,9 +11,9 @@ import contextlib
 import os
 import platform
 import sys
-import time
+import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from ebjdat.files import digest
 from ebjdat.params import flat
 from ebjdat.tracking import background
-from ebjdat.tracking.journal import SUFFIX, UNFINISHED, Journal, read
+from ebjdat.tracking.journal import SUFFIX, UNFINISHED, Journal, read, write_finished
 from ebjdat.tracking.system import Sampler
 
 
@@ -61,55 +61,77 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 class Tracker:
     """The history of one stage. Every call is harmless: the first failure is reported on stderr, and tracking stops.
 
-    An attempt that was killed goes on in its journal when the stage runs again with the same settings, inputs and code.
+    An attempt that was killed goes on in its journal when the stage runs again with the same settings, inputs and code, and
+    says the same about what had been journalled; else it was begun anew, and so is the journal.
     """
 
     def __init__(self, subject: Subject, about: About) -> None:
+        self._subject, self._about = subject, about
         self._journal: Journal | None = None
-        self._seen: set[tuple[str, int]] = set()  # points and pictures that an earlier process wrote
+        self._off = False
+        self._lock = threading.RLock()  # samples of the machine come from a thread
+        self._seen: dict[tuple[str, int], Any] = {}  # points and pictures that an earlier process wrote
         self._samples = 0
-        self.seconds = 0.0  # spent here so far
-        self._safely(self._open, subject, about)
+        self._safely(self._open)
 
-    def _open(self, subject: Subject, about: About) -> None:
+    def _open(self) -> None:
+        subject, about = self._subject, self._about
         lasting = {name: value for name, value in about.tags.items() if name != "git_commit"}
         inputs = digest(asdict(subject), about.params, lasting, *about.code)[:16]
-        folder = UNFINISHED / subject.run / subject.title
+        folder = UNFINISHED / background.store() / subject.run / subject.title
         for path in folder.glob(f"{subject.stage}-{inputs}-*{SUFFIX}"):
             try:
                 journal = Journal(path)
             except BlockingIOError:
-                return  # another process is at this very work; the stage will notice, too
+                self._off = True  # another process is at this very work; the stage will notice, too
+                return
             events = read(path)
-            if events and events[-1].get("end", "KILLED") == "KILLED":
-                self._seen = {(event.get("picture", ""), event["step"]) for event in events if {"metrics", "picture"} & event.keys()}
+            if events and events[-1].get("end", "KILLED") == "KILLED" and "given_up" not in events[-1]:
+                seen = [event for event in events if {"metrics", "picture"} & event.keys()]
+                self._seen = {(event.get("picture", ""), event["step"]): event.get("metrics") for event in seen}
                 self._samples = sum("system" in event for event in events)
                 self._journal = journal
                 journal.write(resumed=True)
                 return
             journal.close()
-        name = uuid.uuid4().hex
-        self._journal = Journal(folder / f"{subject.stage}-{inputs}-{name[:8]}{SUFFIX}")
-        begin = {**asdict(subject), "id": name, "dvc_exp": os.environ.get("DVC_EXP_NAME", ""), "host": platform.node()}
-        self._journal.write(begin=begin, params={k: str(v) for k, v in flat(about.params).items()}, tags=about.tags, data=about.data)
+        self._begin(folder / f"{subject.stage}-{inputs}")
 
-    def _safely(self, call: Any, *arguments: Any, **named: Any) -> None:
-        began = time.perf_counter()
+    def _begin(self, start: Path) -> None:
+        name = uuid.uuid4().hex
+        self._journal = Journal(start.with_name(f"{start.name}-{name[:8]}{SUFFIX}"))
+        begin = {**asdict(self._subject), "id": name, "dvc_exp": os.environ.get("DVC_EXP_NAME", ""), "host": platform.node()}
+        params = {k: str(v) for k, v in flat(self._about.params).items()}
+        self._journal.write(begin=begin, params=params, tags=self._about.tags, data=self._about.data)
+
+    def _begin_anew(self) -> None:
+        """What was journalled is of an attempt that is not continued."""
+        if self._journal is not None:
+            self._journal.write(end="KILLED", given_up=True)
+            self._journal.close()
+            self._seen, self._samples = {}, 0
+            self._begin(self._journal.path.with_name(self._journal.path.name.rpartition("-")[0]))
+
+    def _safely(self, call: Callable[..., object], *arguments: Any, **named: Any) -> None:
         try:
-            call(*arguments, **named)
+            with self._lock:
+                if not self._off:
+                    call(*arguments, **named)
         except OSError as error:  # a full disk: the science goes on as long as it can
-            self._journal = None
+            self._off = True
             print(f"WARNING: tracking stops for this stage ({type(error).__name__}: {error}); results go on", file=sys.stderr)
-        self.seconds += time.perf_counter() - began
 
     def _write(self, **event: Any) -> None:
-        if self._journal is not None:
-            self._safely(self._journal.write, **event)
+        journal = self._journal
+        if journal is not None:
+            self._safely(journal.write, **event)
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
         """A point of the curves. One that an earlier, killed process wrote before is not written again."""
+        point = numbers(values)
+        if self._seen.get(("", step), point) != point:
+            self._safely(self._begin_anew)
         if ("", step) not in self._seen:
-            self._write(metrics=numbers(values), step=step)
+            self._write(metrics=point, step=step)
 
     def system(self, values: Mapping[str, float]) -> None:
         """A sample of what the machine does."""
@@ -141,13 +163,21 @@ class Tracker:
         self._safely(lambda: self._write(model=str(checkpoint), sha256=digest(checkpoint)))
 
     def close(self, status: str, copy: Path | None = None) -> None:
-        """status: "FINISHED", "FAILED" or "KILLED" (it can go on later). copy: where the finished journal is to lie."""
+        """status: "FINISHED", "FAILED" or "KILLED" (it can go on later). copy: where the finished journal is to lie.
+
+        Raises OSError when the copy cannot be written: it is one of the stage's outputs.
+        """
         self._write(end=status)
-        if self._journal is not None:
-            self._journal.close(copy)  # the copy is one of the stage's outputs: an error here is the stage's
+        journal = self._journal
+        if copy is not None:
+            events = read(journal.path) if journal is not None else []
+            if events and events[-1].get("end") != status:  # not all could be journalled
+                events.append({"time": events[-1]["time"], "end": status})
+            write_finished(events, copy)
+        if journal is not None:
+            journal.close()
             if copy is not None and not background.is_on():
-                self._journal.path.unlink()
-        self._journal = None
+                journal.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -165,4 +195,6 @@ def track(subject: Subject, about: About, journal: Path | None = None) -> Iterat
         raise
     finally:
         tracker.close(status, journal if status == "FINISHED" else None)
+        if "/.dvc/tmp/exps/" in f"{Path.cwd()}/":  # DVC deletes this copy of the project when its experiment ends
+            background.wait()
         background.warn()

@@ -7,7 +7,6 @@ sends and wherever it was broken off; a store that was deleted is simply filled 
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import logging
 import os
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat.files import digest
+from ebjdat.tracking.background import without_secrets
 from ebjdat.tracking.journal import UNFINISHED, is_written, read
 
 BATCH = 900  # values of one call; MLflow takes 1000
 TAG_LENGTH = 4000
 
 for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # what fails is sent again from the journal
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what fails is sent again from the journal, after a look at what has arrived
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -55,8 +55,6 @@ class _Cursor:
     run: str
     parent: str | None
     lines: int
-    size: int = -1  # of the journal, when it was last read
-    ended: bool = False
 
 
 class Sender:
@@ -71,44 +69,57 @@ class Sender:
         self._experiments: dict[str, str] = {}
         self._cursors: dict[str, _Cursor] = {}
         self._known: set[str] = set()  # MLflow experiments whose runs were looked through
+        self._done: dict[Path, tuple[bool, int]] = {}  # journals that were sent as far as they are: is written, size
 
     def send(self, paths: Iterable[Path]) -> Outcome:
         """Send what is new in these journals, in the order in which they were begun. Finished ones under state/ are then deleted."""
         outcome = Outcome()
         journals = []
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # finished and deleted in the meantime
-                journals.append((path, is_written(path), path.stat().st_size, read(path)))
+            try:
+                state = (is_written(path), path.stat().st_size)
+                if self._done.get(path) != state:
+                    journals.append((path, state, read(path)))
+            except FileNotFoundError:
+                pass  # finished and deleted in the meantime
+            except (OSError, ValueError) as error:
+                outcome.errors.append(f"{path}: cannot be read ({error}); delete it if it is damaged")
         seen: set[str] = set()
-        for path, alive, size, events in sorted(journals, key=lambda found: found[3][0]["time"] if found[3] else 0):
+        for path, state, events in sorted(journals, key=lambda found: found[2][0]["time"] if found[2] else 0):
             name = events[0]["begin"]["id"] if events else ""
-            if not events or name in seen:
+            if name in seen or not events:
                 continue
             seen.add(name)
             try:
-                sent = self._send(events, size, alive)
+                sent = self._send(events, alive=state[0])
             except Exception as error:  # whatever a store, a server or a network throws
-                outcome.errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+                first = str(error).splitlines()[0] if str(error) else ""
+                outcome.errors.append(without_secrets(f"{type(error).__name__}: {first}")[:300])
                 self._cursors.pop(name, None)  # what has arrived is to be asked again
                 self._known.clear()
+                self._experiments.clear()
                 if not self._answers():
                     break  # the others would only wait for it too
                 continue
+            self._done[path] = state
             outcome.journals += sent is not None
             outcome.values += sent or 0
-            if not alive and events[-1].get("end") in ("FINISHED", "FAILED") and path.is_relative_to(UNFINISHED):
+            over = events[-1].get("end") in ("FINISHED", "FAILED") or "given_up" in events[-1]
+            if over and not state[0] and path.is_relative_to(UNFINISHED):
                 path.unlink(missing_ok=True)
         return outcome
 
-    def _send(self, events: list[dict[str, Any]], size: int, alive: bool) -> int | None:
+    def _send(self, events: list[dict[str, Any]], alive: bool) -> int | None:
+        """Returns how many values were sent; None when there was nothing new."""
+        self._connect()
         begin = events[0]["begin"]
-        if self._client is None:
-            self._client = MlflowClient(self._uri)
-        cursor = self._cursors.get(begin["id"])
-        if cursor is not None and cursor.size == size and (alive or cursor.ended):
-            return None
-        cursor = cursor or self._find(events[0]) or self._create(events[0])
+        cursor = self._cursors.get(begin["id"]) or self._find(events[0]) or self._create(events[0])
         self._cursors[begin["id"]] = cursor
+        if cursor.lines == 0:
+            self._settings(cursor.run, events[0])
+            if cursor.parent:
+                self._client.set_tag(cursor.parent, f"state_{begin['stage']}", "RUNNING")
+            self._mark(cursor, 1)
         values, before = 0, cursor.lines
         waiting: list[Metric] = []
         final: list[Metric] = []
@@ -117,17 +128,54 @@ class Sender:
             final += [Metric(k, v, event["time"], 0) for k, v in event.get("final", {}).items()]
             if len(waiting) + len(final) > BATCH or place == len(events) or not ({"metrics", "system", "final"} & event.keys()):
                 values += len(waiting) + len(final)
-                if final and cursor.parent:
-                    self._client.log_batch(cursor.parent, metrics=final)
+                if cursor.parent:
+                    self._metrics(cursor.parent, final)
+                self._metrics(cursor.run, waiting + final)
                 self._other(cursor, begin, event)
-                self._client.log_batch(cursor.run, metrics=waiting + final, tags=[RunTag("journal_lines", str(place))])
-                waiting, final, cursor.lines = [], [], place
-        cursor.ended = "end" in events[-1]
-        if not alive and not cursor.ended:  # its process was killed
+                self._mark(cursor, place)
+                waiting, final = [], []
+        if not alive and "end" not in events[-1]:  # its process was killed
             self._state(cursor, begin, "KILLED", events[-1]["time"])
-            cursor.ended = True
-        cursor.size = size
         return values if cursor.lines > before else None
+
+    def _metrics(self, run: str, metrics: list[Metric]) -> None:
+        for start in range(0, len(metrics), BATCH):
+            self._client.log_batch(run, metrics=metrics[start : start + BATCH])
+
+    def _mark(self, cursor: _Cursor, lines: int) -> None:
+        """So far the journal has arrived. A line that arrived without its mark is sent again, which changes nothing."""
+        self._client.set_tag(cursor.run, "journal_lines", str(lines))
+        cursor.lines = lines
+
+    def adopt(self, paths: Iterable[Path]) -> None:
+        """Make the runs of these journals, which lie beside the current results, the ones that are not superseded.
+
+        After `dvc checkout` went back to other results, others would be.
+        """
+        self._connect()
+        begins = [events[0]["begin"] for events in map(read, paths) if events]
+        for experiment in {begin["run"] for begin in begins}:
+            runs = {run.data.tags["journal"]: run for run in self._search(self._experiment(experiment), "tags.journal != ''")}
+            for begin in (begin for begin in begins if begin["run"] == experiment and begin["id"] in runs):
+                run = runs[begin["id"]]
+                if run.data.tags.get("superseded") == "false":
+                    continue
+                of_stage = f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
+                self._make_current(run, of_stage, f"{_title(begin)}/{begin['stage']}")
+                if "mlflow.parentRunId" in run.data.tags:
+                    parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
+                    self._make_current(parent, f"{_of(begin)} and tags.kind = 'result'", _title(begin))
+
+    def _make_current(self, run: Any, others: str, name: str) -> None:
+        for other in self._search(run.info.experiment_id, f"{others} and tags.superseded = 'false'"):
+            if other.info.run_id != run.info.run_id:
+                self._supersede(other)
+        tags = {"superseded": "false", "mlflow.runName": name}
+        self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+
+    def _connect(self) -> None:
+        if self._client is None:
+            self._client = MlflowClient(self._uri)
 
     def _answers(self) -> bool:
         try:
@@ -174,11 +222,7 @@ class Sender:
             own["mlflow.parentRunId"] = parent
         name = f"{_title(begin)}/{begin['stage']}" + (" (superseded)" if newer else "")
         run = self._client.create_run(experiment, start_time=first["time"], run_name=name, tags={**tags, **own}).info.run_id
-        self._settings(run, first)
-        self._client.log_batch(run, tags=[RunTag("journal_lines", "1")])
-        if parent:
-            self._client.set_tag(parent, f"state_{begin['stage']}", "RUNNING")
-        return _Cursor(run, parent, 1)
+        return _Cursor(run, parent, 0)
 
     def _parent(self, experiment: str, first: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """The run of this experiment, seed, settings and data; a new one where there is none, which supersedes those of others."""
@@ -194,14 +238,13 @@ class Sender:
             made = {**tags, "kind": "result", "superseded": "true"}  # current only once it is whole
             name = f"{_title(begin)} (superseded)"
             run = self._client.create_run(experiment, start_time=first["time"], run_name=name, tags=made)
+        if "settings" not in run.data.tags:
             self._settings(run.info.run_id, first)
-        newer = [other for other in current if other.info.run_id != run.info.run_id and int(other.data.tags["begun"]) > first["time"]]
-        if not newer:
-            latest = {**tags, "superseded": "false", "mlflow.runName": _title(begin)}
-            self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in latest.items()])
-            for old in current:
-                if old.info.run_id != run.info.run_id:
-                    self._supersede(old)
+            self._client.set_tag(run.info.run_id, "settings", "sent")
+        others = [other for other in current if other.info.run_id != run.info.run_id]
+        if not any(int(other.data.tags["begun"]) > first["time"] for other in others):
+            self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()])
+            self._make_current(run, f"{_of(begin)} and tags.kind = 'result'", _title(begin))
         return str(run.info.run_id)
 
     def _settings(self, run: str, first: Mapping[str, Any]) -> None:
@@ -230,14 +273,22 @@ class Sender:
             self._result(begin, event)
         elif "resumed" in event:
             self._client.update_run(cursor.run, status="RUNNING")
+            if cursor.parent:
+                self._client.set_tag(cursor.parent, f"state_{begin['stage']}", "RUNNING")
         elif "end" in event:
             self._state(cursor, begin, event["end"], event["time"])
 
     def _state(self, cursor: _Cursor, begin: Mapping[str, Any], status: str, time: int) -> None:
-        for run in filter(None, (cursor.run, cursor.parent)):
-            self._client.set_terminated(run, status, time)
+        self._client.set_terminated(cursor.run, status, time)
         if cursor.parent:
             self._client.set_tag(cursor.parent, f"state_{begin['stage']}", status)
+            tags = self._client.get_run(cursor.parent).data.tags
+            states = {value for name, value in tags.items() if name.startswith("state_")}
+            whole = next(state for state in ("FAILED", "KILLED", "RUNNING", "FINISHED") if state in states)
+            if whole == "RUNNING":
+                self._client.update_run(cursor.parent, status=whole)
+            else:
+                self._client.set_terminated(cursor.parent, whole, time)
 
     def _picture(self, run: str, event: Mapping[str, Any]) -> None:
         from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Callable
@@ -47,11 +48,15 @@ class Sampler:
             "process_memory_usage_megabytes": self._process.memory_info().rss / 1e6,
         }
         for index, (nvml, gpu) in enumerate(self._gpus):
-            held = nvml.nvmlDeviceGetMemoryInfo(gpu)
-            found[f"gpu_{index}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            found[f"gpu_{index}_memory_usage_megabytes"] = held.used / 1e6
-            found[f"gpu_{index}_memory_usage_percentage"] = 100 * held.used / held.total
-            found[f"gpu_{index}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+            # Each by itself: a part of a GPU does not know its power, for example.
+            with contextlib.suppress(nvml.NVMLError):
+                found[f"gpu_{index}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            with contextlib.suppress(nvml.NVMLError):
+                held = nvml.nvmlDeviceGetMemoryInfo(gpu)
+                found[f"gpu_{index}_memory_usage_megabytes"] = held.used / 1e6
+                found[f"gpu_{index}_memory_usage_percentage"] = 100 * held.used / held.total
+            with contextlib.suppress(nvml.NVMLError):
+                found[f"gpu_{index}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
         return {f"system/{name}": round(float(value), 2) for name, value in found.items()}
 
 
