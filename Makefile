@@ -59,6 +59,8 @@ dvc: dvc.yaml ## reproduce the profile with DVC (another than the default: pipel
 	$(BIN)/dvc repro $(if $(filter digits,$(PROFILE)),dvc.yaml,pipelines/$(PROFILE)/dvc.yaml)
 
 pull: install ## fetch the results that dvc.lock names and say what is still to be run
+	@test -n "$$($(BIN)/dvc remote list)" || { echo "No remote is set: dvc remote add --default NAME ADDRESS (docs/versioning.md). Or make the results: make reproduce"; exit 1; }
+	@git ls-files --error-unmatch dvc.lock > /dev/null 2>&1 || echo "dvc.lock is not in git here, so nothing says which results belong to this commit"
 	$(BIN)/dvc pull
 	$(SNAKEMAKE) --dry-run --quiet rules reason host
 
@@ -69,5 +71,5 @@ lock: install ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --no-header \
 	  --quiet --upgrade pyproject.toml --output-file requirements.lock
 
-clean: ## delete results, checkpoints and tracking (not .venv, not DVC's cache)
+clean: ## delete data, results, checkpoints and tracking (not .venv, not DVC's cache)
 	rm -rf data checkpoints results state logs benchmarks mlflow.db* mlartifacts .snakemake

@@ -10,6 +10,9 @@ from ebjdat.report import claims, page, tables
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject
 
+# What each experiment's run in MLflow shows.
+FIGURES = ("samples.png", "chains.gif", "energy.png", "reliability.png", "finetune_curve.csv")
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -38,6 +41,9 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     subject = Subject(context.run, "report", 0, "report", kind="report")
     with context.track(subject, {}, {"data_hash": card["data_hash"]}, out.html) as tracker:
         for row in rows:
-            tracker.result(row.experiment, row.seed, {"params_hash": row.params_hash, "data_hash": row.data_hash}, row.metrics)
+            hashes, place = {"params_hash": row.params_hash, "data_hash": row.data_hash}, f"{row.experiment}/seed{row.seed}"
+            files = [results / place / file for file in FIGURES]
+            weights = Path("checkpoints") / context.run / f"{place}.safetensors"
+            tracker.result(row.experiment, row.seed, hashes, row.metrics, files, weights)
         for path in (out.html, out.audit_html, out.table_csv, out.summary):
             tracker.artifact(path)

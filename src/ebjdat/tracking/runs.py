@@ -142,9 +142,18 @@ class Tracker:
         """Final metrics of the stage, for its own run and the experiment's."""
         self._write(final=numbers(values))
 
-    def result(self, name: str, seed: int, tags: Mapping[str, str], values: Mapping[str, Any]) -> None:
-        """All final metrics of an experiment and seed, for its run alone. tags: at least params_hash and data_hash."""
-        self._write(result={"name": name, "seed": seed, "tags": tags, "metrics": numbers(values)})
+    def result(
+        self, name: str, seed: int, tags: Mapping[str, str], values: Mapping[str, Any], artifacts: Sequence[Path], checkpoint: Path
+    ) -> None:
+        """All that an experiment and seed has, for its run alone. tags: at least params_hash and data_hash; files may be missing."""
+
+        def call() -> None:
+            files = [{"artifact": str(path), "sha256": digest(path)} for path in artifacts if path.exists()]
+            model = {"model": str(checkpoint), "sha256": digest(checkpoint)} if checkpoint.exists() else None
+            row = {"name": name, "seed": seed, "tags": tags, "metrics": numbers(values), "artifacts": files, "model": model}
+            self._write(result=row)
+
+        self._safely(call)
 
     def tag(self, name: str, value: str) -> None:
         self._write(tag=[name, value])

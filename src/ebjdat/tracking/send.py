@@ -116,7 +116,7 @@ class Sender:
         cursor = self._cursors.get(begin["id"]) or self._find(events[0]) or self._create(events[0])
         self._cursors[begin["id"]] = cursor
         if cursor.lines == 0:
-            self._settings(cursor.run, events[0])
+            self._settings(cursor.run, events[0], with_params=cursor.parent is None)
             if cursor.parent:
                 self._client.set_tag(cursor.parent, f"state_{begin['stage']}", "RUNNING")
             self._mark(cursor, 1)
@@ -247,8 +247,9 @@ class Sender:
             self._make_current(run, f"{_of(begin)} and tags.kind = 'result'", _title(begin))
         return str(run.info.run_id)
 
-    def _settings(self, run: str, first: Mapping[str, Any]) -> None:
-        params = [Param(name, value[:6000]) for name, value in first["params"].items()]
+    def _settings(self, run: str, first: Mapping[str, Any], with_params: bool = True) -> None:
+        """Settings and data set. Stages of a result leave the settings to its run: the UI writes all of them over each picture."""
+        params = [Param(name, value[:6000]) for name, value in first["params"].items()] if with_params else []
         for start in range(0, len(params), 100):  # MLflow's limit per call
             self._client.log_batch(run, params=params[start : start + 100])
         if first["data"]:
@@ -306,7 +307,10 @@ class Sender:
             self._client.set_tag(run, "model_sha256", event["sha256"])
 
     def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
-        """All final metrics of an experiment and seed, on its run; its stages that hold become that run's children."""
+        """Everything of an experiment and seed, on its run, also what stages measured that did not have to run again for its
+
+        settings; and those stages become that run's children.
+        """
         row = event["result"]
         experiment = self._experiment(begin["run"])
         subject = {**begin, "name": row["name"], "seed": row["seed"]}
@@ -316,6 +320,12 @@ class Sender:
                 metrics = [Metric(k, v, event["time"], 0) for k, v in row["metrics"].items()]
                 for start in range(0, len(metrics), BATCH):
                     self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+                there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
+                for file in row["artifacts"]:
+                    if Path(file["artifact"]).name not in there and _unchanged(file["artifact"], file["sha256"]):
+                        self._client.log_artifact(run.info.run_id, file["artifact"])
+                if row["model"] and _unchanged(row["model"]["model"], row["model"]["sha256"]):
+                    self._model(run.info.run_id, row["model"])
                 stages = self._search(experiment, f"{_of(subject)} and tags.kind = 'result-stage' and tags.superseded = 'false'")
                 for stage in stages:
                     if stage.data.tags.get("mlflow.parentRunId") != run.info.run_id:

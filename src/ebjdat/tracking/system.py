@@ -24,8 +24,6 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, daemon=True, name="system metrics")
 
     def __enter__(self) -> Self:
-        psutil.cpu_percent()  # the first call has nothing to compare with
-        self._process.cpu_percent()
         self._thread.start()
         return self
 
@@ -34,6 +32,8 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
+        psutil.cpu_percent()  # the first call of a thread has nothing to compare with
+        self._process.cpu_percent()
         while not self._stop.wait(self._seconds):
             self._report(self.sample())
         self._report(self.sample())
