@@ -236,6 +236,9 @@ def test_weights_of_another_width_do_not_fit_their_header(tmp_path: Path, header
         checkpoint.save(Checkpoint(header, wrong.state_dict(), None, None), path)
         with pytest.raises(CheckpointError, match=rf"do not fit its own header: .*{name}"):
             checkpoint.load(path)
+        checkpoint.save(Checkpoint(header, build(MODEL, 1, 10, 0).state_dict(), None, None, wrong.state_dict()), path)
+        with pytest.raises(CheckpointError, match=rf"do not fit its own header: .*{name}"):
+            checkpoint.load(path)
 
 
 def test_an_experiments_checkpoint_fits_its_profile(saved: Path, profile: Profile, digits: Prepared, header: Header) -> None:
@@ -245,6 +248,11 @@ def test_an_experiments_checkpoint_fits_its_profile(saved: Path, profile: Profil
     assert checkpoint.load_for(profile, "eb_jdat", saved, digits).header == right
     with pytest.raises(CheckpointError, match="method 'eb_jdat', not 'pgd_at'"):
         checkpoint.load_for(profile, "pgd_at", saved, digits)
+    with pytest.raises(CheckpointError, match="data"):
+        checkpoint.load_for(profile, "eb_jdat", saved, dataclasses.replace(digits, data_hash="other"))
+    wider = profile.model_copy(update={"model": profile.model.model_copy(update={"width": 5})})
+    with pytest.raises(CheckpointError, match="holds another network: width"):
+        checkpoint.load_for(wider, "eb_jdat", saved, digits)
 
 
 def test_inspect_tells_the_header_and_whether_it_is_as_written(saved: Path) -> None:
