@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,9 @@ from ebjdat.objectives.draws import DrawState, adversarial, negatives, neighbour
 from ebjdat.params import AdversarySettings, TrainingSettings, WeightSettings
 from ebjdat.pixels import internal_distance
 from ebjdat.samplers.buffer import ReplayBuffer
+from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
+from ebjdat.training.loop import draw_states
 
 from .conftest import ROOT
 
@@ -203,23 +204,26 @@ def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_d
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_chains_walk_in_their_mode_to_their_own_class_and_start_afresh_by_chance(
-    mode: str, state: DrawState, network: WideResNet, train_data: DeviceData, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    mode: str, state: DrawState, pool: StartPool, network: WideResNet, train_data: DeviceData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the sampler is handed, with a buffer of fives: reinit 1 starts every chain anew, 0 none."""
     seen: list[tuple[bool, Tensor, Tensor]] = []
     monkeypatch.setattr(draws, "walk", lambda model, x, y, spec, noise: seen.append((model.training, x.clone(), y)) or x)
     network.train()
+    rng = torch.Generator().manual_seed(0)
     batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
     assert state.buffer is not None
     for reinit in (0.0, 1.0):
         state.buffer.images.fill_(5.0)
         chain = state.settings.chain.model_copy(update={"mode": mode, "reinit": reinit})
-        negatives(network, batch, replace(state, settings=state.settings.model_copy(update={"chain": chain})), rng)
+        settings = state.settings.model_copy(update={"chain": chain})
+        (begun,) = draw_states(settings, state.buffer, pool, ("test",), 0, 1)
+        negatives(network, batch, begun, rng)
         training, x, y = seen[-1]
         assert training == (mode == "train")
         assert (x == 5.0).all() == (reinit == 0.0)
         assert (x != 5.0).flatten(1).any(1).all() == (reinit == 1.0)
-    means = state.pool.mean[y]
+    means = pool.mean[y]
     assert float(((x - means) ** 2).mean()) < float(((x - means.roll(1, 0)) ** 2).mean())  # labels are the chains', not the batch's
     assert not torch.equal(y, batch.y)
 
@@ -235,11 +239,16 @@ def test_where_neighbours_start(start: str, network: WideResNet, train_data: Dev
 
 
 @pytest.fixture
-def state(digits: Prepared, train_data: DeviceData, settings: TrainingSettings) -> DrawState:
-    pool = StartPool.of(train_data, torch.from_numpy(digits.class_mean))
+def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
+    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
+
+
+@pytest.fixture
+def state(pool: StartPool, settings: TrainingSettings) -> DrawState:
     rng = torch.Generator().manual_seed(0)
-    start = DrawState(settings, pool, None).start
-    return DrawState(settings, pool, ReplayBuffer.fresh(200, 10, start, torch.device("cpu"), rng))
+    start = starter(settings.chain, pool)
+    buffer = ReplayBuffer.fresh(200, 10, start, torch.device("cpu"), rng)
+    return DrawState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
 
 
 def test_draws_leave_the_network_alone_and_respect_the_budget(

@@ -60,7 +60,7 @@ def test_plain_update_is_one_sgd_step_by_hand() -> None:
     optimizer = updates.sgd([w], OptimizerSettings(lr=0.1, momentum=0.9, weight_decay=0.5))
     expected, velocity = 3.0, 0.0
     for _ in range(2):
-        terms = updates.plain(torch.nn.Module(), optimizer, lambda: {"loss": (w**2).sum()}, UpdateSettings())
+        terms = updates.plain(torch.nn.Module(), optimizer, [lambda: {"loss": (w**2).sum()}], UpdateSettings())
         assert float(terms["loss"].detach()) == pytest.approx(expected**2)
         gradient = 2 * expected + 0.5 * expected
         velocity = 0.9 * velocity + gradient
@@ -75,7 +75,7 @@ def test_sam_on_a_quadratic_has_a_closed_form(adaptive: bool) -> None:
     start = torch.tensor([0.7, -1.3], dtype=torch.float64)
     w = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([w], lr=0.1)
-    terms = updates.sam(torch.nn.Module(), optimizer, lambda: {"loss": w @ a @ w / 2}, UpdateSettings(rho=0.5, adaptive=adaptive))
+    terms = updates.sam(torch.nn.Module(), optimizer, [lambda: {"loss": w @ a @ w / 2}], UpdateSettings(rho=0.5, adaptive=adaptive))
     g = a @ start
     e = 0.5 * (start**2 * g / (start.abs() * g).norm() if adaptive else g / g.norm())
     assert torch.allclose(w.detach(), start - 0.1 * a @ (start + e), atol=1e-12)
@@ -87,7 +87,7 @@ def test_sam_measures_its_radius_over_all_weights_together() -> None:
     one, two = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in ([1.0, -2.0], [3.0]))
     optimizer = torch.optim.SGD([one, two], lr=0.1)
     updates.sam(
-        torch.nn.Module(), optimizer, lambda: {"loss": (one**2).sum() + 2 * (two**2).sum()}, UpdateSettings(rho=0.5, adaptive=False)
+        torch.nn.Module(), optimizer, [lambda: {"loss": (one**2).sum() + 2 * (two**2).sum()}], UpdateSettings(rho=0.5, adaptive=False)
     )
     start, curvature = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.tensor([2.0, 2.0, 4.0], dtype=torch.float64)
     g = curvature * start
@@ -157,7 +157,7 @@ def test_sam_evaluates_one_loss_twice_and_keeps_running_statistics_of_the_first(
         return {"loss": network(x).square().mean()}
 
     network.train()
-    updates.sam(network, torch.optim.SGD(network.parameters(), lr=0.1), closure, UpdateSettings(rho=1.0))
+    updates.sam(network, torch.optim.SGD(network.parameters(), lr=0.1), [closure], UpdateSettings(rho=1.0))
     assert len(calls) == 2
     assert not torch.equal(calls[0]["stem.weight"], calls[1]["stem.weight"])
     ours, theirs = network.state_dict(), plain.state_dict()

@@ -257,6 +257,17 @@ class HealingSettings(Settings):
     ladder: tuple[Rung, ...] = LADDER
 
 
+class ComputeSettings(Settings):
+    """How a training step is computed. All of it changes results, if only by rounding, so it counts among what determines them."""
+
+    # fp32: as it says, also on a GPU; tf32: its products in TF32 there; bf16: layers by autocast, with weights, logits, energies,
+    # losses and images in fp32
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    accumulate: Count = 1  # slices of a batch, one after another, for less memory; batch statistics are those of a slice
+    recompute: StrictBool = False  # activation checkpointing in the loss: less memory for a third more of its time
+    compile: StrictBool = False  # torch.compile; where it fails, the step runs without
+
+
 class TrainingSettings(Settings):
     epochs: CountOrZero
     batch_size: Count
@@ -270,6 +281,13 @@ class TrainingSettings(Settings):
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+    @model_validator(mode="after")
+    def slices_are_equal(self) -> Self:
+        if self.batch_size % self.compute.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of compute.accumulate {self.compute.accumulate}")
+        return self
 
     @model_validator(mode="after")
     def milestones_within(self) -> Self:

@@ -37,6 +37,10 @@ class Batch:
     x_density: Tensor
     y: Tensor
 
+    def part(self, rows: slice) -> Batch:
+        x = self.x[rows]
+        return Batch(x, x if self.x_density is self.x else self.x_density[rows], self.y[rows])
+
 
 class DeviceData:
     """A split on the device: uint8 images (N, C, H, W) and labels (N,)."""

@@ -58,6 +58,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Layers in bf16 for precision "bf16", else as they are.
+
+    Not for code that changes weights between two forward passes: autocast remembers their bf16 copies until it is left.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def tensor_cores(precision: str) -> Iterator[None]:
+    """A GPU's fp32 products in TF32 where `precision` is "tf32"; restored on leaving."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        if precision == "tf32":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 class UnitRange(nn.Module):
     """A network of the internal range as evaluation and other programs see it: images in [0, 1] -> logits."""
 

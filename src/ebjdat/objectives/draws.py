@@ -13,35 +13,30 @@ from ebjdat.models.modes import moving_images
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import AdversarySettings, TrainingSettings
 from ebjdat.pixels import INTERNAL, internal_distance
-from ebjdat.samplers.buffer import ReplayBuffer
+from ebjdat.samplers.buffer import Chains, ReplayBuffer
 from ebjdat.samplers.chains import walk
 from ebjdat.samplers.pgd import projected_gradient, random_point
-from ebjdat.samplers.starts import StartPool
 
 GAUSSIAN_START = 0.001  # standard deviation in [0, 1] pixels (TRADES's own code)
 
 
 @dataclass(frozen=True)
 class DrawState:
-    """What draws need beside the batch. The buffer is None for methods without chains."""
+    """What draws need beside the batch: for methods with chains the buffer, and those of its chains that belong to the batch."""
 
     settings: TrainingSettings
-    pool: StartPool
-    buffer: ReplayBuffer | None
-
-    def start(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        x: Tensor = registry.load(registry.STARTS, self.settings.chain.start)(self.pool, labels, generator)
-        return x
+    buffer: ReplayBuffer | None = None
+    chains: Chains | None = None
 
 
 def negatives(model: WideResNet, batch: Batch, state: DrawState, generator: torch.Generator) -> Tensor:
     """Persistent chains, one per image of the batch, moved once and put back: (B, C, H, W) in [-1, 1]."""
-    spec = state.settings.chain
+    spec, chains = state.settings.chain, state.chains
     assert state.buffer is not None
-    slots, x = state.buffer.draw(len(batch.y), spec.reinit, state.start, generator)
+    assert chains is not None
     with moving_images(model, spec.mode):
-        x = walk(model, x, state.buffer.labels[slots], spec, generator)
-    state.buffer.put(slots, x)
+        x = walk(model, chains.x, chains.labels, spec, generator)
+    state.buffer.put(chains.slots, x)
     return x
 
 

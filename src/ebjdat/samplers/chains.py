@@ -11,6 +11,14 @@ from ebjdat import registry
 from ebjdat.models.energy import joint_energy, marginal_energy
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ChainSettings
+from ebjdat.samplers.buffer import Start
+from ebjdat.samplers.starts import StartPool
+
+
+def starter(spec: ChainSettings, pool: StartPool) -> Start:
+    """The settings' start of chains: (labels, generator) -> images in [-1, 1]."""
+    start = registry.load(registry.STARTS, spec.start)
+    return lambda labels, generator: start(pool, labels, generator)
 
 
 def walk(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Tensor:

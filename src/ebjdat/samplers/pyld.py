@@ -24,7 +24,7 @@ def pyld(model: WideResNet, x: Tensor, energy: Energy, spec: ChainSettings, gene
         with torch.enable_grad():
             h = model.stem(x).detach().requires_grad_(True)
             (p,) = torch.autograd.grad(-energy(model.trunk(h)).sum(), h)
-        gradient = model.stem_gradient(p)
+        gradient = model.stem_gradient(p).float()
         if spec.clamp is not None:
             gradient = gradient.clamp(-spec.clamp, spec.clamp)
         x = x + spec.inner_steps * spec.step_size * gradient

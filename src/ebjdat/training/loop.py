@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,13 +30,16 @@ from ebjdat.params import TrainingSettings
 from ebjdat.pixels import uint8_from_unit, unit_from_internal
 from ebjdat.progress import Bar, format_values
 from ebjdat.samplers.buffer import ReplayBuffer
+from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
 from ebjdat.training import healing
 from ebjdat.training.healing import Event
+from ebjdat.training.step import Step
 
 SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
 VALIDATION_BATCH = 250
 SHOWN_CHAINS = 10  # epochs at which chains are shown
+PLANNED_STEPS = 100  # steps whose chains are drawn from the buffer at once
 
 
 class TrainingError(UserError):
@@ -126,7 +129,7 @@ class Learner:
         optimizer = registry.load(registry.OPTIMIZERS, settings.optimizer.name)(model.parameters(), settings.optimizer)
         buffer = None
         if "negatives" in registry.METHODS[job.method].draws:
-            noise, start = generator(device, "buffer", job.seed), DrawState(settings, pool, None).start
+            noise, start = generator(device, "buffer", job.seed), starter(settings.chain, pool)
             buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
@@ -244,27 +247,26 @@ def run_epoch(
     rungs = healing.usable(job.settings.healing.ladder, method.draws)
     settings, reseeded = healing.adjusted(job.settings, rungs[: progress.recoveries])
     salt = (reseeded,) if reseeded else ()
-    loss = registry.load(registry.METHODS, job.method)
-    draws = {name: registry.load(registry.DRAWS, name) for name in method.draws}
-    update = registry.load(registry.UPDATES, settings.update.name)
+    learned = Step(job.method, settings, model, optimizer)
     schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
-    state = DrawState(settings, pool, learner.buffer)
     epoch, per_epoch = progress.epoch, steps_per_epoch(len(data), settings.batch_size)
 
     batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, progress.step)
-    for step, batch in enumerate(batches, progress.step):
-        began = time.monotonic()
+    states = draw_states(settings, learner.buffer, pool, ("chains", job.seed, epoch, *salt), progress.step, per_epoch)
+    began = time.monotonic()
+    for step, (batch, state) in enumerate(zip(batches, states, strict=True), progress.step):
         factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
         for group in optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * factor
         noise = generator(data.device, "step", job.seed, epoch, step, *salt)
-        drawn = {name: draw(model, batch, state, noise) for name, draw in draws.items()}
-        terms = update(model, optimizer, lambda b=batch, d=drawn: loss(model, b, d, settings.weights), settings.update)
+        drawn = learned.draw(batch, state, noise)
+        terms = learned.update(batch, drawn)
         if learner.ema is not None:
             learner.ema.update_parameters(model)
         progress.add(terms)
         progress.step = step + 1
-        progress.seconds += time.monotonic() - began
+        began, before = time.monotonic(), began
+        progress.seconds += began - before
         bar.advance()
         if bar.due():
             bar.show({name: terms[name].item() for name in SHOWN if name in terms})
@@ -278,6 +280,26 @@ def run_epoch(
         if stop.asked:
             raise KeyboardInterrupt
     return progress.epoch_row(optimizer)
+
+
+def draw_states(
+    settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
+) -> Iterator[DrawState]:
+    """What each of an epoch's steps draws from, from step `first` on; chains are planned some steps ahead.
+
+    The same purpose and step give the same chains, wherever a training was interrupted.
+    """
+    plan = None
+    for step in range(first, steps):
+        if buffer is None:
+            yield DrawState(settings)
+            continue
+        block, within = divmod(step, PLANNED_STEPS)
+        if plan is None or within == 0:
+            noise, spec = generator(pool.data.device, *purpose, block), settings.chain
+            planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
+            plan = buffer.plan(planned, settings.batch_size, spec.reinit, starter(spec, pool), noise)
+        yield DrawState(settings, buffer, buffer.take(plan, within))
 
 
 def _judge(job: Job, progress: Progress, bar: Bar, on_event: Callable[[Event], None]) -> None:

@@ -1,0 +1,85 @@
+"""One training step: draws, loss, update, in the settings' precision and slices. The loop and measurements of speed call it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from ebjdat import registry
+from ebjdat.data.batches import Batch
+from ebjdat.models.modes import autocast, tensor_cores
+from ebjdat.models.wrn import WideResNet
+from ebjdat.objectives.draws import DrawState
+from ebjdat.params import TrainingSettings
+
+
+@cache
+def compiled_trunk() -> Callable[[WideResNet, Tensor], Tensor]:
+    """The trunk through torch.compile; where that fails, torch says so once and runs it as it is."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(WideResNet.trunk, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method does with a batch. Nothing in it waits for the device."""
+
+    method: str
+    settings: TrainingSettings
+    model: WideResNet
+    optimizer: torch.optim.Optimizer
+
+    def draw(self, batch: Batch, state: DrawState, noise: torch.Generator) -> dict[str, Tensor]:
+        """Chains and adversarial neighbours, as the method wants them: name -> (B, C, H, W) in [-1, 1]."""
+        found: dict[str, list[Tensor]] = {}
+        for rows in self._slices():
+            chains = None if state.chains is None else state.chains.part(rows)
+            part, of_part = batch.part(rows), replace(state, chains=chains)
+            for name in registry.METHODS[self.method].draws:
+                draw = registry.load(registry.DRAWS, name)
+                with self._computing(), autocast(batch.x.device, self._precision):
+                    found.setdefault(name, []).append(draw(self.model, part, of_part, noise))
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+
+    def update(self, batch: Batch, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Change the weights once; returns the loss's terms, detached, means over the batch."""
+        loss = registry.load(registry.METHODS, self.method)
+        update = registry.load(registry.UPDATES, self.settings.update.name)
+
+        def on(rows: slice) -> dict[str, Tensor]:
+            part = {name: value[rows] for name, value in drawn.items()}
+            with autocast(batch.x.device, self._precision):
+                terms: dict[str, Tensor] = loss(self.model, batch.part(rows), part, self.settings.weights)
+            return terms
+
+        closures = [lambda rows=rows: on(rows) for rows in self._slices()]
+        with self._computing():
+            terms: dict[str, Tensor] = update(self.model, self.optimizer, closures, self.settings.update)
+        return terms
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """While a step is computed: its precision, compiled, blocks recomputed, as the settings ask; else the network is as it was."""
+        compute, model = self.settings.compute, self.model
+        try:
+            model.recompute = compute.recompute
+            if compute.compile:
+                model.trunk = partial(compiled_trunk(), model)  # type: ignore[method-assign]
+            with tensor_cores(self._precision):
+                yield
+        finally:
+            model.recompute = False
+            vars(model).pop("trunk", None)
+
+    @property
+    def _precision(self) -> str:
+        return self.settings.compute.precision
+
+    def _slices(self) -> list[slice]:
+        n = self.settings.batch_size // self.settings.compute.accumulate
+        return [slice(i * n, (i + 1) * n) for i in range(self.settings.compute.accumulate)]
