@@ -322,6 +322,45 @@ def sync() -> None:
 
 @app.command()
 @friendly
+def bench(
+    params: ParamsFile = Path("params/cifar10.yaml"),
+    experiment: Annotated[str, typer.Option(help="An experiment of the profile: its method and settings.")] = "eb_jdat",
+    model: Annotated[str | None, typer.Option(help="Network as DEPTH-WIDTH, e.g. 28-10; default: the experiment's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step; default: the experiment's.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto; default: the profile's.")] = None,
+    against: Annotated[str | None, typer.Option(help="naive: also time a plainly written step, taking turns.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings of each; medians and quartiles are over these.", min=3)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where it is saved; default: benchmarks/steps/NAME.json.")] = None,
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """Time a training step in its parts, and say what share of the machine's matrix rate it uses (docs/performance.md)."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ebjdat.stages import bench as stage
+
+    if against not in (None, "naive"):
+        raise UserError(f"--against {against!r}; allowed: naive")
+    found, path = stage.run(params, override, stage.Wanted(experiment, model, batch, device, against is not None, repeats), out, threads)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table(title=f"{experiment}, {found['case']['model']}, batch {found['case']['batch_size']}, {found['machine']['device']}")
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column(f"quartiles of {found['n']}", justify="right")
+    for name, text in stage.told(found):
+        table.add_row(name, *text)
+    Console().print(table)
+    typer.echo(f"saved in {path}")
+
+
+@app.command()
+@friendly
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:

@@ -26,6 +26,19 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def repeated(model: nn.Module) -> Iterator[None]:
+    """Batch norm's running statistics stay as they are, and are yet kept for the backward pass as in the pass that is repeated."""
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for m, _, _ in norms:
+            m.momentum, m.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for m, momentum, count in norms:
+            m.momentum, m.num_batches_tracked = momentum, count
+
+
+@contextlib.contextmanager
 def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
     """No gradients for parameters; mode "eval", or "train" (statistics of the batch) without touching running statistics.
 

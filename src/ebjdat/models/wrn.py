@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ebjdat.models.modes import frozen_statistics
+from ebjdat.models.modes import repeated
 from ebjdat.params import ModelSettings
 
 
@@ -99,7 +99,7 @@ class WideResNet(nn.Module):
 
 def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a block's forward pass and of its repetition, which must not count twice in batch norm's running statistics."""
-    return nullcontext(), frozen_statistics(block)
+    return nullcontext(), repeated(block)
 
 
 def build(settings: ModelSettings, channels: int, classes: int, seed: int) -> WideResNet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -34,15 +34,15 @@ class Step:
     model: WideResNet
     optimizer: torch.optim.Optimizer
 
-    def draw(self, batch: Batch, state: DrawState, noise: torch.Generator) -> dict[str, Tensor]:
-        """Chains and adversarial neighbours, as the method wants them: name -> (B, C, H, W) in [-1, 1]."""
+    def draw(self, batch: Batch, state: DrawState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Chains and adversarial neighbours, as the method wants them (or only these): name -> (B, C, H, W) in [-1, 1]."""
         found: dict[str, list[Tensor]] = {}
         for rows in self._slices():
             chains = None if state.chains is None else state.chains.part(rows)
             part, of_part = batch.part(rows), replace(state, chains=chains)
-            for name in registry.METHODS[self.method].draws:
+            for name in registry.METHODS[self.method].draws if only is None else only:
                 draw = registry.load(registry.DRAWS, name)
-                with self._computing(), autocast(batch.x.device, self._precision):
+                with self.computing(), autocast(batch.x.device, self._precision):
                     found.setdefault(name, []).append(draw(self.model, part, of_part, noise))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
@@ -58,12 +58,12 @@ class Step:
             return terms
 
         closures = [lambda rows=rows: on(rows) for rows in self._slices()]
-        with self._computing():
+        with self.computing():
             terms: dict[str, Tensor] = update(self.model, self.optimizer, closures, self.settings.update)
         return terms
 
     @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """While a step is computed: its precision, compiled, blocks recomputed, as the settings ask; else the network is as it was."""
         compute, model = self.settings.compute, self.model
         try:
