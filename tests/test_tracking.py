@@ -403,6 +403,34 @@ def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixtu
     assert Sender("sqlite:///unused.db").send([Path("results/f.journal.jsonl")]) == Outcome()
 
 
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from ebjdat.tracking.runs import About, Subject, track
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with track(Subject("digits", "e", 0, "finetune"), About({}, {}), Path("results/e.journal.jsonl")) as tracker:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    for step in range(5):
+        tracker.picture("samples", bytes(2000), step)
+        if step == 3 and sys.argv[1] == "freed":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    tracker.final({"x": 1})
+print("results go on")
+"""
+
+
+@pytest.mark.parametrize("then", ["full", "freed"])
+def test_a_line_that_fits_on_the_disk_in_part_stops_tracking_and_nothing_else(then: str) -> None:
+    """No file may grow beyond 10 kB: the system writes what fits of a line, and refuses the next."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, then], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "results go on\n"), done.stderr
+    assert done.stderr.count("\n") == done.stderr.count("WARNING: tracking stops for this stage") == 1
+    begin, *pictures, end = journal.read(Path("results/e.journal.jsonl"))
+    assert "begin" in begin
+    assert [event["step"] for event in pictures] == [0, 1, 2]
+    assert end["end"] == "FINISHED"
+
+
 class Lossy:
     """A client whose call number `fatal` fails: before it is done, or after, when its answer gets lost."""
 
