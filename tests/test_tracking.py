@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -531,6 +532,22 @@ def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(runs: Callable[.
     assert [m.value for m in client.get_metric_history(old.info.run_id, "loss")] == [1.0]
     assert (new.info.status, old.info.status, old.data.tags["superseded"]) == ("FINISHED", "KILLED", "true")
     assert not journal.unfinished()
+
+
+def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() -> None:
+    """As a training that diverged has it: what goes on from there does not begin anew."""
+    subject, about = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
+    points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}]
+    killed = Tracker(subject, about)
+    for step, point in enumerate(points):
+        killed.metrics(point, step)
+    killed.close("KILLED")
+    again = Tracker(subject, about)
+    for step, point in enumerate([*points, {"loss": 2.0}]):
+        again.metrics(point, step)
+    again.close("KILLED")
+    (path,) = journal.unfinished()
+    assert [event["step"] for event in journal.read(path) if "metrics" in event] == [0, 1, 2, 3]
 
 
 def test_results_that_came_back_are_current_again(runs: Callable[..., list[Any]], sync: Any, store: str) -> None:
