@@ -595,6 +595,27 @@ def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
     assert found[0]["system/process_cpu_utilization_percentage"] > 10
 
 
+WITHOUT_MLFLOW = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlflow":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from ebjdat.cli import app
+app(["sync"])
+"""
+
+
+def test_without_mlflow_sync_says_so_and_keeps_the_journals() -> None:
+    """As on a machine that only trains."""
+    stage("finetune", {"x": 1})
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MLFLOW], capture_output=True, text=True, check=False)
+    told = "error: nothing can be sent from here: mlflow is not installed (`make install` does it). Every journal is kept\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+    assert len(list(journal.finished())) == 1
+
+
 def test_passwords_of_a_store_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://someone:secret@127.0.0.1:5432/mlflow?password=hidden&sslmode=require")
     assert background.shown_uri() == "postgresql://…@127.0.0.1:5432/mlflow?password=…&sslmode=require"
