@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -120,6 +121,7 @@ def test_a_run_per_experiment_and_seed_with_everything_that_a_reader_asks_for(
     assert (inputs.dataset.name, inputs.dataset.digest) == ("digits", "d")
     children = {c.data.tags["stage"]: c for c in runs(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")}
     assert {c.info.run_name for c in children.values()} == {"eb_jdat/seed0/finetune", "eb_jdat/seed0/attack"}
+    assert all(child.data.params == {} for child in children.values())  # the UI would write all of them over each picture
     finetune = children["finetune"]
     assert [(m.step, m.value) for m in client.get_metric_history(finetune.info.run_id, "loss")] == [(1, 1.5), (2, 0.5)]
     assert finetune.data.metrics["system/system_memory_usage_megabytes"] > 100
@@ -180,6 +182,38 @@ def test_a_rerun_updates_and_new_settings_supersede(runs: Callable[..., list[Any
     children = runs(f"tags.`mlflow.parentRunId` = '{latest.info.run_id}'")
     assert {c.data.tags["stage"] for c in children} == {"finetune", "attack"}
     assert latest.data.tags["state_attack"] == "FINISHED"
+
+
+def test_other_data_make_another_run(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    """The settings are the same, but not the data set."""
+    stage("finetune", {"train_seconds": 3.0})
+    stage("attack", {"clean_acc": 0.8})
+    sync()
+    stage("finetune", {"train_seconds": 5.0}, tags={"data_hash": "e"})
+    sync()
+    (run,) = runs(CURRENT)
+    assert run.data.tags["data_hash"] == "e"
+    assert run.data.metrics == {"train_seconds": 5.0}
+    (old,) = runs("tags.kind = 'result' and tags.superseded = 'true'")
+    assert (old.data.tags["data_hash"], old.data.metrics) == ("d", {"train_seconds": 3.0, "clean_acc": 0.8})
+
+
+def test_what_was_running_and_is_superseded_was_killed(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    """Its machine is gone, and its journal with it: nothing else will say how it ended."""
+    gone = Tracker(Subject("digits", "eb_jdat", 0, "finetune"), About({"training": {"lr": 0.2}}, {**TAGS, "params_hash": "q"}))
+    gone.metrics({"loss": 1.0}, 1)
+    sync()
+    assert {run.info.status for run in runs()} == {"RUNNING"}
+    journal.unfinished()[0].unlink()
+    gone.close("KILLED")
+    stage("finetune", {"train_seconds": 3.0})
+    sync()
+    assert {(run.info.run_name, run.info.status) for run in runs()} == {
+        ("eb_jdat/seed0", "FINISHED"),
+        ("eb_jdat/seed0/finetune", "FINISHED"),
+        ("eb_jdat/seed0 (superseded)", "KILLED"),
+        ("eb_jdat/seed0/finetune (superseded)", "KILLED"),
+    }
 
 
 def test_what_arrives_late_does_not_replace_what_is_newer(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
@@ -280,6 +314,24 @@ def test_a_killed_stage_goes_on_in_its_run_with_each_point_once(
     assert stage_again.returncode == 0
     sync()
     assert len(runs("tags.kind = 'result-stage'")) == 2  # other data: an attempt of its own
+
+
+def test_a_killed_stage_goes_on_only_with_the_same_settings_and_code() -> None:
+    """The commit may be another one: it also changes with what a stage does not depend on."""
+    code = Path("loss.py")
+    code.write_text("first")
+
+    def attempts(lr: float, commit: str = "abc") -> list[int]:
+        """Begin, and be killed again. Returns how often each attempt so far was gone on with."""
+        about = About({"lr": lr}, {**TAGS, "git_commit": commit}, code=[code])
+        Tracker(Subject("digits", "eb_jdat", 0, "finetune"), about).close("KILLED")
+        return sorted(sum("resumed" in event for event in journal.read(path)) for path in journal.unfinished())
+
+    assert attempts(0.1) == [0]
+    assert attempts(0.1, "def") == [1]
+    assert attempts(0.2) == [0, 1]
+    code.write_text("second")
+    assert attempts(0.1) == [0, 0, 1]
 
 
 def test_a_replaced_file_is_not_sent_as_what_it_was(runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]) -> None:
@@ -564,6 +616,26 @@ def test_results_that_came_back_are_current_again(runs: Callable[..., list[Any]]
     assert (current.data.metrics["x"], current.info.run_name) == (1, "eb_jdat/seed0")
     (child,) = runs("tags.kind = 'result-stage' and tags.superseded = 'false'")
     assert child.data.tags["mlflow.parentRunId"] == current.info.run_id
+
+
+def test_a_store_that_lost_everything_is_filled_again_by_who_knew_it(
+    runs: Callable[..., list[Any]], client: Any, store: str, empty_store: bytes
+) -> None:
+    """One failed pass, after which nothing that the sender remembers of the store is relied on."""
+    sender = Sender(store)
+    tracker = Tracker(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS))
+    tracker.metrics({"loss": 2.0}, 1)
+    assert sender.send(journal.unfinished()).errors == []
+    Path("empty.db").write_bytes(empty_store)
+    with sqlite3.connect("empty.db") as empty, sqlite3.connect("mlflow.db") as filled:
+        empty.backup(filled)  # also under those who have it open
+    tracker.metrics({"loss": 1.0}, 2)
+    assert len(sender.send(journal.unfinished()).errors) == 1
+    assert sender.send(journal.unfinished()).errors == []
+    tracker.close("KILLED")
+    assert len(runs(CURRENT)) == 1
+    (run,) = runs("tags.kind = 'result-stage'")
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")] == [2.0, 1.0]
 
 
 def test_a_damaged_journal_is_named_and_the_others_are_sent(runs: Callable[..., list[Any]], store: str) -> None:
