@@ -364,14 +364,18 @@ def test_pictures_over_training(runs: Callable[..., list[Any]], client: Any, syn
     assert np.array_equal(shown[4:36:4, 44:76:4], images[1, 0].numpy())  # second of the first row, each pixel four wide
 
 
-def test_the_logged_model_classifies_images_in_the_unit_range(
-    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
-) -> None:
+def save_checkpoint(network: WideResNet, profile: Profile, digits: Prepared, path: Path) -> None:
     model = ModelSettings(depth=10, width=1)
     header = Header(
         "eb_jdat/seed0", "digits", "eb_jdat", 0, model, profile.training_settings("eb_jdat"), (1, 8, 8), digits.classes, "d", "p", "c", {}
     )
-    checkpoint.save(Checkpoint(header, network.state_dict(), None, None), Path("c.safetensors"))
+    checkpoint.save(Checkpoint(header, network.state_dict(), None, None), path)
+
+
+def test_the_logged_model_classifies_images_in_the_unit_range(
+    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
+) -> None:
+    save_checkpoint(network, profile, digits, Path("c.safetensors"))
     with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
         tracker.model(Path("c.safetensors"))
     sync()
@@ -488,17 +492,18 @@ class Lossy:
     """A client whose call number `fatal` fails: before it is done, or after, when its answer gets lost."""
 
     def __init__(self, client: Any, fatal: int, after: bool) -> None:
-        self.client, self.fatal, self.after, self.calls = client, fatal, after, 0
+        self.client, self.fatal, self.after = client, fatal, after
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.client, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.fatal and not self.after:
+            self.calls.append(name)
+            if len(self.calls) == self.fatal and not self.after:
                 raise ConnectionError("lost")
             result = method(*arguments, **named)
-            if self.calls == self.fatal:
+            if len(self.calls) == self.fatal:
                 raise ConnectionError("lost")
             return result
 
@@ -522,9 +527,22 @@ def content(uri: str) -> list[Any]:
     return sorted(found, key=str)
 
 
+def sent_with_a_loss(paths: list[Path], store: Path, fatal: int, after: bool) -> list[str]:
+    """Send, lose that call, send again, by the same sender or another. Returns the calls of the first time."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{store}"
+    first = Sender(uri)
+    first._client = lossy = Lossy(MlflowClient(uri), fatal, after)
+    outcome = first.send(paths)
+    assert bool(outcome.errors) == (fatal > 0)
+    assert (first if fatal % 2 else Sender(uri)).send(paths).errors == []
+    return lossy.calls
+
+
 def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: bytes, tmp_path: Path) -> None:
     """Every call of sending two attempts of a stage fails in turn, before or after it is done; then it is sent again."""
-    from mlflow import MlflowClient
+    from ebjdat.stages.train import _png
 
     Path("figure.txt").write_text("a figure")
     for lr in (0.1, 0.2):
@@ -534,21 +552,18 @@ def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: by
             tracker.metrics({"loss": 1.5}, 1)
             tracker.tag("event_1", "diverged")
             tracker.artifact(Path("figure.txt"))
+            if lr == 0.1:
+                tracker.picture("samples", _png(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), 1)
             tracker.metrics({"loss": 0.5}, 2)
             tracker.final({"acc": 0.9})
     paths = list(journal.finished())
 
     def sent(fatal: int, after: bool) -> tuple[list[Any], int]:
-        place = tmp_path / f"{fatal}{after}"
-        place.mkdir()
-        (place / "mlflow.db").write_bytes(empty_store)
-        uri = f"sqlite:///{place / 'mlflow.db'}"
-        first = Sender(uri)
-        first._client = lossy = Lossy(MlflowClient(uri), fatal, after)
-        outcome = first.send(paths)
-        assert bool(outcome.errors) == (fatal > 0)
-        assert (first if fatal % 2 else Sender(uri)).send(paths).errors == []
-        return content(uri), lossy.calls
+        store = tmp_path / f"{fatal}{after}/mlflow.db"
+        store.parent.mkdir()
+        store.write_bytes(empty_store)
+        calls = sent_with_a_loss(paths, store, fatal, after)
+        return content(f"sqlite:///{store}"), len(calls)
 
     expected, calls = sent(0, after=False)
     assert len(expected) == 4
@@ -556,6 +571,30 @@ def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: by
     for fatal in range(1, calls + 1):
         found, _ = sent(fatal, after=fatal % 3 > 0)
         assert found == expected, f"call {fatal} of {calls}"
+
+
+def test_a_model_is_logged_once_whichever_call_is_lost(
+    empty_store: bytes, tmp_path: Path, network: WideResNet, profile: Profile, digits: Prepared
+) -> None:
+    """Every call from the one on that asks for a model fails in turn, before it is done; then all is sent again."""
+    from mlflow import MlflowClient
+
+    save_checkpoint(network, profile, digits, Path("c.safetensors"))
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        tracker.model(Path("c.safetensors"))
+
+    def sent(fatal: int) -> list[str]:
+        store = tmp_path / f"{fatal}/mlflow.db"
+        store.parent.mkdir()
+        store.write_bytes(empty_store)
+        calls = sent_with_a_loss(list(journal.finished()), store, fatal, after=False)
+        client = MlflowClient(f"sqlite:///{store}")
+        assert len(client.search_logged_models([client.get_experiment_by_name("digits").experiment_id])) == 1, f"call {fatal} of {calls}"
+        return calls
+
+    calls = sent(0)
+    for fatal in range(calls.index("get_run") + 1, len(calls) + 1):
+        sent(fatal)
 
 
 def test_more_values_than_one_call_takes(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:

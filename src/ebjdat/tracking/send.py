@@ -36,7 +36,7 @@ for _name, _value in {
 
 import mlflow  # noqa: E402 (reads these variables)
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag  # noqa: E402
 
 
 @dataclass
@@ -302,9 +302,11 @@ class Sender:
     def _model(self, run: str, event: Mapping[str, Any]) -> None:
         from ebjdat.tracking.served import log
 
-        if self._client.get_run(run).data.tags.get("model_sha256") != event["sha256"]:
-            log(run, Path(event["model"]))
-            self._client.set_tag(run, "model_sha256", event["sha256"])
+        experiment = self._client.get_run(run).info.experiment_id
+        newest = self._client.search_logged_models([experiment], f"source_run_id = '{run}'", max_results=1)
+        # Asked of the model itself: a mark on the run could get lost after the model was logged.
+        if not any(model.tags.get("sha256") == event["sha256"] and model.status == LoggedModelStatus.READY for model in newest):
+            log(run, Path(event["model"]), event["sha256"])
 
     def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Everything of an experiment and seed, on its run, also what stages measured that its settings did not make run again.
