@@ -9,7 +9,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 
 from .conftest import ROOT
+from .mlflow_server import Server, answers, free_port, wait_until
 
 STAGE = """
 import sys, time
@@ -41,61 +41,6 @@ with track(Subject("digits", name, 0, "finetune"), about, Path(f"results/{name}.
     tracker.final({"clean_acc": 0.9})
 print(step, worked, time.perf_counter() - began)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def wait_until(ready: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as reply:
-        return bool(reply.status == 200)
-    return False
-
-
-class Server:
-    """An `mlflow server` that can be stopped and started again at its address."""
-
-    def __init__(self, folder: Path, store: str) -> None:
-        self.folder, self.store, self.port = folder, store, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", self.store, "--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def wait(self) -> None:
-        wait_until(lambda: answers(f"{self.uri}/health"), f"mlflow server on {self.store}")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, 9)
-            self._process.wait()
-
-    def client(self) -> Any:
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.uri)
-
-    def runs(self, text: str = "") -> list[Any]:
-        client = self.client()
-        return list(client.search_runs([client.get_experiment_by_name("digits").experiment_id], text))
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -263,9 +208,8 @@ def test_the_next_stage_sends_what_a_server_missed(server: Server, proxy: Proxy,
     assert curve(server, first) == curve(server, second) == [(step, 100.0 - step) for step in range(5)]
 
 
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)  # what is behind a slow server makes no difference to a stage
 def test_a_slow_server_costs_a_stage_less_than_a_twentieth(server: Server, proxy: Proxy, tmp_path: Path) -> None:
-    if server.store.startswith("postgresql"):
-        pytest.skip("what is behind a slow server makes no difference to a stage")
     proxy.mode = "slow"
     name = f"{tmp_path.name}-slow"
     process = stage(proxy.uri, tmp_path, name, points=1000, pause=0.1)
@@ -299,14 +243,18 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_whole_experiment_on_the_server_and_its_model_is_served(server: Server, experiment: Path) -> None:
-    """Sent afterwards, as results from a machine without MLflow are; then `mlflow models serve` on the model."""
+def sent(server: Server, experiment: Path) -> Any:
+    """The run of the experiment's EB-JDAT, sent afterwards, as results from a machine without MLflow are."""
     done = sync(server.uri, experiment)
     assert done.returncode == 0, done.stderr
-    client = server.client()
-    found = next(e for e in client.search_experiments() if e.name.startswith("digits+"))
-    (run,) = client.search_runs([found.experiment_id], "tags.kind = 'result'")
-    (child,) = client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    found = next(e for e in server.client().search_experiments() if e.name.startswith("digits+"))
+    (run,) = server.client().search_runs([found.experiment_id], "tags.kind = 'result'")
+    return run
+
+
+def test_a_whole_experiment_is_on_the_server(server: Server, experiment: Path) -> None:
+    run, client = sent(server, experiment), server.client()
+    (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     recorded = json.loads((experiment / "results/finetune.json").read_text())
     assert run.data.metrics == {k: v for k, v in recorded.items() if k in run.data.metrics}
     assert run.data.params["training.chain.sampler"] == "pyld"
@@ -317,9 +265,10 @@ def test_a_whole_experiment_on_the_server_and_its_model_is_served(server: Server
     losses = [float(line.split(",")[lines[0].split(",").index("loss")]) for line in lines[1:]]
     np.testing.assert_allclose([m.value for m in client.get_metric_history(child.info.run_id, "loss")], losses, rtol=1e-5)
 
-    if server.store.startswith("postgresql"):
-        return  # what serves a model does not see where it came from
-    port = free_port()
+
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)  # what serves a model does not see where it came from
+def test_the_model_of_an_experiment_is_served(server: Server, experiment: Path) -> None:
+    run, port = sent(server, experiment), free_port()
     command = ["mlflow", "models", "serve", "--model-uri", f"runs:/{run.info.run_id}/model", "--env-manager", "local"]
     serving = subprocess.Popen(
         [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -119,6 +121,7 @@ def test_a_run_per_experiment_and_seed_with_everything_that_a_reader_asks_for(
     assert (inputs.dataset.name, inputs.dataset.digest) == ("digits", "d")
     children = {c.data.tags["stage"]: c for c in runs(f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")}
     assert {c.info.run_name for c in children.values()} == {"eb_jdat/seed0/finetune", "eb_jdat/seed0/attack"}
+    assert all(child.data.params == {} for child in children.values())  # the UI would write all of them over each picture
     finetune = children["finetune"]
     assert [(m.step, m.value) for m in client.get_metric_history(finetune.info.run_id, "loss")] == [(1, 1.5), (2, 0.5)]
     assert finetune.data.metrics["system/system_memory_usage_megabytes"] > 100
@@ -179,6 +182,38 @@ def test_a_rerun_updates_and_new_settings_supersede(runs: Callable[..., list[Any
     children = runs(f"tags.`mlflow.parentRunId` = '{latest.info.run_id}'")
     assert {c.data.tags["stage"] for c in children} == {"finetune", "attack"}
     assert latest.data.tags["state_attack"] == "FINISHED"
+
+
+def test_other_data_make_another_run(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    """The settings are the same, but not the data set."""
+    stage("finetune", {"train_seconds": 3.0})
+    stage("attack", {"clean_acc": 0.8})
+    sync()
+    stage("finetune", {"train_seconds": 5.0}, tags={"data_hash": "e"})
+    sync()
+    (run,) = runs(CURRENT)
+    assert run.data.tags["data_hash"] == "e"
+    assert run.data.metrics == {"train_seconds": 5.0}
+    (old,) = runs("tags.kind = 'result' and tags.superseded = 'true'")
+    assert (old.data.tags["data_hash"], old.data.metrics) == ("d", {"train_seconds": 3.0, "clean_acc": 0.8})
+
+
+def test_what_was_running_and_is_superseded_was_killed(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
+    """Its machine is gone, and its journal with it: nothing else will say how it ended."""
+    gone = Tracker(Subject("digits", "eb_jdat", 0, "finetune"), About({"training": {"lr": 0.2}}, {**TAGS, "params_hash": "q"}))
+    gone.metrics({"loss": 1.0}, 1)
+    sync()
+    assert {run.info.status for run in runs()} == {"RUNNING"}
+    journal.unfinished()[0].unlink()
+    gone.close("KILLED")
+    stage("finetune", {"train_seconds": 3.0})
+    sync()
+    assert {(run.info.run_name, run.info.status) for run in runs()} == {
+        ("eb_jdat/seed0", "FINISHED"),
+        ("eb_jdat/seed0/finetune", "FINISHED"),
+        ("eb_jdat/seed0 (superseded)", "KILLED"),
+        ("eb_jdat/seed0/finetune (superseded)", "KILLED"),
+    }
 
 
 def test_what_arrives_late_does_not_replace_what_is_newer(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
@@ -281,6 +316,24 @@ def test_a_killed_stage_goes_on_in_its_run_with_each_point_once(
     assert len(runs("tags.kind = 'result-stage'")) == 2  # other data: an attempt of its own
 
 
+def test_a_killed_stage_goes_on_only_with_the_same_settings_and_code() -> None:
+    """The commit may be another one: it also changes with what a stage does not depend on."""
+    code = Path("loss.py")
+    code.write_text("first")
+
+    def attempts(lr: float, commit: str = "abc") -> list[int]:
+        """Begin, and be killed again. Returns how often each attempt so far was gone on with."""
+        about = About({"lr": lr}, {**TAGS, "git_commit": commit}, code=[code])
+        Tracker(Subject("digits", "eb_jdat", 0, "finetune"), about).close("KILLED")
+        return sorted(sum("resumed" in event for event in journal.read(path)) for path in journal.unfinished())
+
+    assert attempts(0.1) == [0]
+    assert attempts(0.1, "def") == [1]
+    assert attempts(0.2) == [0, 1]
+    code.write_text("second")
+    assert attempts(0.1) == [0, 0, 1]
+
+
 def test_a_replaced_file_is_not_sent_as_what_it_was(runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]) -> None:
     for name, status in (("same.txt", "kept"), ("other.txt", "kept")):
         Path(name).write_text(status)
@@ -311,14 +364,18 @@ def test_pictures_over_training(runs: Callable[..., list[Any]], client: Any, syn
     assert np.array_equal(shown[4:36:4, 44:76:4], images[1, 0].numpy())  # second of the first row, each pixel four wide
 
 
-def test_the_logged_model_classifies_images_in_the_unit_range(
-    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
-) -> None:
+def save_checkpoint(network: WideResNet, profile: Profile, digits: Prepared, path: Path) -> None:
     model = ModelSettings(depth=10, width=1)
     header = Header(
         "eb_jdat/seed0", "digits", "eb_jdat", 0, model, profile.training_settings("eb_jdat"), (1, 8, 8), digits.classes, "d", "p", "c", {}
     )
-    checkpoint.save(Checkpoint(header, network.state_dict(), None, None), Path("c.safetensors"))
+    checkpoint.save(Checkpoint(header, network.state_dict(), None, None), path)
+
+
+def test_the_logged_model_classifies_images_in_the_unit_range(
+    runs: Callable[..., list[Any]], sync: Callable[[], Outcome], digits: Prepared, profile: Profile, network: WideResNet
+) -> None:
+    save_checkpoint(network, profile, digits, Path("c.safetensors"))
     with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
         tracker.model(Path("c.safetensors"))
     sync()
@@ -403,21 +460,50 @@ def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixtu
     assert Sender("sqlite:///unused.db").send([Path("results/f.journal.jsonl")]) == Outcome()
 
 
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from ebjdat.tracking.runs import About, Subject, track
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with track(Subject("digits", "e", 0, "finetune"), About({}, {}), Path("results/e.journal.jsonl")) as tracker:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    for step in range(5):
+        tracker.picture("samples", bytes(2000), step)
+        if step == 3 and sys.argv[1] == "freed":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    tracker.final({"x": 1})
+print("results go on")
+"""
+
+
+@pytest.mark.parametrize("then", ["full", "freed"])
+def test_a_line_that_fits_on_the_disk_in_part_stops_tracking_and_nothing_else(then: str) -> None:
+    """No file may grow beyond 10 kB: the system writes what fits of a line, and refuses the next."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, then], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "results go on\n"), done.stderr
+    assert done.stderr.count("\n") == done.stderr.count("WARNING: tracking stops for this stage") == 1
+    begin, *pictures, end = journal.read(Path("results/e.journal.jsonl"))
+    assert "begin" in begin
+    assert [event["step"] for event in pictures] == [0, 1, 2]
+    assert end["end"] == "FINISHED"
+
+
 class Lossy:
     """A client whose call number `fatal` fails: before it is done, or after, when its answer gets lost."""
 
     def __init__(self, client: Any, fatal: int, after: bool) -> None:
-        self.client, self.fatal, self.after, self.calls = client, fatal, after, 0
+        self.client, self.fatal, self.after = client, fatal, after
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.client, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.fatal and not self.after:
+            self.calls.append(name)
+            if len(self.calls) == self.fatal and not self.after:
                 raise ConnectionError("lost")
             result = method(*arguments, **named)
-            if self.calls == self.fatal:
+            if len(self.calls) == self.fatal:
                 raise ConnectionError("lost")
             return result
 
@@ -441,9 +527,22 @@ def content(uri: str) -> list[Any]:
     return sorted(found, key=str)
 
 
+def sent_with_a_loss(paths: list[Path], store: Path, fatal: int, after: bool) -> list[str]:
+    """Send, lose that call, send again, by the same sender or another. Returns the calls of the first time."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{store}"
+    first = Sender(uri)
+    first._client = lossy = Lossy(MlflowClient(uri), fatal, after)
+    outcome = first.send(paths)
+    assert bool(outcome.errors) == (fatal > 0)
+    assert (first if fatal % 2 else Sender(uri)).send(paths).errors == []
+    return lossy.calls
+
+
 def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: bytes, tmp_path: Path) -> None:
     """Every call of sending two attempts of a stage fails in turn, before or after it is done; then it is sent again."""
-    from mlflow import MlflowClient
+    from ebjdat.stages.train import _png
 
     Path("figure.txt").write_text("a figure")
     for lr in (0.1, 0.2):
@@ -453,21 +552,18 @@ def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: by
             tracker.metrics({"loss": 1.5}, 1)
             tracker.tag("event_1", "diverged")
             tracker.artifact(Path("figure.txt"))
+            if lr == 0.1:
+                tracker.picture("samples", _png(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), 1)
             tracker.metrics({"loss": 0.5}, 2)
             tracker.final({"acc": 0.9})
     paths = list(journal.finished())
 
     def sent(fatal: int, after: bool) -> tuple[list[Any], int]:
-        place = tmp_path / f"{fatal}{after}"
-        place.mkdir()
-        (place / "mlflow.db").write_bytes(empty_store)
-        uri = f"sqlite:///{place / 'mlflow.db'}"
-        first = Sender(uri)
-        first._client = lossy = Lossy(MlflowClient(uri), fatal, after)
-        outcome = first.send(paths)
-        assert bool(outcome.errors) == (fatal > 0)
-        assert (first if fatal % 2 else Sender(uri)).send(paths).errors == []
-        return content(uri), lossy.calls
+        store = tmp_path / f"{fatal}{after}/mlflow.db"
+        store.parent.mkdir()
+        store.write_bytes(empty_store)
+        calls = sent_with_a_loss(paths, store, fatal, after)
+        return content(f"sqlite:///{store}"), len(calls)
 
     expected, calls = sent(0, after=False)
     assert len(expected) == 4
@@ -475,6 +571,30 @@ def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: by
     for fatal in range(1, calls + 1):
         found, _ = sent(fatal, after=fatal % 3 > 0)
         assert found == expected, f"call {fatal} of {calls}"
+
+
+def test_a_model_is_logged_once_whichever_call_is_lost(
+    empty_store: bytes, tmp_path: Path, network: WideResNet, profile: Profile, digits: Prepared
+) -> None:
+    """Every call from the one on that asks for a model fails in turn, before it is done; then all is sent again."""
+    from mlflow import MlflowClient
+
+    save_checkpoint(network, profile, digits, Path("c.safetensors"))
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        tracker.model(Path("c.safetensors"))
+
+    def sent(fatal: int) -> list[str]:
+        store = tmp_path / f"{fatal}/mlflow.db"
+        store.parent.mkdir()
+        store.write_bytes(empty_store)
+        calls = sent_with_a_loss(list(journal.finished()), store, fatal, after=False)
+        client = MlflowClient(f"sqlite:///{store}")
+        assert len(client.search_logged_models([client.get_experiment_by_name("digits").experiment_id])) == 1, f"call {fatal} of {calls}"
+        return calls
+
+    calls = sent(0)
+    for fatal in range(calls.index("get_run") + 1, len(calls) + 1):
+        sent(fatal)
 
 
 def test_more_values_than_one_call_takes(runs: Callable[..., list[Any]], sync: Callable[[], Outcome]) -> None:
@@ -505,6 +625,22 @@ def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(runs: Callable[.
     assert not journal.unfinished()
 
 
+def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() -> None:
+    """As a training that diverged has it: what goes on from there does not begin anew."""
+    subject, about = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
+    points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}]
+    killed = Tracker(subject, about)
+    for step, point in enumerate(points):
+        killed.metrics(point, step)
+    killed.close("KILLED")
+    again = Tracker(subject, about)
+    for step, point in enumerate([*points, {"loss": 2.0}]):
+        again.metrics(point, step)
+    again.close("KILLED")
+    (path,) = journal.unfinished()
+    assert [event["step"] for event in journal.read(path) if "metrics" in event] == [0, 1, 2, 3]
+
+
 def test_results_that_came_back_are_current_again(runs: Callable[..., list[Any]], sync: Any, store: str) -> None:
     """As `dvc checkout` of an older commit does, and `ebjdat sync` after it."""
     stage("finetune", {"x": 1})
@@ -519,6 +655,26 @@ def test_results_that_came_back_are_current_again(runs: Callable[..., list[Any]]
     assert (current.data.metrics["x"], current.info.run_name) == (1, "eb_jdat/seed0")
     (child,) = runs("tags.kind = 'result-stage' and tags.superseded = 'false'")
     assert child.data.tags["mlflow.parentRunId"] == current.info.run_id
+
+
+def test_a_store_that_lost_everything_is_filled_again_by_who_knew_it(
+    runs: Callable[..., list[Any]], client: Any, store: str, empty_store: bytes
+) -> None:
+    """One failed pass, after which nothing that the sender remembers of the store is relied on."""
+    sender = Sender(store)
+    tracker = Tracker(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS))
+    tracker.metrics({"loss": 2.0}, 1)
+    assert sender.send(journal.unfinished()).errors == []
+    Path("empty.db").write_bytes(empty_store)
+    with sqlite3.connect("empty.db") as empty, sqlite3.connect("mlflow.db") as filled:
+        empty.backup(filled)  # also under those who have it open
+    tracker.metrics({"loss": 1.0}, 2)
+    assert len(sender.send(journal.unfinished()).errors) == 1
+    assert sender.send(journal.unfinished()).errors == []
+    tracker.close("KILLED")
+    assert len(runs(CURRENT)) == 1
+    (run,) = runs("tags.kind = 'result-stage'")
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "loss")] == [2.0, 1.0]
 
 
 def test_a_damaged_journal_is_named_and_the_others_are_sent(runs: Callable[..., list[Any]], store: str) -> None:
@@ -548,6 +704,27 @@ def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
     assert len(found) >= 2
     assert all(0 < sample["system/system_memory_usage_percentage"] < 100 for sample in found)
     assert found[0]["system/process_cpu_utilization_percentage"] > 10
+
+
+WITHOUT_MLFLOW = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlflow":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from ebjdat.cli import app
+app(["sync"])
+"""
+
+
+def test_without_mlflow_sync_says_so_and_keeps_the_journals() -> None:
+    """As on a machine that only trains."""
+    stage("finetune", {"x": 1})
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MLFLOW], capture_output=True, text=True, check=False)
+    told = "error: nothing can be sent from here: mlflow is not installed (`make install` does it). Every journal is kept\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+    assert len(list(journal.finished())) == 1
 
 
 def test_passwords_of_a_store_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

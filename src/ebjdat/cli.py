@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ebjdat.errors import TrackingError, UserError
 from ebjdat.params import ParamsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -268,7 +271,6 @@ def report(
 def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Print a finished profile's table, and where its report and the MLflow UI are."""
     import pandas as pd
-    from rich.console import Console
     from rich.table import Table
 
     from ebjdat.params import load, run_name
@@ -284,8 +286,7 @@ def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     table = Table("experiment", *heads, title=results.name, title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():
         table.add_row(record["experiment"], *("\n".join(cell_parts(record, m)) for m in METRICS))
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
+    console = _console(120)
     console.print(table)
     console.print(f"report:    {results / 'report.html'} (open in a browser; needs no network)", highlight=False)
     console.print(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open", highlight=False)
@@ -303,7 +304,12 @@ def sync() -> None:
     if not paths:
         typer.echo("no journals under state/tracking or results: nothing has run here")
         return
-    from ebjdat.tracking.send import Sender
+    try:
+        from ebjdat.tracking.send import Sender
+    except ModuleNotFoundError as error:
+        raise TrackingError(
+            f"nothing can be sent from here: {error.name} is not installed (`make install` does it). Every journal is kept"
+        ) from error
 
     typer.echo(f"{len(paths)} journals -> {background.shown_uri()}")
     with background.sending():
@@ -373,11 +379,9 @@ def methods(
     if as_json:
         typer.echo(json.dumps(content, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = _console(160)
     for kind, entries in content.items():
         table = Table(kind, "source", "defaults", title_justify="left", show_lines=True)
         for name, entry in entries.items():
@@ -406,12 +410,10 @@ def metrics(
     if as_json:
         typer.echo(json.dumps([vars(quantity) for quantity in chosen], indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = _console(160)
     for stage in dict.fromkeys(quantity.stage for quantity in chosen):
         rows = [quantity for quantity in chosen if quantity.stage == stage]
         table = Table("name", "meaning", "unit", "better", "only where", title=stage, title_justify="left", caption=STAGES[stage])
@@ -436,12 +438,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(told, indent=1))
         raise typer.Exit(1 if told["problems"] else 0)
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
+    console = _console(120)
     table = Table("", str(file), title_justify="left", show_header=True)
     for key, value in told.items():
         if key not in ("tensors", "problems", "model", "training", "metrics"):
@@ -460,6 +460,14 @@ def inspect(
         typer.secho("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in told["problems"]), fg="red", err=True)
         raise typer.Exit(1)
     typer.secho("every digest fits: header and tensors are as they were written", fg="green")
+
+
+def _console(width: int) -> Console:
+    """What prints tables; width: in characters, where it is no terminal, which has its own."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def _known(name: str, names: dict[str, Any]) -> str:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +21,7 @@ from ebjdat.params import Profile
 from ebjdat.report import claims, page
 from ebjdat.report.tables import aggregate, collect
 
+from ..mlflow_server import Server
 from ..test_report import CARD, fill
 from .store import fill_store
 
@@ -126,32 +121,11 @@ def site(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlflow_ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A real server, started as `make ui` starts it, over a store with three runs."""
     folder = tmp_path_factory.mktemp("mlflow")
-    store = f"sqlite:///{folder}/mlflow.db"
-    experiment, runs = fill_store(store, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [Path(sys.executable).with_name("mlflow"), "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    log = folder / "server.log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [*command, "--backend-store-uri", store],
-            cwd=folder,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    server = Server(folder, f"sqlite:///{folder}/mlflow.db")
+    experiment, runs = fill_store(server.store, folder)
+    server.start()
     try:
-        address, patience = f"http://127.0.0.1:{port}", time.monotonic() + 2 * PATIENCE
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < patience, log.read_text()
-            time.sleep(0.2)
-        yield Store(address, experiment, runs)
+        server.wait()
+        yield Store(server.uri, experiment, runs)
     finally:
-        os.killpg(server.pid, 15)  # the server and its workers
-        server.wait(PATIENCE)
+        server.stop()

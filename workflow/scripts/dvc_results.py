@@ -128,7 +128,7 @@ def locked_outputs(profile: str) -> dict[str, dict[str, str]]:
     if not lock.exists():
         return {}
     try:
-        content = yaml.load(lock.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise DvcError(f"{lock} cannot be read (an unfinished merge?): {error}") from None
     return {stage: {o["path"]: o.get("md5", "") for o in entry.get("outs", [])} for stage, entry in content.get("stages", {}).items()}

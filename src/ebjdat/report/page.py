@@ -142,12 +142,9 @@ def write(
         sweeps=inline.inline(sweep, "sweep", "Accuracy under PGD at growing radii"),
         commands=[(row, *reproduce(run, results, row, overrides)) for row in rows],
         extractor=first["frechet_extractor"],
-        sample_table=[["experiment", *tables.sample_table(details)[0]], *([n, *line] for n, line in tables.sample_table(details)[1:])],
+        sample_table=tables.sample_table(details),
         energy_table=[["E(x)", *ENERGY_COLUMNS.values()], *energy_lines],
-        reliability_table=[
-            ["experiment", *tables.reliability_table(details)[0]],
-            *([n, *line] for n, line in tables.reliability_table(details)[1:]),
-        ],
+        reliability_table=tables.reliability_table(details),
         ood_missing=first["ood_missing"],
         eps=profile.evaluation.attack.standard.radius,
     )

@@ -430,14 +430,15 @@ def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[di
     return found
 
 
-def sample_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
-    """Heads, then (experiment, cells): how samples compare, of one seed. details: experiment -> metrics."""
-    heads = [describe(name).label for name in ("frechet", "kid", "precision", "recall", "reference_score")]
+def sample_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """Heads, then a line per experiment: how samples compare, of one seed. details: experiment -> metrics."""
+    heads = ["experiment", *(describe(name).label for name in ("frechet", "kid", "precision", "recall", "reference_score"))]
     heads += [f"{describe('frechet').label}, {kind}" for kind in ("E(x, y) chains", "buffer", "released")]
-    lines: list[Any] = [heads]
+    lines = [heads]
     for name, d in details.items():
         score = "inception_score" if d.get("inception_score") is not None else "reference_score"
-        cells = [
+        line = [
+            name,
             _number(d["frechet"], ".2f", n=d["n_samples"]),
             _number(d.get("kid"), ".2f", 1000, spread=d.get("kid_std")),
             _number(d.get("precision"), ".1f", 100),
@@ -447,12 +448,12 @@ def sample_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
             _number(d.get("frechet_buffer"), ".2f", n=d.get("n_buffer")),
             _number(d.get("released_frechet"), ".2f", n=d.get("released_n_samples")),
         ]
-        lines.append((name, cells))
+        lines.append(line)
     return lines
 
 
-def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
-    """Heads, then (experiment, cells): calibration and detection, of one seed. details: experiment -> metrics."""
+def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """Heads, then a line per experiment: calibration and detection, of one seed. details: experiment -> metrics."""
     first = next(iter(details.values()))
     asked = {"ood_auroc_energy_": "OOD: ", "detect_auroc_energy_": "PGD, "}
     columns = {
@@ -461,11 +462,12 @@ def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
         for key in first
         if key.startswith(start) and not key.endswith(("_low", "_high"))
     }
-    heads = [describe(name).label for name in ("ece", "ece_scaled", "temperature", "nll")]
+    heads = ["experiment", *(describe(name).label for name in ("ece", "ece_scaled", "temperature", "nll"))]
     heads += [f"{label} (energy)" for label in columns.values()]
-    lines: list[Any] = [heads]
+    lines = [heads]
     for name, d in details.items():
-        cells = [
+        line = [
+            name,
             _number(d["ece"], ".1f", 100),
             _number(d["ece_scaled"], ".1f", 100),
             _number(d["temperature"], ".2f"),
@@ -473,8 +475,8 @@ def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[Any]:
         ]
         for key in columns:
             value, low, high = (d.get(f"{key}{end}") for end in ("", "_low", "_high"))
-            cells.append("–" if value is None or low is None or high is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-        lines.append((name, cells))
+            line.append("–" if value is None or low is None or high is None else f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        lines.append(line)
     return lines
 
 

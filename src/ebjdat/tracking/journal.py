@@ -30,7 +30,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab+")
+        self._file = path.open("ab+", buffering=0)  # a line that a full disk refused must not be tried again by close()
         for attempt in range(PATIENCE):
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,9 +45,11 @@ class Journal:
         self._file.truncate(len(whole) + bool(whole))
 
     def write(self, **event: Any) -> None:
-        line = json.dumps({"time": int(time.time() * 1000), **event}) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
+        """Raises OSError when not the whole line could be written; the rest of it is left out by readers, cut off by a next writer."""
+        line = (json.dumps({"time": int(time.time() * 1000), **event}) + "\n").encode()
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(f"{self.path}: {written} of {len(line)} bytes could be written")
 
     def close(self) -> None:
         self._file.close()

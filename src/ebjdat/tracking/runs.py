@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -58,6 +59,11 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
+def _text(point: Mapping[str, float]) -> str:
+    """To compare points by: NaN is no number that equals itself, but the same text."""
+    return json.dumps(point, sort_keys=True)
+
+
 class Tracker:
     """The history of one stage. Every call is harmless: the first failure is reported on stderr, and tracking stops.
 
@@ -70,7 +76,7 @@ class Tracker:
         self._journal: Journal | None = None
         self._off = False
         self._lock = threading.RLock()  # samples of the machine come from a thread
-        self._seen: dict[tuple[str, int], Any] = {}  # points and pictures that an earlier process wrote
+        self._seen: dict[tuple[str, int], str] = {}  # points and pictures that an earlier process wrote
         self._samples = 0
         self._safely(self._open)
 
@@ -88,7 +94,7 @@ class Tracker:
             events = read(path)
             if events and events[-1].get("end", "KILLED") == "KILLED" and "given_up" not in events[-1]:
                 seen = [event for event in events if {"metrics", "picture"} & event.keys()]
-                self._seen = {(event.get("picture", ""), event["step"]): event.get("metrics") for event in seen}
+                self._seen = {(event.get("picture", ""), event["step"]): _text(event.get("metrics", {})) for event in seen}
                 self._samples = sum("system" in event for event in events)
                 self._journal = journal
                 journal.write(resumed=True)
@@ -128,7 +134,7 @@ class Tracker:
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
         """A point of the curves. One that an earlier, killed process wrote before is not written again."""
         point = numbers(values)
-        if self._seen.get(("", step), point) != point:
+        if self._seen.get(("", step), _text(point)) != _text(point):
             self._safely(self._begin_anew)
         if ("", step) not in self._seen:
             self._write(metrics=point, step=step)

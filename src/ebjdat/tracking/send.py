@@ -36,7 +36,7 @@ for _name, _value in {
 
 import mlflow  # noqa: E402 (reads these variables)
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag  # noqa: E402
 
 
 @dataclass
@@ -160,14 +160,15 @@ class Sender:
                 run = runs[begin["id"]]
                 if run.data.tags.get("superseded") == "false":
                     continue
-                of_stage = f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
-                self._make_current(run, of_stage, f"{_title(begin)}/{begin['stage']}")
+                place = run.info.experiment_id
+                self._make_current(run, self._current(place, _of_stage(begin)), f"{_title(begin)}/{begin['stage']}")
                 if "mlflow.parentRunId" in run.data.tags:
                     parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
-                    self._make_current(parent, f"{_of(begin)} and tags.kind = 'result'", _title(begin))
+                    self._make_current(parent, self._current(place, f"{_of(begin)} and tags.kind = 'result'"), _title(begin))
 
-    def _make_current(self, run: Any, others: str, name: str) -> None:
-        for other in self._search(run.info.experiment_id, f"{others} and tags.superseded = 'false'"):
+    def _make_current(self, run: Any, current: Iterable[Any], name: str) -> None:
+        """current: the runs that are current so far; the run itself may be among them."""
+        for other in current:
             if other.info.run_id != run.info.run_id:
                 self._supersede(other)
         tags = {"superseded": "false", "mlflow.runName": name}
@@ -211,8 +212,7 @@ class Sender:
             "mlflow.source.git.commit": str(first["tags"].get("git_commit", "")),
         }
         parent = self._parent(experiment, first, tags) if begin["kind"] == "result" else None
-        of_stage = f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
-        others = [run for run in self._search(experiment, of_stage) if run.data.tags.get("superseded") == "false"]
+        others = self._current(experiment, _of_stage(begin))
         newer = [run for run in others if int(run.data.tags["begun"]) > first["time"]]
         for old in others:
             if old not in newer:
@@ -244,7 +244,7 @@ class Sender:
         others = [other for other in current if other.info.run_id != run.info.run_id]
         if not any(int(other.data.tags["begun"]) > first["time"] for other in others):
             self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()])
-            self._make_current(run, f"{_of(begin)} and tags.kind = 'result'", _title(begin))
+            self._make_current(run, others, _title(begin))
         return str(run.info.run_id)
 
     def _settings(self, run: str, first: Mapping[str, Any], with_params: bool = True) -> None:
@@ -302,14 +302,16 @@ class Sender:
     def _model(self, run: str, event: Mapping[str, Any]) -> None:
         from ebjdat.tracking.served import log
 
-        if self._client.get_run(run).data.tags.get("model_sha256") != event["sha256"]:
-            log(run, Path(event["model"]))
-            self._client.set_tag(run, "model_sha256", event["sha256"])
+        experiment = self._client.get_run(run).info.experiment_id
+        newest = self._client.search_logged_models([experiment], f"source_run_id = '{run}'", max_results=1)
+        # Asked of the model itself: a mark on the run could get lost after the model was logged.
+        if not any(model.tags.get("sha256") == event["sha256"] and model.status == LoggedModelStatus.READY for model in newest):
+            log(run, Path(event["model"]), event["sha256"])
 
     def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
-        """Everything of an experiment and seed, on its run, also what stages measured that did not have to run again for its
+        """Everything of an experiment and seed, on its run, also what stages measured that its settings did not make run again.
 
-        settings; and those stages become that run's children.
+        Those stages become that run's children.
         """
         row = event["result"]
         experiment = self._experiment(begin["run"])
@@ -317,17 +319,14 @@ class Sender:
         found = self._search(experiment, f"{_of(subject)} and tags.kind = 'result'")
         for run in found:
             if all(run.data.tags.get(key) == row["tags"][key] for key in ("params_hash", "data_hash")):
-                metrics = [Metric(k, v, event["time"], 0) for k, v in row["metrics"].items()]
-                for start in range(0, len(metrics), BATCH):
-                    self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+                self._metrics(run.info.run_id, [Metric(k, v, event["time"], 0) for k, v in row["metrics"].items()])
                 there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
                 for file in row["artifacts"]:
                     if Path(file["artifact"]).name not in there and _unchanged(file["artifact"], file["sha256"]):
                         self._client.log_artifact(run.info.run_id, file["artifact"])
                 if row["model"] and _unchanged(row["model"]["model"], row["model"]["sha256"]):
                     self._model(run.info.run_id, row["model"])
-                stages = self._search(experiment, f"{_of(subject)} and tags.kind = 'result-stage' and tags.superseded = 'false'")
-                for stage in stages:
+                for stage in self._current(experiment, f"{_of(subject)} and tags.kind = 'result-stage'"):
                     if stage.data.tags.get("mlflow.parentRunId") != run.info.run_id:
                         self._client.set_tag(stage.info.run_id, "mlflow.parentRunId", run.info.run_id)
                         self._client.set_tag(run.info.run_id, f"state_{stage.data.tags['stage']}", stage.info.status)
@@ -352,6 +351,9 @@ class Sender:
             found += page
         return found
 
+    def _current(self, experiment: str, text: str) -> list[Any]:
+        return self._search(experiment, f"{text} and tags.superseded = 'false'")
+
     def _supersede(self, run: Any) -> None:
         """Mark a run that a newer one replaces; its history stays."""
         tags = {"superseded": "true", "mlflow.runName": f"{run.info.run_name} (superseded)"}
@@ -363,6 +365,10 @@ class Sender:
 def _of(begin: Mapping[str, Any]) -> str:
     """A filter for runs about the same subject. Trials of `dvc exp` keep to themselves."""
     return f"tags.experiment = '{begin['name']}' and tags.seed = '{begin['seed']}' and tags.dvc_exp = '{begin['dvc_exp']}'"
+
+
+def _of_stage(begin: Mapping[str, Any]) -> str:
+    return f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
 
 
 def _title(begin: Mapping[str, Any]) -> str:

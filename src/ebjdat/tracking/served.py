@@ -49,8 +49,8 @@ class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         )
 
 
-def log(run: str, path: Path) -> None:
-    """Log the checkpoint as model "model" of a run, with signature and input example."""
+def log(run: str, path: Path, sha256: str) -> None:
+    """Log the checkpoint as model "model" of a run, with signature and input example. sha256: of the file; the model's tag."""
     header = checkpoint.load(path).header
     shape = header.image_shape
     columns = {"class": "long", "name": "string", "probability": "double", "energy": "double"}
@@ -64,6 +64,7 @@ def log(run: str, path: Path) -> None:
             artifacts={"checkpoint": str(path)},
             code_paths=[str(Path(__file__).parents[1])],
             signature=signature,
+            tags={"sha256": sha256},
             input_example=np.zeros((1, *shape), dtype=np.float32),
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
             metadata={"title": header.title, "method": header.method, "data_hash": header.data_hash, "git_commit": header.git_commit},
