@@ -1,0 +1,333 @@
+"""Times of one training step: ours in its parts, beside the plainly written one, and beside what the machine can do."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ebjdat import registry
+from ebjdat.bench import naive
+from ebjdat.data.batches import Batch, DeviceData, epoch_batches, generator
+from ebjdat.data.prepared import Prepared
+from ebjdat.models import wrn
+from ebjdat.models.energy import marginal_energy
+from ebjdat.models.modes import autocast, moving_images, tensor_cores
+from ebjdat.objectives.draws import DrawState
+from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.progress import Bar
+from ebjdat.samplers.chains import starter
+from ebjdat.samplers.starts import StartPool
+from ebjdat.training.loop import PLANNED_STEPS, Job, Learner, draw_states
+from ebjdat.training.step import Step
+
+PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # draw -> its part's name
+LEAST_SECONDS = 0.5  # of one timing: short steps are timed several at once
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. shape: (C, H, W) of images; they are random, since speed does not depend on what they show. n: how many."""
+
+    method: str
+    settings: TrainingSettings
+    model: ModelSettings
+    device: torch.device
+    shape: tuple[int, int, int]
+    classes: int
+    n: int
+
+    def data(self) -> Prepared:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (self.n, *self.shape), dtype=np.uint8)
+        labels = np.arange(self.n, dtype=np.int64) % self.classes
+        means = np.full((self.classes, *self.shape), 0.5, dtype=np.float32)
+        every = np.arange(self.n)
+        return Prepared(images, labels, every, every[:1], every[:1], means, tuple(map(str, range(self.classes))), "random")
+
+
+class Ours:
+    """Our step, as the training loop takes it, one batch after another."""
+
+    def __init__(self, case: Case, data: Prepared) -> None:
+        settings, device = case.settings, case.device
+        self.case, self.data = case, DeviceData(data, "train", device)
+        model = wrn.build(case.model, case.shape[0], case.classes, 0)
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.train()
+        self.pool = StartPool.of(self.data, torch.from_numpy(data.class_mean))
+        self.learner = Learner.of(self.model, Job("bench", case.method, settings, 0, Path()), self.pool)
+        self.step = Step(case.method, settings, self.model, self.learner.optimizer)
+        self.noise = generator(device, "bench")
+        self.work = self._work()
+
+    def _work(self) -> Iterator[tuple[Batch, DrawState]]:
+        settings, epoch = self.case.settings, 0
+        while True:
+            batches = epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch)
+            steps = len(self.data) // settings.batch_size
+            yield from zip(batches, draw_states(settings, self.learner.buffer, self.pool, ("bench", epoch), 0, steps), strict=True)
+            epoch += 1
+
+    def __call__(self) -> None:
+        batch, state = next(self.work)
+        self.step.update(batch, self.step.draw(batch, state, self.noise))
+
+    def plan(self) -> None:
+        """What is done for PLANNED_STEPS steps at once; timings of steps leave it out, since few of them meet one."""
+        buffer, spec = self.learner.buffer, self.case.settings.chain
+        if buffer is not None:
+            buffer.plan(PLANNED_STEPS, self.case.settings.batch_size, spec.reinit, starter(spec, self.pool), self.noise)
+
+
+class Plain:
+    """The released code's manner, with loader, buffer and fresh chains of its own."""
+
+    def __init__(self, case: Case, data: Prepared) -> None:
+        naive.check(case.method, case.settings)
+        self.case = case
+        self.model = wrn.build(case.model, case.shape[0], case.classes, 0).to(case.device)
+        self.optimizer = registry.load(registry.OPTIMIZERS, case.settings.optimizer.name)(self.model.parameters(), case.settings.optimizer)
+        workers = 4 if case.device.type == "cuda" else 0  # on a CPU they would take the cores that compute
+        noise = case.settings.augment.noise
+        self.labelled = naive.endless(*data.split("train"), case.settings, 0.0, workers)
+        self.density = naive.endless(*data.split("train"), case.settings, noise, workers)
+        self.fresh, self.buffer = [], torch.zeros(case.settings.chain.buffer, *case.shape)
+        if "negatives" in registry.METHODS[case.method].draws:
+            x = torch.from_numpy(data.images).float() / 127.5 - 1
+            self.fresh = naive.class_distributions(x, torch.from_numpy(data.labels), case.device)
+
+    def __call__(self) -> None:
+        case = self.case
+        x, y = (value.to(case.device) for value in next(self.labelled))
+        x_density = next(self.density)[0].to(case.device)
+        random = naive.randomness(x, self.buffer, self.fresh, case.settings.chain.reinit)
+        naive.step(case.method, self.model, self.optimizer, (x, x_density, y), self.buffer, random, case.settings)
+
+
+def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[str, Any]:
+    """Everything that `ebjdat bench` says, as one plain dict: rates in images per second, times in ms, sizes in bytes.
+
+    Medians over `repeats` timings, in which both steps take turns; "spread" holds their quartiles. Raises NaiveError where
+    there is no plainly written step to compare with.
+    """
+    if against_naive:
+        naive.check(case.method, case.settings)
+    data, batch_size = case.data(), case.settings.batch_size
+    with Bar("bench", 2 + repeats * (2 if against_naive else 1)) as bar:
+        ours = Ours(case, data)
+        rate, how = matrix_rate(case.device, case.settings.compute.precision)
+        bar.advance()
+        planned = median(timed(ours.plan, case.device, 1) for _ in range(3)) / PLANNED_STEPS
+        each = warm(ours, case.device)
+        peak = peak_memory(ours, case.device)
+        flops = step_flops(ours) / batch_size
+        parts, outside = parts_of(ours, planned, repeats)
+        bar.advance()
+        plain = Plain(case, data) if against_naive else None
+        plain_each = warm(plain, case.device, 1) if plain else 1
+        fast, slow = [], []
+        for _ in range(repeats):
+            fast.append(timed(ours, case.device, each) + planned)
+            bar.advance()
+            if plain:
+                slow.append(timed(plain, case.device, plain_each))
+                bar.advance()
+        plain_peak = peak_memory(plain, case.device) if plain else None
+    images = [batch_size / seconds for seconds in fast]
+    found: dict[str, Any] = {
+        "images_per_s": median(images),
+        "ms_per_step": 1e3 * median(fast),
+        "ms": parts,
+        "outside_network": outside,
+        "flops_per_image": flops,
+        "matrix_rate_flops": rate,
+        "matrix_rate_by": how,
+        "mfu": flops * median(images) / rate,
+        "peak_memory_bytes": peak,
+        "naive_images_per_s": None,
+        "speedup": None,
+        "spread": {"images_per_s": quartiles(images)},
+        "n": repeats,
+        "steps_per_timing": each,
+    }
+    if plain:
+        ratios = [b / a for a, b in zip(fast, slow, strict=True)]
+        rates = [batch_size / seconds for seconds in slow]
+        found |= {"naive_images_per_s": median(rates), "speedup": median(ratios), "naive_peak_memory_bytes": plain_peak}
+        found["spread"] |= {"naive_images_per_s": quartiles(rates), "speedup": quartiles(ratios)}
+    return found | {"case": described(case), "machine": machine(case.device)}
+
+
+def described(case: Case) -> dict[str, Any]:
+    return {
+        "method": case.method,
+        "model": f"WRN-{case.model.depth}-{case.model.width}",
+        "batch_size": case.settings.batch_size,
+        "image_shape": list(case.shape),
+        "settings": case.settings.model_dump(mode="json"),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def median(values: Sequence[float] | Iterator[float]) -> float:
+    return statistics.median(values)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    return [float(np.quantile(values, q)) for q in (0.25, 0.75)]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds per call, the device's work included."""
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait(device)
+    return (time.perf_counter() - began) / times
+
+
+def warm(work: Callable[[], object], device: torch.device, times: int = WARM_UP) -> int:
+    """Call until compiled and cached; returns how many calls make a timing of at least LEAST_SECONDS."""
+    for _ in range(times):
+        seconds = timed(work, device, 1)
+    return max(1, min(100, round(LEAST_SECONDS / seconds)))
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes at most in use while working: the GPU's allocations, or the whole process's resident memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted anew
+        work()
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except OSError:
+        work()
+        return int(psutil.Process().memory_info().rss)
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up what torch.utils.flop_counter knows of each operation. (FlopCounterMode itself cannot follow autograd.grad.)"""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def step_flops(ours: Ours) -> int:
+    """Floating-point operations of a step's convolutions and matrix products, as torch counts those it dispatches."""
+    compiled = ours.case.settings.compute.compile
+    settings = ours.case.settings.model_copy(update={"compute": ours.case.settings.compute.model_copy(update={"compile": False})})
+    step = Step(ours.case.method, settings if compiled else ours.case.settings, ours.model, ours.learner.optimizer)
+    batch, state = next(ours.work)
+    with FlopCount() as counter:
+        step.update(batch, step.draw(batch, state, ours.noise))
+    return counter.flops
+
+
+def parts_of(ours: Ours, planned: float, repeats: int) -> tuple[dict[str, float], float]:
+    """ms of a step's parts, each waited for; and the share of the step outside the network's passes.
+
+    The network's own passes are timed bare: the chain's and the adversaries' gradients on a fixed batch; in the update all
+    but the optimiser counts as theirs.
+    """
+    device, step = ours.case.device, ours.step
+    names = registry.METHODS[ours.case.method].draws
+    seconds: dict[str, list[float]] = {name: [] for name in ("data", *(PARTS[n] for n in names), "update")}
+    held: dict[str, Any] = {}
+
+    def fetch() -> None:
+        held["work"] = next(ours.work)
+
+    def draw(name: str) -> None:
+        batch, state = held["work"]
+        held[name] = step.draw(batch, state, ours.noise, [name])[name]
+
+    for _ in range(repeats):
+        seconds["data"].append(timed(fetch, device, 1) + planned)
+        for name in names:
+            seconds[PARTS[name]].append(timed(lambda n=name: draw(n), device, 1))  # type: ignore[misc]
+        seconds["update"].append(timed(lambda: step.update(held["work"][0], {n: held[n] for n in names}), device, 1))
+    parts = {name: median(values) for name, values in seconds.items()}
+    outside = parts["data"] + median(timed(ours.learner.optimizer.step, device, 1) for _ in range(repeats))
+    for name in names:
+        outside += max(0.0, parts[PARTS[name]] - bare_passes(ours, held["work"][0], name, repeats))
+    return {name: 1e3 * value for name, value in parts.items()}, outside / sum(parts.values())
+
+
+def bare_passes(ours: Ours, batch: Batch, name: str, repeats: int) -> float:
+    """Seconds of a draw's passes through the network alone."""
+    settings, model = ours.case.settings, ours.model
+    chain = name == "negatives"
+    mode, steps = (settings.chain.mode, settings.chain.steps) if chain else (settings.adversary.mode, settings.adversary.steps)
+    through_trunk = chain and settings.chain.sampler == "pyld"
+    precision = settings.compute.precision
+
+    def once() -> None:
+        with ours.step.computing(), autocast(ours.case.device, precision), moving_images(model, mode):
+            x = (model.stem(batch.x) if through_trunk else batch.x).detach().requires_grad_(True)
+            passed = model.trunk(x) if through_trunk else model(x)
+            torch.autograd.grad(marginal_energy(passed).sum(), x)
+
+    found = median(timed(once, ours.case.device, 1) for _ in range(max(3, repeats)))
+    return steps * found
+
+
+def matrix_rate(device: torch.device, precision: str) -> tuple[float, str]:
+    """FLOP per second of the fastest product of large matrices, or 3x3 convolution, that this machine does; and which it was."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048)
+    best = (0.0, "")
+    with tensor_cores(precision), torch.no_grad():
+        for n in sizes:
+            a = torch.randn(n, n, device=device, dtype=dtype)
+            best = max(best, (2 * n**3 / fastest(partial(torch.matmul, a, a), device), f"matrix product of {n}"))
+        for channels, size in ((128, 8), (320, 16), (640, 8)) if device.type == "cuda" else ((128, 8), (256, 8)):
+            images = 256 if device.type == "cuda" else 64
+            x = torch.randn(images, channels, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            flops = 2 * images * channels**2 * 9 * size**2
+            best = max(best, (flops / fastest(partial(F.conv2d, x, w, padding=1), device), f"3x3 convolution, {channels} channels"))
+    return best
+
+
+def fastest(work: Callable[[], Tensor], device: torch.device) -> float:
+    times = warm(work, device)
+    return min(timed(work, device, max(1, times // 5)) for _ in range(5))

@@ -1,0 +1,226 @@
+"""The training step: against a plainly written one, in slices, recomputed, compiled, in bf16; and `ebjdat bench`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ebjdat import params, registry
+from ebjdat.bench import naive
+from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate
+from ebjdat.cli import app
+from ebjdat.data.batches import generator
+from ebjdat.models import wrn
+from ebjdat.models.energy import marginal_energy
+from ebjdat.models.modes import autocast
+from ebjdat.models.wrn import WideResNet
+from ebjdat.objectives.draws import DrawState
+from ebjdat.params import ModelSettings, TrainingSettings, merge
+from ebjdat.samplers.chains import starter
+from ebjdat.training.step import Step
+
+from .conftest import ROOT
+
+CPU = torch.device("cpu")
+CIFAR = params.load(ROOT / "params/cifar10.yaml", [])
+
+
+def case(experiment: str, changes: Mapping[str, Any], norm: str = "batch") -> Case:
+    """The paper's settings on a small network and 16-pixel images."""
+    usual = {"batch_size": 32, "chain": {"steps": 3, "buffer": 100, "reinit": 0.3}, "adversary": {"mode": "eval"}}
+    settings = TrainingSettings.model_validate(merge(CIFAR.training_settings(experiment).model_dump(), usual, changes))
+    network = ModelSettings(depth=10, width=1, norm=norm)  # type: ignore[arg-type]
+    return Case(CIFAR.experiments[experiment].method, settings, network, CPU, (3, 16, 16), 10, 400)
+
+
+def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step of a copy of the network on the first batch: its terms, and the network's state after it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = Step(ours.case.method, settings, model, optimizer)
+    batch, state = next(ours._work())
+    buffer = copy.deepcopy(state.buffer)
+    drawn = step.draw(batch, DrawState(settings, buffer, state.chains), generator(CPU, "test"))
+    return step.update(batch, drawn), model.state_dict()
+
+
+@pytest.mark.parametrize("experiment", ["eb_jdat", "eb_jdat_released", "eb_jdat_ce", "jempp", "pgd_at", "classifier"])
+def test_a_step_is_the_plainly_written_one(experiment: str) -> None:
+    """Loss, chains and weights after one step from the same weights and random numbers, fp32.
+
+    Tolerance: both sum in other orders (channels-last, slices of two), so products differ in their last bits: a thousandth of how
+    far the step moves the weights. Gradients of cross-entropy come near 0; where one turns its sign, a pixel moves by two steps
+    (seen: 1 of 24,576, and 1.6 % of the step), hence a twentieth there.
+    """
+    of = case(experiment, {"augment": {"pad": 2}})
+    tolerance = 5e-2 if of.settings.adversary.score == "ce" and "adversarial" in registry.METHODS[of.method].draws else 1e-3
+    ours = Ours(of, of.data())
+    theirs = wrn.build(of.model, 3, 10, 0)
+    settings, spec, start = of.settings, of.settings.chain, starter(of.settings.chain, ours.pool)
+    batch, _ = next(ours.work)
+    before = copy.deepcopy(theirs.state_dict())
+    held, state, random = torch.zeros(100, 3, 16, 16), DrawState(settings), None
+    uniform = torch.rand(batch.x.shape, generator=generator(CPU, "noise")) * 2 - 1
+    if ours.learner.buffer is not None:
+        buffer = ours.learner.buffer
+        plan = buffer.plan(1, 32, spec.reinit, start, generator(CPU, "plan"))
+        state, held = DrawState(settings, buffer, buffer.take(plan, 0)), buffer.images.clone()
+        random = naive.Randomness(plan.slots[0], plan.fresh[plan.which[0]], plan.again[0], uniform)
+        assert 0 < int(plan.again[0].sum()) < 32
+    else:
+        random = naive.Randomness(torch.zeros(0), torch.zeros(0), torch.zeros(0), uniform)
+    optimizer = torch.optim.SGD(theirs.parameters(), settings.optimizer.lr, 0.9, weight_decay=settings.optimizer.weight_decay)
+    loss = naive.step(of.method, theirs, optimizer, (batch.x, batch.x_density, batch.y), held, random, settings)
+    terms = ours.step.update(batch, ours.step.draw(batch, state, generator(CPU, "noise")))
+    assert float(terms["loss"]) == pytest.approx(loss, rel=1e-4)
+    if ours.learner.buffer is not None:
+        assert (ours.learner.buffer.images - held).abs().max() < 1e-4
+    ended = theirs.state_dict()
+    moved = torch.cat([(ended[k] - before[k]).flatten() for k in before if k.endswith("weight")])
+    apart = torch.cat([(ended[k] - v).flatten() for k, v in ours.model.state_dict().items() if k.endswith("weight")])
+    assert apart.norm() < tolerance * moved.norm()
+    for name, value in ours.model.state_dict().items():
+        if "running" in name:
+            assert torch.allclose(value, ended[name], rtol=tolerance, atol=tolerance / 100), name
+
+
+def test_there_is_no_plainly_written_step_where_slices_of_two_would_change_the_mathematics() -> None:
+    with pytest.raises(naive.NaiveError, match=r"adversary\.mode=eval"):
+        naive.check("eb_jdat", case("eb_jdat", {"adversary": {"mode": "train"}}).settings)
+    with pytest.raises(naive.NaiveError, match="sadajem"):
+        naive.check("sadajem", case("sadajem", {}).settings)
+
+
+@pytest.mark.parametrize("update", ["plain", "sam"])
+def test_slices_of_a_batch_add_up(update: str) -> None:
+    """Without batch norm the mean over slices is the whole: same terms, same weights to rounding."""
+    changes = {"update": {"name": update}, "chain": {"noise": 0.0}, "adversary": {"start": "clean"}, "optimizer": {"name": "sgd"}}
+    of = case("eb_jdat_jem", changes, norm="none")
+    ours = Ours(of, of.data())
+    found = []
+    for n in (1, 4):
+        settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"accumulate": n}}))
+        found.append(taken(ours, copy.deepcopy(ours.model), settings))
+    (terms, state), (sliced_terms, sliced_state) = found
+    assert all(float(terms[k]) == pytest.approx(float(sliced_terms[k]), rel=1e-4, abs=1e-6) for k in terms)
+    assert any(not torch.equal(state[k], v) for k, v in ours.model.state_dict().items())
+    apart = max(float((state[k] - sliced_state[k]).norm()) for k in state)
+    assert apart < 1e-3 * max(float((state[k] - v).norm()) for k, v in ours.model.state_dict().items())
+    with pytest.raises(params.ParamsError, match="no multiple of"):
+        params.load(ROOT / "params/digits.yaml", ["training.compute.accumulate=5"])
+
+
+def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits of weights and running statistics; each block ran once more, in the loss alone."""
+    of = case("eb_jdat", {})
+    ours, passes = Ours(of, of.data()), []
+    forward = wrn.Block.forward
+    monkeypatch.setattr(wrn.Block, "forward", lambda self, x: passes.append(len(x)) or forward(self, x))
+    found, counts = [], []
+    for recompute in (False, True):
+        settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"recompute": recompute}}))
+        passes.clear()
+        found.append(taken(ours, copy.deepcopy(ours.model), settings)[1])
+        counts.append(len(passes))
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0] if "num_batches" not in k)
+    losses, blocks = 4, 3
+    assert counts == [blocks * (3 + 5 + losses), blocks * (3 + 5 + 2 * losses)]  # chain, adversaries, losses
+    assert not ours.model.recompute
+
+
+def test_bf16_is_for_layers_alone() -> None:
+    """Weights, logits, energies, losses and chains stay fp32; logits are near those of fp32, and the head adds no rounding."""
+    of = case("eb_jdat", {"compute": {"precision": "bf16"}})
+    ours = Ours(of, of.data())
+    batch, state = next(ours.work)
+    drawn = ours.step.draw(batch, state, ours.noise)
+    assert {value.dtype for value in drawn.values()} == {torch.float32}
+    terms = ours.step.update(batch, drawn)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
+    ours.model.eval()
+    with torch.no_grad():
+        plain = ours.model(batch.x)
+        with autocast(CPU, "bf16"):
+            logits, features = ours.model(batch.x), ours.model.features(batch.x)
+        assert logits.dtype == marginal_energy(logits).dtype == torch.float32
+        assert torch.equal(logits, ours.model.head(features.float()))
+        apart = (logits - plain).norm() / plain.norm()
+        assert 0 < apart < 0.02  # 8 bits of mantissa; not fp32 in disguise
+
+
+def test_compiled_steps_agree_and_a_network_is_left_as_it_was(tmp_path: Path) -> None:
+    """In a process of its own, since torch.compile keeps what it made: near the eager step, to the rounding of fused layers.
+
+    Without a compiler it runs all the same.
+    """
+    script = """
+import copy, sys
+from tests.test_step import case, taken, Ours, TrainingSettings, merge
+of = case("classifier", {})
+ours = Ours(of, of.data())
+ends = []
+for compiled in (False, True):
+    settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"compile": compiled}}))
+    model = copy.deepcopy(ours.model)
+    ends.append(taken(ours, model, settings)[1])
+    assert "trunk" not in vars(model)
+moved = max(float((ends[0][k] - v).norm()) for k, v in ours.model.state_dict().items() if k.endswith("weight"))
+print(max(float((ends[0][k] - ends[1][k]).norm()) for k in ends[0] if k.endswith("weight")) / moved)
+"""
+    for name, environment in (("with", {}), ("without", {"CXX": "/nowhere/c++", "PATH": f"{Path(sys.executable).parent}"})):
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "EBJDAT_TRACKING": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=os.environ | cache | environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split()[-1]) < 1e-3
+
+
+def test_flops_by_hand() -> None:
+    """A convolution, forwards and for its input: 2 x 2 B C K 9 H W; a linear layer: 2 B I O."""
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    w, v = torch.rand(5, 3, 3, 3), torch.rand(4, 7)
+    with FlopCount() as counter:
+        torch.autograd.grad(torch.nn.functional.conv2d(x, w, padding=1).sum(), x)
+        torch.rand(6, 7) @ v.T
+    assert counter.flops == 2 * 2 * 2 * 3 * 5 * 9 * 64 + 2 * 6 * 7 * 4
+
+
+def test_the_matrix_rate_is_one() -> None:
+    """Between a hundredth of what one slow core does and a thousand times a fast one."""
+    rate, how = matrix_rate(CPU, "fp32")
+    assert 1e8 < rate < 1e14
+    assert "matrix" in how or "convolution" in how
+
+
+def test_bench_prints_and_saves_one_object(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    words = ["--params", str(ROOT / "params/digits.yaml"), "--model", "10-1", "--batch", "16", "--repeats", "3"]
+    words += ["--override", "training.adversary.mode=eval", "--against", "naive", "--json", "--out", str(out)]
+    done = CliRunner().invoke(app, ["bench", *words])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads(out.read_text())
+    assert all(found[k] > 0 for k in ("images_per_s", "naive_images_per_s", "speedup", "mfu", "peak_memory_bytes"))
+    assert found["speedup"] == pytest.approx(found["images_per_s"] / found["naive_images_per_s"], rel=0.9)
+    assert set(found["ms"]) == {"data", "chain", "adversarial", "update"}
+    assert sum(found["ms"].values()) == pytest.approx(found["ms_per_step"], rel=0.9)
+    assert 0 < found["outside_network"] < 1
+    assert math.isclose(found["mfu"], found["flops_per_image"] * found["images_per_s"] / found["matrix_rate_flops"], rel_tol=1e-6)
+    assert len(found["spread"]["speedup"]) == 2
+    assert found["case"]["settings"]["adversary"]["mode"] == "eval"
+    refused = CliRunner().invoke(app, ["bench", *words[:2], "--model", "11-1"])
+    assert refused.exit_code == 1
+    assert "6 n + 4" in refused.stderr
