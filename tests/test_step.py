@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from ebjdat import params, registry
@@ -186,6 +187,36 @@ print(max(float((ends[0][k] - ends[1][k]).norm()) for k in ends[0] if k.endswith
         )
         assert done.returncode == 0, done.stderr
         assert float(done.stdout.split()[-1]) < 1e-3
+
+
+class Waits(TorchDispatchMode):
+    """Names of operations that make a program wait for a GPU: values read, shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "repeat_interleave"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("experiment", ["eb_jdat", "eb_jdat_sadajem", "eb_jdat_jem", "trades", "classifier"])
+def test_no_step_waits_for_the_device(experiment: str) -> None:
+    """From batch to weights, once the chains of some steps are planned. (Adam counts its steps on the CPU, so SGD is looked at.)"""
+    changes = {"chain": {"steps": 1}, "adversary": {"steps": 1}, "optimizer": {"name": "sgd"}}
+    of = case(experiment, changes, norm="none" if experiment.endswith("_jem") else "batch")
+    ours = Ours(of, of.data())
+    ours()  # plans the chains
+    with Waits() as waits:
+        ours()
+        assert waits.seen == []
+        torch.ones(2).sum().item()
+        torch.ones(2)[torch.tensor([True, False])]
+    assert waits.seen == ["_local_scalar_dense", "index"]
 
 
 def test_flops_by_hand() -> None:
