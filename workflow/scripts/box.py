@@ -178,16 +178,12 @@ def makers(stages: Mapping[str, Stage]) -> dict[str, str]:
 
 def current(profile_name: str, overrides: Sequence[str], stages: Mapping[str, Stage]) -> set[str]:
     """Names of the stages whose outputs are here and up to date, as Snakemake judges."""
-    planned = {dvc_stages.title(job) for job in dvc_stages.jobs(profile_name, overrides, forced=False)}
+    planned = {dvc_stages.title(job) for job in dvc_stages.planned(profile_name, overrides)}
     return {name for name, stage in stages.items() if name not in planned and all(map(os.path.isfile, stage.outputs))}
 
 
 def chosen(stages: Mapping[str, Stage], here: set[str], experiments: Sequence[str], rules: Sequence[str]) -> dict[str, Stage]:
     """The stages of these experiments and rules (none: all) and whatever they need, without those that are up to date here."""
-    allowed = {s.wildcards["experiment"] for s in stages.values() if "experiment" in s.wildcards}, {s.rule for s in stages.values()}
-    for asked, known in zip((experiments, rules), allowed, strict=True):
-        if unknown := [f"{name!r}: {nearest(name, sorted(known))}" for name in asked if name not in known]:
-            raise BoxError(unknown)
     maker = makers(stages)
     wanted: set[str] = set()
 
@@ -253,6 +249,10 @@ def pack(asked: argparse.Namespace) -> None:
         raise BoxError([f"{box} is there already; take it, delete it, or give another name (BOX=…)"])
     params = f"params/{asked.profile}.yaml"
     profile = load(params, overrides)
+    rules = [rule for rule in dvc_stages.ORDER if rule != AT_HOME]
+    unknown = [f"{n!r}: {nearest(n, list(profile.experiments))}" for n in asked.experiments if n not in profile.experiments]
+    if unknown := unknown + [f"{n!r}: {nearest(n, rules)}" for n in asked.stages if n not in rules]:
+        raise BoxError(unknown)
     stages = plan(asked.profile, overrides)
     here = current(asked.profile, overrides, stages)
     to_run = chosen(stages, here, asked.experiments, asked.stages)
@@ -483,6 +483,8 @@ def take(asked: argparse.Namespace) -> None:
     returned = Returned.read(Path(asked.box))
     if wrong := own_problems(returned):
         raise BoxError(wrong, "the box is not as it was left: copy it back again, or run those stages there again")
+    if not asked.force and (wrong := conflicts(returned)):
+        raise BoxError(wrong, "move them away, or take these all the same: --force (make unbox FORCE=1)")
     dvc_results.refuse_beside_dvc()
     if any(Path(".snakemake/locks").glob("*")):
         raise BoxError(["a snakemake is at work in this folder (or was killed: `make unlock`); wait for it"])
@@ -493,8 +495,6 @@ def take(asked: argparse.Namespace) -> None:
     if wrong := home_problems(returned, stages, before):
         was = f"it was packed at commit {manifest['commit']}, here is {git_commit()}"
         raise BoxError(wrong, f"{was}: go to that code and those settings, or pack and run again")
-    if not asked.force and (wrong := conflicts(returned)):
-        raise BoxError(wrong, "move them away, or take these all the same: --force (make unbox FORCE=1)")
     names = [name for name in stages if name in returned.done]
     count = place(returned)
     take_over(profile, overrides, stages, names, before)

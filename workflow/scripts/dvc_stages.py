@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,21 @@ def recorded(profile: str) -> str:
     return f".dvc/tmp/recorded-{profile}"
 
 
-def dry_run(profile: str, overrides: Sequence[str] = (), forced: bool = True) -> str:
-    """Snakemake's plan with the jobs' commands: of everything but `record`, or (not forced) of what it would run now."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--nocolor", "--printshellcmds"]
-    command += [*(["--forceall"] if forced else []), *config(profile, overrides)]
-    environment = {**os.environ, "DVC_STAGE": "none"} if forced else None  # leaves `record` out of the graph
+def dry_run(profile: str, overrides: Sequence[str], *options: str, **environment: str) -> str:
+    """Snakemake's plan, with the jobs' commands."""
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--nocolor", "--printshellcmds", *options]
+    command += config(profile, overrides)
+    environment = {**os.environ, **environment}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"snakemake cannot plan the profile {profile}:\n{done.stdout}")
     return done.stdout
+
+
+@cache
+def whole(profile: str, overrides: tuple[str, ...]) -> str:
+    """The plan of everything but `record`, which DVC_STAGE leaves out of the graph. Asked once per process: results do not change it."""
+    return dry_run(profile, overrides, "--forceall", DVC_STAGE="none")
 
 
 def config(profile: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -74,9 +81,18 @@ def current_inputs(profile: str) -> str:
     return digest(settings, *code)[:16]
 
 
-def jobs(profile: str, overrides: Sequence[str] = (), forced: bool = True) -> list[dict[str, Any]]:
-    """Every job of a profile, or (not forced) those that Snakemake would run now: rule, wildcards, inputs, outputs, log, command."""
-    text = dry_run(profile, overrides, forced)
+def jobs(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every job of a profile: rule, wildcards, inputs, outputs, log, command."""
+    return parsed(whole(profile, tuple(overrides)))
+
+
+def planned(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Those jobs that Snakemake would run now."""
+    return parsed(dry_run(profile, overrides))
+
+
+def parsed(text: str) -> list[dict[str, Any]]:
+    """The jobs in what a dry run says."""
     found = []
     for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.M)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)
