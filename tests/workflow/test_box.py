@@ -218,27 +218,27 @@ def test_a_package_that_is_missing_is_named_before_anything_runs(broken: Callabl
 
 
 def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
-    text = box.stopped(signal.SIGTERM, STAGES[2], r"epoch +2/")
-    assert "SIGTERM: finetune-classifier-seed0 is asked to stop" in text
-    assert "run again to go on with finetune-classifier-seed0" in text
-    assert set(box.done()) == set(STAGES[:3])
-    assert "outputs" not in box.done()[STAGES[2]]
-    # kill -9 of the runner: the stage keeps its state and does not outlive it.
-    text = box.stopped(signal.SIGKILL, STAGES[2], r"continues at epoch \d[\s\S]*epoch +\d+/")
-    assert "prepare: done\n" in text
+    box.stopped(signal.SIGKILL, "prepare", r": python")  # the stage does not outlive it
     deadline = time.monotonic() + 60
-    while "another run.py, or a stage of one that was killed" in (said := box.run("--minutes", "0.001", code=None)):
+    while "another run.py, or a stage of one that was killed" in (said := box.run("--minutes", "0.00001", code=None)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert "time is up: run again to go on with finetune-classifier-seed0" in said
+    assert "time is up: run again to go on with prepare" in said
+    text = box.stopped(signal.SIGTERM, STAGES[2], r"epoch +2/")
+    assert "[1/3] prepare goes on: python" in text
+    assert "SIGTERM: finetune-classifier-seed0 is asked to stop" in text
+    assert "run again to go on with finetune-classifier-seed0" in text
+    assert set(box.done()) == set(STAGES)
+    assert "outputs" not in box.done()[STAGES[2]]
     text = box.run()
     assert "[3/3] finetune-classifier-seed0 goes on: python -m ebjdat finetune" in text
+    assert "prepare: done\n" in text
     assert "continues at epoch" in text
     assert "all 3 stages are done: copy this folder back" in text
     assert "3 of 3 stages of digits are done" in box.run("--status")
     events = [json.loads(line) for line in (box.folder / JOURNAL).read_text().splitlines()]
     assert [e["step"] for e in events if "metrics" in e] == list(range(1, EPOCHS + 1))
-    assert sum("resumed" in e for e in events) == 2
+    assert sum("resumed" in e for e in events) == 1
     assert events[0]["begin"]["host"] == "box"
     assert events[-1]["end"] == "FINISHED"
     assert not list((box.folder / "state").rglob("*.journal.jsonl"))
@@ -259,6 +259,28 @@ def test_what_was_killed_between_its_end_and_the_note_of_it_does_not_run_again(b
     assert spoilt.done() == box.done()
 
 
+def test_a_stage_that_is_called_by_hand_there_starts_no_sender(box: Box, tmp_path: Path) -> None:
+    script = """
+from pathlib import Path
+from ebjdat.tracking.runs import About, Subject, track
+with track(Subject("run", "name", 0, "stage"), About({}, {}), Path("results/stage.journal.jsonl")) as tracker:
+    tracker.final({"value": 1})
+"""
+    environment = {**box.environment(), "PYTHONPATH": f"{box.folder / 'src'}:{box.site}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == ""
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {"results/stage.journal.jsonl"}
+    assert '"final": {"value": 1.0}' in (tmp_path / "results/stage.journal.jsonl").read_text()
+
+
 def test_what_was_spoilt_on_the_way_is_refused(home: Project, box: Box, broken: Callable[..., Path]) -> None:
     spoilt = broken()
     weights = spoilt / WEIGHTS
@@ -277,6 +299,15 @@ def test_what_was_spoilt_on_the_way_is_refused(home: Project, box: Box, broken: 
     assert "src/ebjdat/params.py: changed in the box since it was packed" in text
     assert "copy it back again" in text
     assert "again   finetune-classifier-seed0" in Box(spoilt, box.site).run("--status")
+
+
+def test_nothing_but_results_and_logs_is_taken(home: Project, box: Box, broken: Callable[..., Path]) -> None:
+    """A log that is the package's own source would otherwise be written over it."""
+    spoilt, entries = broken(), box.done()
+    code = "src/ebjdat/params.py"
+    entries[STAGES[2]]["log"] = {code: json.loads((spoilt / "box.json").read_text())["files"][code]}
+    (spoilt / "done.json").write_text(json.dumps({"format": 1, "stages": entries}))
+    assert "finetune-classifier-seed0: not as box.json has it" in refused(home, spoilt)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "results/../../x"])

@@ -337,7 +337,10 @@ class Returned:
             names = [manifest["run"], manifest["profile"], *manifest["files"], *manifest["settings_files"]]
             names += [name for s in manifest["stages"] for name in (s["log"], *s["inputs"], *s["outputs"])]
             names += [name for e in formed.values() for key in ("inputs", "outputs", "log") for name in e[key]]
+            names += [item for item in manifest["overrides"] if "=" not in item]
             told = manifest["format"]
+            for entry in formed.values():
+                float(entry["seconds"]), dict(entry["machine"]), list(entry["command"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BoxError([f"{box}: box.json or done.json is damaged ({type(error).__name__}: {error})"]) from None
         if told != FORMAT:
@@ -365,7 +368,9 @@ def own_problems(returned: Returned) -> list[str]:
             wrong.append(f"{name}: changed in the box since it was packed")
     known = {stage["name"]: stage for stage in returned.manifest["stages"]}
     for stage, entry in returned.done.items():
-        if stage not in known or set(entry["outputs"]) != set(known[stage]["outputs"]) or entry["command"] != known[stage]["command"]:
+        theirs = known.get(stage, {"outputs": (), "log": "", "command": ()})
+        written = {*entry["outputs"], *entry["log"]}
+        if written != {*theirs["outputs"], theirs["log"]} or entry["command"] != theirs["command"]:
             wrong.append(f"{stage}: not as box.json has it")
         for name, content in {**entry["outputs"], **entry["log"]}.items():
             if not (box / name).is_file():

@@ -38,7 +38,7 @@ PROBE = """
 import importlib.util, json, platform, sys
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 told = {"python": platform.python_version(), "system": platform.system(), "processor": platform.machine()}
-if "torch" not in missing:
+if not missing:
     import torch
     told |= {"torch": torch.__version__, "cuda": torch.version.cuda, "device": "cpu"}
     if torch.cuda.is_available():
@@ -56,7 +56,8 @@ class Stop:
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._asked = ""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._ask)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = signal.Signals(number).name
