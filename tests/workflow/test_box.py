@@ -227,6 +227,7 @@ def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
     text = box.stopped(signal.SIGTERM, STAGES[2], r"epoch +2/")
     assert "[1/3] prepare goes on: python" in text
     assert "SIGTERM: finetune-classifier-seed0 is asked to stop" in text
+    assert "training continues where it was" in text
     assert "run again to go on with finetune-classifier-seed0" in text
     assert set(box.done()) == set(STAGES)
     assert "outputs" not in box.done()[STAGES[2]]
