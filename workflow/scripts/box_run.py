@@ -143,10 +143,12 @@ def environment(manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """A stage is asked to stop when this program is killed: two of it must not write the same files."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before it could be asked for
+        os._exit(1)
 
 
 def has_ended(pid: int) -> bool:
@@ -160,6 +162,7 @@ def run(stage: Stage, manifest: dict[str, Any], stop: Stop, goes_on: bool, lock:
         (HERE / name).parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab" if goes_on else "wb") as written, log.open("rb") as shown:
         shown.seek(0, os.SEEK_END)
+        runner = os.getpid()
         process = subprocess.Popen(
             [sys.executable, *stage["command"]],
             cwd=HERE,
@@ -168,7 +171,7 @@ def run(stage: Stage, manifest: dict[str, Any], stop: Stop, goes_on: bool, lock:
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this program alone, which then asks the stage
-            preexec_fn=die_with_parent,
+            preexec_fn=lambda: die_with(runner),
             pass_fds=(lock,),  # held as long as the stage lives
         )
         asked = 0.0
