@@ -1,6 +1,7 @@
 # make reproduce [PROFILE=cifar10] [OVERRIDES="params/overrides/ci.yaml data.path=images.zip"]
 PROFILE ?= digits
 OVERRIDES ?=
+BOX ?= box
 PYTHON ?= python3
 UV_VERSION := 0.13.8
 
@@ -9,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SNAKEMAKE := snakemake --cores all --config profile=$(PROFILE) $(if $(OVERRIDES),overrides='$(OVERRIDES)')
 
 .DEFAULT_GOAL := help
-.PHONY: dvc.yaml dvc pull help install reproduce test lint format ui lock unlock clean
+.PHONY: box unbox dvc.yaml dvc pull help install reproduce test lint format ui lock unlock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,13 @@ pull: install ## fetch the results that dvc.lock names and say what is still to 
 	@git ls-files --error-unmatch dvc.lock > /dev/null 2>&1 || echo "dvc.lock is not in git here, so nothing says which results belong to this commit"
 	$(BIN)/dvc pull
 	$(SNAKEMAKE) --dry-run --quiet rules reason host
+
+box: install ## pack a profile's stages for a machine with torch alone, as the folder BOX; EXPERIMENTS="pgd_at eb_jdat", STAGES, ALSO
+	@$(BIN)/python workflow/scripts/box.py pack $(BOX) --profile $(PROFILE) --overrides '$(OVERRIDES)' \
+	  --experiments $(EXPERIMENTS) --stages $(STAGES) --also $(ALSO)
+
+unbox: install ## check the folder BOX that came back and take its results (FORCE=1: in place of others)
+	@$(BIN)/python workflow/scripts/box.py take $(BOX) $(if $(FORCE),--force)
 
 unlock: install ## after a kill -9: release Snakemake's lock
 	$(SNAKEMAKE) --unlock

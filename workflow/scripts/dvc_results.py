@@ -190,7 +190,7 @@ def settle(profile: str) -> str:
         os.utime(name, OLDEST, follow_symlinks=False)
     if adopted:
         targets = [name for stage in adopted for name in here[stage]]
-        if len(good) == len(outputs):
+        if len(good) == len(stages):  # dvc.lock may hold a part of them
             recorded = Path(dvc_stages.recorded(profile))
             recorded.parent.mkdir(parents=True, exist_ok=True)
             recorded.touch()

@@ -14,8 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +52,26 @@ def recorded(profile: str) -> str:
     return f".dvc/tmp/recorded-{profile}"
 
 
-def dry_run(profile: str) -> str:
-    """Snakemake's plan of everything but `record`."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", "--nocolor", "--config", f"profile={profile}"]
-    environment = {**os.environ, "DVC_STAGE": "none"}  # leaves `record` out of the graph
+def dry_run(profile: str, overrides: Sequence[str], *options: str, **environment: str) -> str:
+    """Snakemake's plan, with the jobs' commands."""
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--nocolor", "--printshellcmds", *options]
+    command += config(profile, overrides)
+    environment = {**os.environ, **environment}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"snakemake cannot plan the profile {profile}:\n{done.stdout}")
     return done.stdout
+
+
+@cache
+def whole(profile: str, overrides: tuple[str, ...]) -> str:
+    """The plan of everything but `record`, which DVC_STAGE leaves out of the graph. Asked once per process: results do not change it."""
+    return dry_run(profile, overrides, "--forceall", DVC_STAGE="none")
+
+
+def config(profile: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Snakemake's options for a profile and what is laid over it."""
+    return ["--config", f"profile={profile}", *([f"overrides={shlex.join(overrides)}"] if overrides else [])]
 
 
 def current_inputs(profile: str) -> str:
@@ -66,20 +81,36 @@ def current_inputs(profile: str) -> str:
     return digest(settings, *code)[:16]
 
 
-def jobs(profile: str) -> list[dict[str, Any]]:
-    """Every job of a profile: rule, wildcards, inputs, outputs."""
-    text = dry_run(profile)
+def jobs(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every job of a profile: rule, wildcards, inputs, outputs, log, command."""
+    return parsed(whole(profile, tuple(overrides)))
+
+
+def planned(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Those jobs that Snakemake would run now."""
+    return parsed(dry_run(profile, overrides))
+
+
+def parsed(text: str) -> list[dict[str, Any]]:
+    """The jobs in what a dry run says."""
     found = []
     for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.M)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)
         assert rule
-        fields = dict(re.findall(r"^    (input|output|wildcards): (.*)$", block, re.M))
+        fields = dict(re.findall(r"^(?:    )?(input|output|wildcards|log|Shell command): (.*)$", block, re.M))
         if rule[1] == "all":
             continue
         wildcards = dict(pair.split("=", 1) for pair in re.split(r", ", fields["wildcards"])) if "wildcards" in fields else {}
         files = {kind: [f for f in dict.fromkeys(fields.get(kind, "").split(", ")) if f] for kind in ("input", "output")}
-        found.append({"rule": rule[1], "wildcards": wildcards, **files})
+        told = {"log": fields.get("log", ""), "command": fields.get("Shell command", "")}
+        found.append({"rule": rule[1], "wildcards": wildcards, **files, **told})
     return found
+
+
+def title(job: dict[str, Any]) -> str:
+    """A job's name: "finetune-eb_jdat-seed0"."""
+    where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
+    return "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
 
 
 def sections() -> dict[str, list[str]]:
@@ -109,8 +140,8 @@ def folded(files: list[str]) -> list[str]:
 
 
 def stage(job: dict[str, Any], paths: list[str], name: str, profile: Profile, raw: dict[str, Any]) -> dict[str, Any]:
-    config = "" if name == DEFAULT else f" --config profile={name}"
-    command = f"snakemake --allowed-rules {job['rule']} --cores all{config} -- {job['output'][0]}"
+    options = "" if name == DEFAULT else f" --config profile={name}"
+    command = f"snakemake --allowed-rules {job['rule']} --cores all{options} -- {job['output'][0]}"
     # DVC records its own runs; this tells the rule `record` so.
     told = f"mkdir -p .dvc/tmp && touch {recorded(name)}"
     result: dict[str, Any] = {"cmd": [command, told] if job["rule"] == "report" else command}
@@ -151,16 +182,24 @@ def stages(name: str) -> dict[str, dict[str, Any]]:
     paths, profile, raw = sections(), load(params), merge({}, *(layer for _, layer in read_layers(params)))
     found = {}
     for job in jobs(name):
-        where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
-        title = "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
-        assert title not in found, title
-        found[title] = stage(job, paths[job["rule"]], name, profile, raw)
+        assert title(job) not in found, title(job)
+        found[title(job)] = stage(job, paths[job["rule"]], name, profile, raw)
     return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0].split("-")[0]), item[0])))
 
 
 def render(name: str) -> str:
     content = {"stages": stages(name), "plots": plots(name, load(f"params/{name}.yaml"))}
     return HEAD + yaml.safe_dump(content, sort_keys=False, width=120)
+
+
+def write(name: str) -> None:
+    """Bring the profile's dvc.yaml up to date, if it is not."""
+    text, file = render(name), target(name)
+    if file.exists() and text == file.read_text(encoding="utf-8"):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    print(f"wrote {file}")
 
 
 def main() -> int:
@@ -172,15 +211,13 @@ def main() -> int:
     if asked.inputs and current_inputs(asked.profile) != asked.inputs:
         print("settings or code changed while this ran: nothing is recorded; run snakemake again", file=sys.stderr)
         return 1
-    text, file = render(asked.profile), target(asked.profile)
-    if file.exists() and text == file.read_text(encoding="utf-8"):
-        return 0
     if asked.check:
+        file = target(asked.profile)
+        if file.exists() and render(asked.profile) == file.read_text(encoding="utf-8"):
+            return 0
         print(f"{file} is out of date with the Snakefile and params/{asked.profile}.yaml; run `make dvc.yaml`", file=sys.stderr)
         return 1
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    print(f"wrote {file}")
+    write(asked.profile)
     return 0
 
 

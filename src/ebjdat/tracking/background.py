@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from ebjdat.files import digest, lock, read_json, write_json
@@ -21,7 +23,16 @@ PATIENCE = 60.0  # how long a store that does not answer is tried after the last
 
 
 def is_on() -> bool:
-    return os.environ.get("EBJDAT_TRACKING", "1") != "0"
+    """Whether journals are sent from here: MLflow is installed, and EBJDAT_TRACKING is not 0."""
+    return os.environ.get("EBJDAT_TRACKING", "1") != "0" and _is_installed()
+
+
+@cache
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("mlflow") is not None
+    except ImportError:
+        return False
 
 
 def tracking_uri() -> str:
@@ -45,7 +56,7 @@ def sending() -> contextlib.AbstractContextManager[None]:
 
 
 def start() -> None:
-    """Have a process send what is journalled, unless one does already or EBJDAT_TRACKING is 0."""
+    """Have a process send what is journalled, unless one does already or nothing is sent from here."""
     if not is_on():
         return
     with contextlib.suppress(BlockingIOError, OSError):

@@ -105,7 +105,8 @@ class Tracker:
     def _begin(self, start: Path) -> None:
         name = uuid.uuid4().hex
         self._journal = Journal(start.with_name(f"{start.name}-{name[:8]}{SUFFIX}"))
-        begin = {**asdict(self._subject), "id": name, "dvc_exp": os.environ.get("DVC_EXP_NAME", ""), "host": platform.node()}
+        host = os.environ.get("EBJDAT_HOST") or platform.node()
+        begin = {**asdict(self._subject), "id": name, "dvc_exp": os.environ.get("DVC_EXP_NAME", ""), "host": host}
         params = {k: str(v) for k, v in flat(self._about.params).items()}
         self._journal.write(begin=begin, params=params, tags=self._about.tags, data=self._about.data)
 
