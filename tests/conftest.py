@@ -19,7 +19,16 @@ from ebjdat.params import DataSettings, ModelSettings, Profile, TrainingSettings
 ROOT = Path(__file__).parents[1]
 
 
-FIRST = ("workflow/test_versions", "workflow/test_two_tools", "test_servers", "test_stages", "test_any_model", "browser/")
+FIRST = (
+    "workflow/test_versions",
+    "workflow/test_two_tools",
+    "test_servers",
+    "workflow/test_box",
+    "test_step",
+    "test_stages",
+    "test_any_model",
+    "browser/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
