@@ -262,6 +262,9 @@ def test_each_rung_reaches_what_it_is_to_change(
             seen.clear()
         _, result = run(digits, changed(settings, epochs=1, healing={"ladder": [{"change": change, **by}]}), tmp_path / change)
         noise = [purpose for purpose in purposes if purpose[0] == "step"]
+        plans = [purpose for purpose in purposes if purpose[0] == "chains"]
+        assert len(plans) == 2
+        assert (plans[0] == plans[1]) == (change != "seed")
         assert len(noise) == len(steps) == len(penalties) == 8
         assert (noise[:4] == noise[4:]) == (change != "seed")
         assert steps == [2] * 4 + [4 if change == "steps" else 2] * 4
@@ -280,9 +283,11 @@ def test_noise_differs_from_step_to_step_epoch_to_epoch_and_seed_to_seed(
     purposes = spy(monkeypatch, loop, "generator", lambda device, *purpose: purpose)
     images = spy(monkeypatch, batches, "generator", lambda device, *purpose: purpose)
     run(digits, changed(settings, epochs=2), tmp_path / "a")
-    for seen, kind in ((purposes, "step"), (images, "augment")):
+    monkeypatch.setattr(loop, "PLANNED_STEPS", 1)
+    run(digits, changed(settings, epochs=2), tmp_path / "b", seed=1)
+    for seen, kind, n in ((purposes, "step", 16), (images, "augment", 16), (purposes, "chains", 2 + 8)):
         of_kind = [purpose for purpose in seen if purpose[0] == kind]
-        assert len(of_kind) == len(set(of_kind)) == 8
+        assert len(of_kind) == len(set(of_kind)) == n
     assert ("buffer", 0) in purposes
 
 

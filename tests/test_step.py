@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from typer.testing import CliRunner
 
 from ebjdat import params, registry
 from ebjdat.bench import naive
-from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate
+from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate, step_flops
 from ebjdat.cli import app
-from ebjdat.data.batches import generator
+from ebjdat.data.batches import Batch, generator
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import autocast
 from ebjdat.models.wrn import WideResNet
+from ebjdat.objectives import draws, recipes
 from ebjdat.objectives.draws import DrawState
 from ebjdat.params import ModelSettings, TrainingSettings, merge
 from ebjdat.samplers.chains import starter
+from ebjdat.training import step
 from ebjdat.training.step import Step
 
 from .conftest import ROOT
@@ -47,13 +50,13 @@ def case(experiment: str, changes: Mapping[str, Any], norm: str = "batch") -> Ca
 
 
 def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One step of a copy of the network on the first batch: its terms, and the network's state after it."""
+    """One step of a copy of the network on the first batch and chains: its terms, and the network's state after it."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    step = Step(ours.case.method, settings, model, optimizer)
+    one = Step(ours.case.method, settings, model, optimizer)
     batch, state = next(ours._work())
     buffer = copy.deepcopy(state.buffer)
-    drawn = step.draw(batch, DrawState(settings, buffer, state.chains), generator(CPU, "test"))
-    return step.update(batch, drawn), model.state_dict()
+    drawn = one.draw(batch, DrawState(settings, buffer, state.chains), generator(CPU, "test"))
+    return one.update(batch, drawn), model.state_dict()
 
 
 @pytest.mark.parametrize("experiment", ["eb_jdat", "eb_jdat_released", "eb_jdat_ce", "jempp", "pgd_at", "classifier"])
@@ -101,6 +104,18 @@ def test_there_is_no_plainly_written_step_where_slices_of_two_would_change_the_m
         naive.check("eb_jdat", case("eb_jdat", {"adversary": {"mode": "train"}}).settings)
     with pytest.raises(naive.NaiveError, match="sadajem"):
         naive.check("sadajem", case("sadajem", {}).settings)
+    for changes in (
+        {"update": {"name": "sam"}},
+        {"ema": 0.9},
+        {"weights": {"energy_l2": 0.1}},
+        {"chain": {"start": "uniform"}},
+        {"chain": {"sampler": "sgld"}},
+        {"adversary": {"start": "clean"}},
+        {"adversary": {"score": "kl"}},
+        {"augment": {"density": "plain"}},
+    ):
+        with pytest.raises(naive.NaiveError):
+            naive.check("eb_jdat", case("eb_jdat", changes).settings)
 
 
 @pytest.mark.parametrize("update", ["plain", "sam"])
@@ -134,10 +149,11 @@ def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyP
         passes.clear()
         found.append(taken(ours, copy.deepcopy(ours.model), settings)[1])
         counts.append(len(passes))
-    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0] if "num_batches" not in k)
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
     losses, blocks = 4, 3
     assert counts == [blocks * (3 + 5 + losses), blocks * (3 + 5 + 2 * losses)]  # chain, adversaries, losses
-    assert not ours.model.recompute
+    with pytest.raises(params.ParamsError, match="recompute or compile"):
+        params.load(ROOT / "params/digits.yaml", ["training.compute.recompute=true", "training.compute.compile=true"])
 
 
 def test_bf16_is_for_layers_alone() -> None:
@@ -156,9 +172,47 @@ def test_bf16_is_for_layers_alone() -> None:
         with autocast(CPU, "bf16"):
             logits, features = ours.model(batch.x), ours.model.features(batch.x)
         assert logits.dtype == marginal_energy(logits).dtype == torch.float32
-        assert torch.equal(logits, ours.model.head(features.float()))
+        assert torch.equal(logits, ours.model.head(features))
         apart = (logits - plain).norm() / plain.norm()
         assert 0 < apart < 0.02  # 8 bits of mantissa; not fp32 in disguise
+
+
+def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast remembers weights in bf16 until it is left, so SAM's second pass, at other weights, needs one of its own."""
+    of = case("eb_jdat", {"compute": {"precision": "bf16", "recompute": True}, "update": {"name": "sam"}, "chain": {"steps": 1}})
+    ours, entered, seen = Ours(of, of.data()), [], []
+    monkeypatch.setattr(step, "autocast", lambda *arguments: entered.append(arguments[1]) or autocast(*arguments))
+    monkeypatch.setattr(draws, "walk", lambda model, x, *_: seen.append((torch.is_autocast_enabled("cpu"), model.recompute)) or x)
+    batch, state = next(ours.work)
+    drawn = ours.step.draw(batch, state, ours.noise)
+    assert seen == [(True, True)]
+    entered.clear()
+    ours.step.update(batch, drawn)
+    assert entered == ["bf16", "bf16"]
+    flags: list[tuple[bool, bool]] = []
+
+    def broken(model: WideResNet, *_: Any) -> dict[str, Tensor]:
+        flags.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        assert model.recompute
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(recipes, "eb_jdat", broken)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    changed = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"precision": "tf32"}}))
+    with pytest.raises(ZeroDivisionError):
+        Step("eb_jdat", changed, ours.model, ours.learner.optimizer).update(batch, drawn)
+    assert flags == [(True, True)]
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    assert not ours.model.recompute
+    assert "trunk" not in vars(ours.model)
+
+
+def test_a_slice_keeps_that_images_of_both_terms_are_the_same() -> None:
+    x = torch.rand(4, 1, 2, 2)
+    same, other = Batch(x, x, torch.arange(4)).part(slice(0, 2)), Batch(x, x + 1, torch.arange(4)).part(slice(2, 4))
+    assert same.x_density is same.x
+    assert torch.equal(other.x_density, x[2:] + 1)
+    assert other.y.tolist() == [2, 3]
 
 
 def test_compiled_steps_agree_and_a_network_is_left_as_it_was(tmp_path: Path) -> None:
@@ -219,6 +273,15 @@ def test_no_step_waits_for_the_device(experiment: str) -> None:
     assert waits.seen == ["_local_scalar_dense", "index"]
 
 
+def test_flops_of_a_step() -> None:
+    """A classifier's step is three forward passes but for the first layer's input gradient; chains and adversaries two each per step."""
+    of = replace(case("classifier", {}), model=ModelSettings(depth=10, width=1), shape=(3, 32, 32))
+    forward = 0.025e9  # per image, WRN-10-1 at 32 pixels
+    assert step_flops(Ours(of, of.data())) / 32 == pytest.approx(3 * forward, rel=0.05)
+    whole = replace(of, method="eb_jdat", settings=case("eb_jdat", {"compute": {"recompute": True}}).settings)
+    assert step_flops(Ours(whole, whole.data())) / 32 == pytest.approx((3 * 2 + 5 * 2 + 4 * 3) * forward, rel=0.05)
+
+
 def test_flops_by_hand() -> None:
     """A convolution, forwards and for its input: 2 x 2 B C K 9 H W; a linear layer: 2 B I O."""
     x = torch.rand(2, 3, 8, 8, requires_grad=True)
@@ -245,10 +308,11 @@ def test_bench_prints_and_saves_one_object(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found == json.loads(out.read_text())
     assert all(found[k] > 0 for k in ("images_per_s", "naive_images_per_s", "speedup", "mfu", "peak_memory_bytes"))
-    assert found["speedup"] == pytest.approx(found["images_per_s"] / found["naive_images_per_s"], rel=0.9)
+    assert (found["speedup"] > 1) == (found["images_per_s"] > found["naive_images_per_s"])
     assert set(found["ms"]) == {"data", "chain", "adversarial", "update"}
-    assert sum(found["ms"].values()) == pytest.approx(found["ms_per_step"], rel=0.9)
     assert 0 < found["outside_network"] < 1
+    assert found["case"]["batch_size"] == 16
+    assert found["case"]["model"] == "WRN-10-1"
     assert math.isclose(found["mfu"], found["flops_per_image"] * found["images_per_s"] / found["matrix_rate_flops"], rel_tol=1e-6)
     assert len(found["spread"]["speedup"]) == 2
     assert found["case"]["settings"]["adversary"]["mode"] == "eval"

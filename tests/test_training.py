@@ -172,10 +172,11 @@ def run(
     method: str = "eb_jdat",
     minutes: float = 1e9,
     events: list[Event] | None = None,
+    seed: int = 0,
 ) -> tuple[WideResNet, Trained]:
     cpu = torch.device("cpu")
     model = build(ModelSettings(depth=10, width=1), 1, 10, 0)
-    job = Job("test", method, settings, 0, state, minutes)
+    job = Job("test", method, settings, seed, state, minutes)
     data, validation = DeviceData(digits, "train", cpu, 256), DeviceData(digits, "validation", cpu)
     heard = (lambda event: events.append(event)) if events is not None else (lambda event: None)
     return model, train(model, job, data, validation, torch.from_numpy(digits.class_mean), on_event=heard)
@@ -221,7 +222,8 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
 def test_an_interrupted_epoch_continues_bit_for_bit(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after every single step in turn; also the rows' running means and the buffer are restored."""
+    """Stopped after every single step in turn; also the rows' running means and the buffer are restored, and chains planned."""
+    monkeypatch.setattr(loop, "PLANNED_STEPS", 3)
     settings = changed(settings, epochs=2, ema=0.9)
     _, whole = run(digits, settings, tmp_path / "whole")
     state, saves = tmp_path / "cut", 0

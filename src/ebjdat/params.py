@@ -258,14 +258,21 @@ class HealingSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """How a training step is computed. All of it changes results, if only by rounding, so it counts among what determines them."""
+    """How a training step is computed. All of it changes results, some only by rounding, so it counts among what determines them."""
 
     # fp32: as it says, also on a GPU; tf32: its products in TF32 there; bf16: layers by autocast, with weights, logits, energies,
     # losses and images in fp32
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    accumulate: Count = 1  # slices of a batch, one after another, for less memory; batch statistics are those of a slice
+    # slices of a batch, one after another, for less memory; batch norm has statistics of each slice, and counts each
+    accumulate: Count = 1
     recompute: StrictBool = False  # activation checkpointing in the loss: less memory for a third more of its time
     compile: StrictBool = False  # torch.compile; where it fails, the step runs without
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> Self:
+        if self.recompute and self.compile:
+            raise ValueError("torch cannot compile recomputed blocks whose statistics count once; recompute or compile is allowed")
+        return self
 
 
 class TrainingSettings(Settings):

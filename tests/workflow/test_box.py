@@ -260,6 +260,17 @@ def test_what_was_killed_between_its_end_and_the_note_of_it_does_not_run_again(b
     assert spoilt.done() == box.done()
 
 
+def test_what_failed_after_it_had_written_everything_is_not_done(broken: Callable[..., Path], box: Box) -> None:
+    spoilt = Box(broken(), box.site)
+    manifest = json.loads((spoilt.folder / "box.json").read_text())
+    last = manifest["stages"][2]
+    last["command"] = ["-c", f"import pathlib, sys; [pathlib.Path(p).write_text('x') for p in {last['outputs']}]; sys.exit(3)"]
+    (spoilt.folder / "box.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        assert f"[3/3] {STAGES[2]}: FAILED with exit code 3" in spoilt.run(code=1)
+    assert not any((spoilt.folder / name).exists() for name in last["outputs"])
+
+
 def test_a_stage_that_is_called_by_hand_there_starts_no_sender(box: Box, tmp_path: Path) -> None:
     script = """
 from pathlib import Path

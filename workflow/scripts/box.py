@@ -263,6 +263,8 @@ def pack(asked: argparse.Namespace) -> None:
     made_there = makers(to_run)
     inputs = {name for stage in to_run.values() for name in stage.inputs if name not in made_there}
     code = {str(p) for p in Path("src/ebjdat").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    if absent := [path for path in asked.also if not Path(path).exists()]:
+        raise BoxError([f"--also {path}: is not here" for path in absent])
     also = {str(p) for path in map(Path, asked.also) for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()}
     files = sorted({*settings_files, *inputs, *code, *also})
     outside = [f"{name} is not below this folder, so the box would not find it" for name in files if not is_inside(name)]

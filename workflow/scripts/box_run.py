@@ -46,6 +46,7 @@ if not missing:
 print(json.dumps({"missing": missing, "machine": told}))
 """
 
+TORCH = (2, 11)
 Stage = dict[str, Any]
 
 
@@ -126,6 +127,9 @@ def probe(manifest: dict[str, Any]) -> dict[str, Any]:
     if told["missing"]:
         wanted = ", ".join(manifest["imports"][name] for name in told["missing"])
         fail(f"missing on this machine: {wanted}; `python -m pip install -r requirements.txt` (README.md says how without network)")
+    release = tuple(int(part) for part in told["machine"]["torch"].split(".")[:2])
+    if release < TORCH:
+        fail(f"torch {told['machine']['torch']} is too old; {'.'.join(map(str, TORCH))} or newer is needed")
     return dict(told["machine"])
 
 
@@ -266,6 +270,8 @@ def work(stages: list[Stage], manifest: dict[str, Any], stop: Stop, lock: int) -
         if stop.reason():
             print(f"{stop.reason()}: run again to go on with {name}", flush=True)
             return GO_ON
+        for file in stage["outputs"]:  # else they would look like those of a stage that was killed after its end
+            (HERE / file).unlink(missing_ok=True)
         failed.append(name)
         print(f"{title}: FAILED with exit code {code}; {stage['log']} says why", flush=True)
     if failed:

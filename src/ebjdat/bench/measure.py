@@ -29,9 +29,10 @@ from ebjdat.models.modes import autocast, moving_images, tensor_cores
 from ebjdat.objectives.draws import DrawState
 from ebjdat.params import ModelSettings, TrainingSettings
 from ebjdat.progress import Bar
+from ebjdat.samplers.buffer import Plan
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
-from ebjdat.training.loop import PLANNED_STEPS, Job, Learner, draw_states
+from ebjdat.training.loop import PLANNED_STEPS, Job, Learner
 from ebjdat.training.step import Step
 
 PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # draw -> its part's name
@@ -76,22 +77,27 @@ class Ours:
         self.work = self._work()
 
     def _work(self) -> Iterator[tuple[Batch, DrawState]]:
-        settings, epoch = self.case.settings, 0
+        settings, buffer, epoch, step = self.case.settings, self.learner.buffer, 0, 0
+        plan = self.plan()
         while True:
-            batches = epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch)
-            steps = len(self.data) // settings.batch_size
-            yield from zip(batches, draw_states(settings, self.learner.buffer, self.pool, ("bench", epoch), 0, steps), strict=True)
+            for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch):
+                chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
+                yield batch, DrawState(settings, buffer, chains)
+                step += 1
             epoch += 1
 
     def __call__(self) -> None:
         batch, state = next(self.work)
         self.step.update(batch, self.step.draw(batch, state, self.noise))
 
-    def plan(self) -> None:
-        """What is done for PLANNED_STEPS steps at once; timings of steps leave it out, since few of them meet one."""
+    def plan(self) -> Plan | None:
+        """What training does for PLANNED_STEPS steps at once. Steps here use one plan over and over; its time is added to theirs."""
         buffer, spec = self.learner.buffer, self.case.settings.chain
-        if buffer is not None:
-            buffer.plan(PLANNED_STEPS, self.case.settings.batch_size, spec.reinit, starter(spec, self.pool), self.noise)
+        if buffer is None:
+            return None
+        return buffer.plan(
+            PLANNED_STEPS, self.case.settings.batch_size, spec.reinit, starter(spec, self.pool), generator(self.case.device, "plan")
+        )
 
 
 class Plain:
@@ -127,6 +133,7 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
     """
     if against_naive:
         naive.check(case.method, case.settings)
+    torch.compiler.reset()  # programs of other cases would count towards the limit of recompilations
     data, batch_size = case.data(), case.settings.batch_size
     with Bar("bench", 2 + repeats * (2 if against_naive else 1)) as bar:
         ours = Ours(case, data)
@@ -139,7 +146,7 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
         parts, outside = parts_of(ours, planned, repeats)
         bar.advance()
         plain = Plain(case, data) if against_naive else None
-        plain_each = warm(plain, case.device, 1) if plain else 1
+        plain_each = warm(plain, case.device, 2) if plain else 1
         fast, slow = [], []
         for _ in range(repeats):
             fast.append(timed(ours, case.device, each) + planned)
@@ -147,7 +154,6 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
             if plain:
                 slow.append(timed(plain, case.device, plain_each))
                 bar.advance()
-        plain_peak = peak_memory(plain, case.device) if plain else None
     images = [batch_size / seconds for seconds in fast]
     found: dict[str, Any] = {
         "images_per_s": median(images),
@@ -168,7 +174,7 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
     if plain:
         ratios = [b / a for a, b in zip(fast, slow, strict=True)]
         rates = [batch_size / seconds for seconds in slow]
-        found |= {"naive_images_per_s": median(rates), "speedup": median(ratios), "naive_peak_memory_bytes": plain_peak}
+        found |= {"naive_images_per_s": median(rates), "speedup": median(ratios)}
         found["spread"] |= {"naive_images_per_s": quartiles(rates), "speedup": quartiles(ratios)}
     return found | {"case": described(case), "machine": machine(case.device)}
 
@@ -253,9 +259,8 @@ class FlopCount(TorchDispatchMode):
 
 def step_flops(ours: Ours) -> int:
     """Floating-point operations of a step's convolutions and matrix products, as torch counts those it dispatches."""
-    compiled = ours.case.settings.compute.compile
-    settings = ours.case.settings.model_copy(update={"compute": ours.case.settings.compute.model_copy(update={"compile": False})})
-    step = Step(ours.case.method, settings if compiled else ours.case.settings, ours.model, ours.learner.optimizer)
+    compute = ours.case.settings.compute.model_copy(update={"compile": False, "recompute": False})  # what is repeated is no work done
+    step = Step(ours.case.method, ours.case.settings.model_copy(update={"compute": compute}), ours.model, ours.learner.optimizer)
     batch, state = next(ours.work)
     with FlopCount() as counter:
         step.update(batch, step.draw(batch, state, ours.noise))
@@ -300,14 +305,14 @@ def bare_passes(ours: Ours, batch: Batch, name: str, repeats: int) -> float:
     through_trunk = chain and settings.chain.sampler == "pyld"
     precision = settings.compute.precision
 
-    def once() -> None:
+    def passes() -> None:
         with ours.step.computing(), autocast(ours.case.device, precision), moving_images(model, mode):
             x = (model.stem(batch.x) if through_trunk else batch.x).detach().requires_grad_(True)
-            passed = model.trunk(x) if through_trunk else model(x)
-            torch.autograd.grad(marginal_energy(passed).sum(), x)
+            for _ in range(steps):
+                passed = model.trunk(x) if through_trunk else model(x)
+                torch.autograd.grad(marginal_energy(passed).sum(), x)
 
-    found = median(timed(once, ours.case.device, 1) for _ in range(max(3, repeats)))
-    return steps * found
+    return median(timed(passes, ours.case.device, 1) for _ in range(repeats))
 
 
 def matrix_rate(device: torch.device, precision: str) -> tuple[float, str]:

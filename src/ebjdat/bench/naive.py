@@ -31,6 +31,7 @@ from ebjdat.samplers.starts import COVARIANCE_FLOOR
 SLICE = 2  # images of an adversarial slice
 LIMIT = 1e8  # of the loss, read in every step
 METHODS = ("classifier", "pgd_at", "jempp", "eb_jdat")
+SCORES = ("ce", "energy", "released")
 
 
 class NaiveError(UserError):
@@ -44,12 +45,28 @@ def check(method: str, settings: TrainingSettings) -> None:
         wrong.append(f"method {method!r}; there is one for {', '.join(METHODS)}")
     if method in ("jempp", "eb_jdat") and (settings.chain.sampler != "pyld" or settings.chain.conditional):
         wrong.append(f"chains by {settings.chain.sampler!r}; there is one for unconditional pyld")
-    if settings.update.name != "plain" or settings.compute.accumulate > 1 or settings.weights.energy_l2:
-        wrong.append("SAM, slices of the batch, or an energy penalty")
+    if method in ("jempp", "eb_jdat") and settings.chain.start != "class_gaussians":
+        wrong.append(f"chains that start from {settings.chain.start!r}; there is one for class_gaussians")
+    if settings.update.name != "plain" or settings.compute.accumulate > 1 or settings.weights.energy_l2 or settings.ema:
+        wrong.append("SAM, averaged weights, slices of the batch, or an energy penalty")
+    if settings.augment.density != "augmented":
+        wrong.append("images of the p(x) term that are not augmented")
+    if method in ("pgd_at", "eb_jdat") and (settings.adversary.start != "uniform" or settings.adversary.score not in SCORES):
+        wrong.append(f"adversaries that start elsewhere than uniform, or climb another score than {', '.join(SCORES)}")
     if method in ("pgd_at", "eb_jdat") and (settings.adversary.mode != "eval" or settings.adversary.norm != "Linf"):
         wrong.append("adversaries in train mode (slices of two would have statistics of two) or in L2; set adversary.mode=eval")
     if wrong:
         raise NaiveError(f"no plainly written step for {'; '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """x + std N(0, I). (A lambda could not be sent to a loader's processes.)"""
+
+    std: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.std * torch.randn_like(x)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -67,7 +84,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
                 *([transforms.RandomHorizontalFlip()] if augment.flip else []),
                 transforms.ToTensor(),
                 transforms.Normalize((0.5,) * channels, (0.5,) * channels),
-                lambda x: x + noise * torch.randn_like(x),
+                Noise(noise),
             ]
         )
 

@@ -69,18 +69,18 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, a=self.slope, mode="fan_in")
 
     def penultimate(self, h: Tensor) -> Tensor:
-        """Stem output (B, 16, H, W) -> pooled features (B, 64 * width)."""
+        """Stem output (B, 16, H, W) -> pooled features (B, 64 * width), fp32 also under autocast."""
         if self.recompute and torch.is_grad_enabled() and self.head.weight.requires_grad:
             for block in self.blocks:
-                h = checkpoint(block, h, use_reentrant=False, context_fn=partial(_again, block))
+                h = checkpoint(block, h, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_again, block))
         else:
             h = self.blocks(h)
         h = F.leaky_relu(self.norm(h), self.slope)
-        return F.adaptive_avg_pool2d(h, 1).flatten(1)
+        return F.adaptive_avg_pool2d(h.float(), 1).flatten(1)
 
     def trunk(self, h: Tensor) -> Tensor:
         """Stem output -> logits."""
-        features = self.penultimate(h).float()
+        features = self.penultimate(h)
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.head(features)
         return logits

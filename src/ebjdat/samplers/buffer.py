@@ -35,9 +35,6 @@ class Plan:
     which: Tensor
     fresh: Tensor
 
-    def __len__(self) -> int:
-        return len(self.slots)
-
 
 class ReplayBuffer:
     """images: (N, C, H, W) in [-1, 1]; labels: (N,), the class whose start began the chain. Both on the training device."""

@@ -279,7 +279,9 @@ def run_epoch(
             progress.save(job.state, learner)
         if stop.asked:
             raise KeyboardInterrupt
-    return progress.epoch_row(optimizer)
+    row = progress.epoch_row(optimizer)  # reads values, so the device is done
+    progress.seconds += time.monotonic() - began
+    return row
 
 
 def draw_states(

@@ -20,8 +20,9 @@ from ebjdat.params import TrainingSettings
 
 @cache
 def compiled_trunk() -> Callable[[WideResNet, Tensor], Tensor]:
-    """The trunk through torch.compile; where that fails, torch says so once and runs it as it is."""
+    """The trunk through torch.compile; where that fails, torch says so once and runs it as it is (in this whole process)."""
     torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.recompile_limit = 64  # one program for each mode, precision and shape; beyond, none is compiled
     return torch.compile(WideResNet.trunk, dynamic=False)
 
 
@@ -37,7 +38,7 @@ class Step:
     def draw(self, batch: Batch, state: DrawState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Chains and adversarial neighbours, as the method wants them (or only these): name -> (B, C, H, W) in [-1, 1]."""
         found: dict[str, list[Tensor]] = {}
-        for rows in self._slices():
+        for rows in self._slices(batch):
             chains = None if state.chains is None else state.chains.part(rows)
             part, of_part = batch.part(rows), replace(state, chains=chains)
             for name in registry.METHODS[self.method].draws if only is None else only:
@@ -57,7 +58,7 @@ class Step:
                 terms: dict[str, Tensor] = loss(self.model, batch.part(rows), part, self.settings.weights)
             return terms
 
-        closures = [lambda rows=rows: on(rows) for rows in self._slices()]
+        closures = [lambda rows=rows: on(rows) for rows in self._slices(batch)]
         with self.computing():
             terms: dict[str, Tensor] = update(self.model, self.optimizer, closures, self.settings.update)
         return terms
@@ -80,6 +81,6 @@ class Step:
     def _precision(self) -> str:
         return self.settings.compute.precision
 
-    def _slices(self) -> list[slice]:
-        n = self.settings.batch_size // self.settings.compute.accumulate
+    def _slices(self, batch: Batch) -> list[slice]:
+        n = len(batch.y) // self.settings.compute.accumulate
         return [slice(i * n, (i + 1) * n) for i in range(self.settings.compute.accumulate)]
