@@ -344,7 +344,6 @@ def bench(
     """Time a training step in its parts, and say what share of the machine's matrix rate it uses (docs/performance.md)."""
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
     from ebjdat.stages import bench as stage
@@ -361,7 +360,9 @@ def bench(
     table.add_column(f"quartiles of {found['n']}", justify="right")
     for name, text in stage.told(found):
         table.add_row(name, *text)
-    Console().print(table)
+    _console(100).print(table)
+    if found["mfu"] > 1 or max(found["spread"]["images_per_s"]) > 1.5 * min(found["spread"]["images_per_s"]):
+        typer.secho("timings differ much, or exceed the machine's own rate: other programs are at work; run again", fg="yellow", err=True)
     typer.echo(f"saved in {path}")
 
 

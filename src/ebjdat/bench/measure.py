@@ -137,6 +137,7 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
     data, batch_size = case.data(), case.settings.batch_size
     with Bar("bench", 2 + repeats * (2 if against_naive else 1)) as bar:
         ours = Ours(case, data)
+        bar.line("measuring the machine's rate, warming up")
         rate, how = matrix_rate(case.device, case.settings.compute.precision)
         bar.advance()
         planned = median(timed(ours.plan, case.device, 1) for _ in range(3)) / PLANNED_STEPS
@@ -154,6 +155,7 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
             if plain:
                 slow.append(timed(plain, case.device, plain_each))
                 bar.advance()
+    rate, how = max((rate, how), matrix_rate(case.device, case.settings.compute.precision))  # other programs may have slowed the first
     images = [batch_size / seconds for seconds in fast]
     found: dict[str, Any] = {
         "images_per_s": median(images),

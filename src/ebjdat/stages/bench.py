@@ -36,14 +36,20 @@ def case_of(context: Context, wanted: Wanted, threads: int | None) -> Case:
     entry = profile.experiments[wanted.experiment]
     network = profile.model_settings(entry.pretraining)
     settings = profile.training_settings(wanted.experiment)
-    try:
-        if wanted.model is not None:
-            depth, width = (int(part) for part in wanted.model.split("-"))
-            network = ModelSettings.model_validate(merge(network.model_dump(), {"depth": depth, "width": width}))
-        if wanted.batch is not None:
-            settings = TrainingSettings.model_validate(merge(settings.model_dump(), {"batch_size": wanted.batch}))
-    except ValueError as error:
-        raise ParamsError(f"--model {wanted.model} --batch {wanted.batch}: DEPTH-WIDTH such as 28-10 is allowed ({error})") from error
+    if wanted.model is not None:
+        depth, _, width = wanted.model.partition("-")
+        if not (depth.isdigit() and width.isdigit() and int(depth) >= 10 and (int(depth) - 4) % 6 == 0 and int(width)):
+            raise ParamsError(
+                f"--model {wanted.model!r}: allowed is DEPTH-WIDTH such as 28-10, with a depth of 6 n + 4 (10, 16, 22, 28, ...)"
+            )
+        network = ModelSettings.model_validate(merge(network.model_dump(), {"depth": int(depth), "width": int(width)}))
+    if wanted.batch is not None:
+        slices = settings.compute.accumulate
+        if wanted.batch % slices:
+            raise ParamsError(f"--batch {wanted.batch}: no multiple of the settings' compute.accumulate, {slices}")
+        settings = TrainingSettings.model_validate(merge(settings.model_dump(), {"batch_size": wanted.batch}))
+    if wanted.device not in (None, "cpu", "cuda", "auto"):
+        raise ParamsError(f"--device {wanted.device!r}; allowed: cpu, cuda, auto")
     device = device_for(wanted.device or profile.runtime.device, threads or profile.runtime.threads)
     shape, classes, n = SIZES.get(profile.data.source, SIZES["cifar10"])
     if profile.data.size is not None:
@@ -77,12 +83,13 @@ def told(found: dict[str, Any]) -> list[tuple[str, tuple[str, str]]]:
             ("images/s, plainly written step", (f"{found['naive_images_per_s']:.1f}", between("naive_images_per_s", ".1f"))),
             ("times as fast", (f"{found['speedup']:.2f}", between("speedup", ".2f"))),
         ]
-    rows += [(f"ms of {name}", (f"{value:.1f}", "")) for name, value in found["ms"].items()]
+    rows += [(f"ms of {name}, waited for", (f"{value:.1f}", "")) for name, value in found["ms"].items()]
     return [
+        ("ms per step", (f"{found['ms_per_step']:.1f}", "")),
         *rows,
         ("share of the step outside the network", (f"{found['outside_network']:.1%}", "")),
         ("peak memory, MiB", (f"{found['peak_memory_bytes'] / 2**20:.0f}", "")),
         ("GFLOP per image", (f"{found['flops_per_image'] / 1e9:.3g}", "")),
         (f"GFLOP/s of the machine ({found['matrix_rate_by']})", (f"{found['matrix_rate_flops'] / 1e9:.0f}", "")),
-        ("share of that", (f"{found['mfu']:.1%}", "")),
+        ("share of the machine's rate (mfu)", (f"{found['mfu']:.1%}", "")),
     ]
