@@ -100,7 +100,7 @@ def test_a_step_is_the_plainly_written_one(experiment: str) -> None:
 
 
 def test_there_is_no_plainly_written_step_where_slices_of_two_would_change_the_mathematics() -> None:
-    with pytest.raises(naive.NaiveError, match=r"adversary\.mode=eval"):
+    with pytest.raises(naive.NaiveError, match=r"--override training\.adversary\.mode=eval"):
         naive.check("eb_jdat", case("eb_jdat", {"adversary": {"mode": "train"}}).settings)
     with pytest.raises(naive.NaiveError, match="sadajem"):
         naive.check("sadajem", case("sadajem", {}).settings)

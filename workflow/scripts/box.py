@@ -61,8 +61,8 @@ It needs Linux, Python 3.11 or newer, torch 2.11 or newer and torchvision, and w
 
     python -m pip install -r requirements.txt
 
-Where there is no network, `pip download` there what is missing, or `pip install --target site --python-version 3.12
---only-binary :all: --no-deps NAME==VERSION …` on a machine that has one: packages in the folder `site`, here, are found.
+Where there is no network: `pip install --target site --python-version 3.12 --only-binary :all: --no-deps NAME==VERSION …` for
+what is missing, on a machine that has one; packages in the folder `site`, here, are found.
 
     python run.py                 # everything, one stage after another; again after any interruption
     python run.py --minutes 9     # stop in time, keep the state; exit code 75: run again to go on
@@ -508,7 +508,8 @@ def take(asked: argparse.Namespace) -> None:
     machines = {re.sub(r"\s+", " ", f"{e['machine'].get('device')}, torch {e['machine'].get('torch')}") for e in returned.done.values()}
     seconds = sum(entry["seconds"] for entry in returned.done.values())
     print(f"took {len(names)} of {len(manifest['stages'])} stages, {count} new files ({'; '.join(sorted(machines))}; {seconds:.0f} s)")
-    print("`ebjdat sync` sends their metrics to MLflow, `snakemake` makes what is left, for example the report")
+    words = [f"profile={profile}", *([f"overrides={shlex.quote(shlex.join(overrides))}"] if overrides else [])]
+    print(f"`ebjdat sync` sends their metrics to MLflow, `snakemake --config {' '.join(words)}` makes what is left, for example the report")
 
 
 def main() -> int:

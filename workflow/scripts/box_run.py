@@ -126,7 +126,9 @@ def probe(manifest: dict[str, Any]) -> dict[str, Any]:
     told = json.loads(asked.stdout)
     if told["missing"]:
         wanted = ", ".join(manifest["imports"][name] for name in told["missing"])
-        fail(f"missing on this machine: {wanted}; `python -m pip install -r requirements.txt` (README.md says how without network)")
+        how = f"`python -m pip install -r {HERE / 'requirements.txt'}` (README.md there says how without network)"
+        own = "; torch and torchvision are not in it: install those that fit your GPU" if "torch" in told["missing"] else ""
+        fail(f"missing on this machine: {wanted}; {how}{own}")
     release = tuple(int(part) for part in told["machine"]["torch"].split(".")[:2])
     if release < TORCH:
         fail(f"torch {told['machine']['torch']} is too old; {'.'.join(map(str, TORCH))} or newer is needed")

@@ -40,23 +40,29 @@ class NaiveError(UserError):
 
 def check(method: str, settings: TrainingSettings) -> None:
     """Raise NaiveError where the released code has no counterpart."""
-    wrong = []
     if method not in METHODS:
-        wrong.append(f"method {method!r}; there is one for {', '.join(METHODS)}")
+        raise NaiveError(f"there is no plainly written step for method {method!r}, only for {', '.join(METHODS)}")
+    wrong = []
     if method in ("jempp", "eb_jdat") and (settings.chain.sampler != "pyld" or settings.chain.conditional):
-        wrong.append(f"chains by {settings.chain.sampler!r}; there is one for unconditional pyld")
+        wrong.append(f"chain.sampler {settings.chain.sampler!r}, or chain.conditional (only pyld, down E(x))")
     if method in ("jempp", "eb_jdat") and settings.chain.start != "class_gaussians":
-        wrong.append(f"chains that start from {settings.chain.start!r}; there is one for class_gaussians")
+        wrong.append(f"chain.start {settings.chain.start!r} (only class_gaussians)")
     if settings.update.name != "plain" or settings.compute.accumulate > 1 or settings.weights.energy_l2 or settings.ema:
-        wrong.append("SAM, averaged weights, slices of the batch, or an energy penalty")
+        wrong.append("update sam, ema, compute.accumulate or weights.energy_l2 (only without)")
     if settings.augment.density != "augmented":
-        wrong.append("images of the p(x) term that are not augmented")
+        wrong.append("augment.density 'plain' (only augmented)")
     if method in ("pgd_at", "eb_jdat") and (settings.adversary.start != "uniform" or settings.adversary.score not in SCORES):
-        wrong.append(f"adversaries that start elsewhere than uniform, or climb another score than {', '.join(SCORES)}")
-    if method in ("pgd_at", "eb_jdat") and (settings.adversary.mode != "eval" or settings.adversary.norm != "Linf"):
-        wrong.append("adversaries in train mode (slices of two would have statistics of two) or in L2; set adversary.mode=eval")
+        wrong.append(
+            f"adversary.start {settings.adversary.start!r}, score {settings.adversary.score!r} (only uniform; {', '.join(SCORES)})"
+        )
+    if method in ("pgd_at", "eb_jdat") and settings.adversary.norm != "Linf":
+        wrong.append("adversary.norm 'L2' (only Linf)")
+    if method in ("pgd_at", "eb_jdat") and settings.adversary.mode != "eval":
+        wrong.append(
+            "adversary.mode 'train' (slices of two images would have statistics of two): add --override training.adversary.mode=eval"
+        )
     if wrong:
-        raise NaiveError(f"no plainly written step for {'; '.join(wrong)}")
+        raise NaiveError(f"there is no plainly written step with {'; '.join(wrong)}")
 
 
 @dataclass(frozen=True)
