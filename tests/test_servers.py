@@ -170,6 +170,7 @@ def curve(server: Server, name: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in server.client().get_metric_history(run.info.run_id, "loss")]
 
 
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)  # one sender writes, whatever the store
 def test_four_stages_at_once_and_a_server_that_dies_in_the_middle(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     """Answers get lost, then nothing is reached, then it is back: every value is there, each once, without a word to a stage."""
     prefix = tmp_path.name

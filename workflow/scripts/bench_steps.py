@@ -65,7 +65,7 @@ def panel(axis: Axes, rows: list[dict[str, Any]], column: str, label: str, unit:
     axis.legend(frameon=False, fontsize=8)
     if column == "flops_per_image":
         for row, a, b in zip(rows, x, y, strict=True):
-            axis.annotate(row["model"], (a, b), xytext=(4, -10), textcoords="offset points", fontsize=7)
+            axis.annotate(row["model"], (a, b), xytext=(-5, 5), textcoords="offset points", fontsize=7, ha="right")
 
 
 def main(
