@@ -347,10 +347,20 @@ def bench(
     from rich.table import Table
 
     from ebjdat.stages import bench as stage
+    from ebjdat.stages.context import Context
 
     if against not in (None, "naive"):
         raise UserError(f"--against {against!r}; allowed: naive")
-    found, path = stage.run(params, override, stage.Wanted(experiment, model, batch, device, against is not None, repeats), out, threads)
+    _known(experiment, Context.load(params, override).profile.experiments)
+    asked = [*override]
+    if model is not None:
+        depth, _, width = model.partition("-")
+        asked += [f"model.depth={depth}", f"model.width={width}"]
+    if batch is not None:
+        asked.append(f"experiments.{experiment}.training.batch_size={batch}")
+    if device is not None:
+        asked.append(f"runtime.device={device}")
+    found, path = stage.run(Context.load(params, asked), experiment, against is not None, repeats, out, threads)
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -508,8 +508,8 @@ def take(asked: argparse.Namespace) -> None:
     machines = {re.sub(r"\s+", " ", f"{e['machine'].get('device')}, torch {e['machine'].get('torch')}") for e in returned.done.values()}
     seconds = sum(entry["seconds"] for entry in returned.done.values())
     print(f"took {len(names)} of {len(manifest['stages'])} stages, {count} new files ({'; '.join(sorted(machines))}; {seconds:.0f} s)")
-    words = [f"profile={profile}", *([f"overrides={shlex.quote(shlex.join(overrides))}"] if overrides else [])]
-    print(f"`ebjdat sync` sends their metrics to MLflow, `snakemake --config {' '.join(words)}` makes what is left, for example the report")
+    rest = shlex.join(["snakemake", *dvc_stages.config(profile, overrides)])
+    print(f"`ebjdat sync` sends their metrics to MLflow, `{rest}` makes what is left, for example the report")
 
 
 def main() -> int:

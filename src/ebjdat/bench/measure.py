@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import autocast, moving_images, tensor_cores
 from ebjdat.objectives.draws import DrawState
 from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.pixels import internal_from_unit, unit_from_uint8
 from ebjdat.progress import Bar
 from ebjdat.samplers.buffer import Plan
 from ebjdat.samplers.chains import starter
@@ -114,7 +115,7 @@ class Plain:
         self.density = naive.endless(*data.split("train"), case.settings, noise, workers)
         self.fresh, self.buffer = [], torch.zeros(case.settings.chain.buffer, *case.shape)
         if "negatives" in registry.METHODS[case.method].draws:
-            x = torch.from_numpy(data.images).float() / 127.5 - 1
+            x = internal_from_unit(unit_from_uint8(torch.from_numpy(data.images)))
             self.fresh = naive.class_distributions(x, torch.from_numpy(data.labels), case.device)
 
     def __call__(self) -> None:
@@ -199,10 +200,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def median(values: Sequence[float] | Iterator[float]) -> float:
-    return statistics.median(values)
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -2,68 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebjdat import params
 from ebjdat.bench.measure import Case, measure
 from ebjdat.files import git_commit, write_json
-from ebjdat.params import ModelSettings, ParamsError, TrainingSettings, merge
-from ebjdat.stages.context import Context, device_for
+from ebjdat.stages.context import Context
 
 # source of a profile's data -> (channels, height, width), classes, training images where the settings do not say
 SIZES = {"digits": ((1, 8, 8), 10, 1000), "cifar10": ((3, 32, 32), 10, 45_000), "cifar100": ((3, 32, 32), 100, 45_000)}
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is measured; None: as the profile says. model: "DEPTH-WIDTH"."""
-
-    experiment: str
-    model: str | None = None
-    batch: int | None = None
-    device: str | None = None
-    against_naive: bool = False
-    repeats: int = 5
-
-
-def case_of(context: Context, wanted: Wanted, threads: int | None) -> Case:
-    """Raises ParamsError for an experiment, network or batch that cannot be."""
+def case_of(context: Context, experiment: str, threads: int | None) -> Case:
+    """An experiment's training step, on images of its profile's shape."""
     profile = context.profile
-    if wanted.experiment not in profile.experiments:
-        raise ParamsError(f"experiment {wanted.experiment!r} is unknown; {params.nearest(wanted.experiment, list(profile.experiments))}")
-    entry = profile.experiments[wanted.experiment]
-    network = profile.model_settings(entry.pretraining)
-    settings = profile.training_settings(wanted.experiment)
-    if wanted.model is not None:
-        depth, _, width = wanted.model.partition("-")
-        if not (depth.isdigit() and width.isdigit() and int(depth) >= 10 and (int(depth) - 4) % 6 == 0 and int(width)):
-            raise ParamsError(
-                f"--model {wanted.model!r}: allowed is DEPTH-WIDTH such as 28-10, with a depth of 6 n + 4 (10, 16, 22, 28, ...)"
-            )
-        network = ModelSettings.model_validate(merge(network.model_dump(), {"depth": int(depth), "width": int(width)}))
-    if wanted.batch is not None:
-        slices = settings.compute.accumulate
-        if wanted.batch % slices:
-            raise ParamsError(f"--batch {wanted.batch}: no multiple of the settings' compute.accumulate, {slices}")
-        settings = TrainingSettings.model_validate(merge(settings.model_dump(), {"batch_size": wanted.batch}))
-    if wanted.device not in (None, "cpu", "cuda", "auto"):
-        raise ParamsError(f"--device {wanted.device!r}; allowed: cpu, cuda, auto")
-    device = device_for(wanted.device or profile.runtime.device, threads or profile.runtime.threads)
+    entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
     shape, classes, n = SIZES.get(profile.data.source, SIZES["cifar10"])
     if profile.data.size is not None:
         shape = (3, profile.data.size, profile.data.size)
-    return Case(entry.method, settings, network, device, shape, classes, profile.data.training_size() or n)
+    network, n = profile.model_settings(entry.pretraining), profile.data.training_size() or n
+    return Case(entry.method, settings, network, context.device(threads), shape, classes, n)
 
 
-def run(path: Path, overrides: list[str], wanted: Wanted, out: Path | None, threads: int | None) -> tuple[dict[str, Any], Path]:
+def run(
+    context: Context, experiment: str, against_naive: bool, repeats: int, out: Path | None, threads: int | None
+) -> tuple[dict[str, Any], Path]:
     """Measure, save, and return what was measured and where it lies."""
-    context = Context.load(path, overrides)
-    case = case_of(context, wanted, threads)
-    found = {**measure(case, wanted.against_naive, wanted.repeats), "git_commit": git_commit()}
+    case = case_of(context, experiment, threads)
+    found = {**measure(case, against_naive, repeats), "git_commit": git_commit()}
     compute = case.settings.compute
-    words = [wanted.experiment, f"wrn{case.model.depth}-{case.model.width}", f"batch{case.settings.batch_size}", case.device.type]
+    words = [experiment, f"wrn{case.model.depth}-{case.model.width}", f"batch{case.settings.batch_size}", case.device.type]
     words += [compute.precision, *(["compiled"] if compute.compile else [])]
     out = out or Path("benchmarks/steps") / f"{'-'.join(words)}.json"
     write_json(out, found)
