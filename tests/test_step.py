@@ -43,7 +43,12 @@ CIFAR = params.load(ROOT / "params/cifar10.yaml", [])
 
 def case(experiment: str, changes: Mapping[str, Any], norm: str = "batch") -> Case:
     """The paper's settings on a small network and 16-pixel images."""
-    usual = {"batch_size": 32, "chain": {"steps": 3, "buffer": 100, "reinit": 0.3}, "adversary": {"mode": "eval"}}
+    usual = {
+        "compute": {"precision": "fp32"},
+        "batch_size": 32,
+        "chain": {"steps": 3, "buffer": 100, "reinit": 0.3},
+        "adversary": {"mode": "eval"},
+    }
     settings = TrainingSettings.model_validate(merge(CIFAR.training_settings(experiment).model_dump(), usual, changes))
     network = ModelSettings(depth=10, width=1, norm=norm)  # type: ignore[arg-type]
     return Case(CIFAR.experiments[experiment].method, settings, network, CPU, (3, 16, 16), 10, 400)
