@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from ebjdat import params, registry
 from ebjdat.bench import naive
-from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate, step_flops
+from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate, rates, step_flops, timed
 from ebjdat.cli import app
 from ebjdat.data.batches import Batch, generator
 from ebjdat.models import wrn
@@ -34,6 +35,7 @@ from ebjdat.params import ModelSettings, TrainingSettings, merge
 from ebjdat.samplers.chains import starter
 from ebjdat.training import step
 from ebjdat.training.step import Step
+from ebjdat.vocabulary import describe
 
 from .conftest import ROOT
 
@@ -297,6 +299,18 @@ def test_flops_by_hand() -> None:
     assert counter.flops == 2 * 2 * 2 * 3 * 5 * 9 * 64 + 2 * 6 * 7 * 4
 
 
+def test_rates_by_hand() -> None:
+    """Two images in 0.5, 1 and 2 s against 4, 4 and 6 s: medians of rates, and of the ratios 8, 4 and 3 of each pair."""
+    found = rates(2, [0.5, 1.0, 2.0], [4.0, 4.0, 6.0], 30.0, 600.0)
+    assert (found["images_per_s"], found["ms_per_step"], found["n"]) == (2.0, 1000.0, 3)
+    assert (found["naive_images_per_s"], found["speedup"]) == (0.5, 4.0)
+    assert found["mfu"] == 0.1
+    assert found["spread"] == {"images_per_s": [1.5, 3.0], "naive_images_per_s": [pytest.approx(5 / 12), 0.5], "speedup": [3.5, 6.0]}
+    alone = rates(2, [0.5, 1.0, 2.0], [], 30.0, 600.0)
+    assert (alone["naive_images_per_s"], alone["speedup"], set(alone["spread"])) == (None, None, {"images_per_s"})
+    assert timed(lambda: time.sleep(0.02), CPU, 5) == pytest.approx(0.02, rel=0.5)
+
+
 def test_the_matrix_rate_is_one() -> None:
     """Between a hundredth of what one slow core does and a thousand times a fast one."""
     rate, how = matrix_rate(CPU, "fp32")
@@ -316,6 +330,8 @@ def test_bench_prints_and_saves_one_object(tmp_path: Path) -> None:
     assert (found["speedup"] > 1) == (found["images_per_s"] > found["naive_images_per_s"])
     assert set(found["ms"]) == {"data", "chain", "adversarial", "update"}
     assert 0 < found["outside_network"] < 1
+    assert 0.3 < sum(found["ms"].values()) / found["ms_per_step"] < 5  # each waited for
+    assert {describe(name).stage for name in found} == {"bench", "provenance"}
     assert found["case"]["batch_size"] == 16
     assert found["case"]["model"] == "WRN-10-1"
     assert math.isclose(found["mfu"], found["flops_per_image"] * found["images_per_s"] / found["matrix_rate_flops"], rel_tol=1e-6)

@@ -60,6 +60,7 @@ STAGES: Mapping[str, str] = {
     "energy": "`energy.json`. Energies are E(x) = −logsumexp of the logits; in curves the same names are of training batches.",
     "reliability": "`reliability.json`. Scores are higher, the more an image is like those of the data.",
     "report": "`summary.csv` (a row per experiment and seed), and `table.csv` (one per experiment: means over seeds), beside names above.",
+    "bench": "What `ebjdat bench` prints and saves: a training step's speed ([how fast](performance.md)).",
     "system": "MLflow's system metrics, on the run of each stage: the whole machine's, unless said otherwise.",
 }
 
@@ -85,6 +86,7 @@ ADVERSARIAL = "the method draws adversarial neighbours"
 CHAINS = "the method has chains"
 ENSEMBLE = "the protocol's ensemble was run (`n` above 0)"
 SEEDS = "several seeds"
+NAIVE = "`--against naive` (else null)"
 GPU = "there is an NVIDIA GPU and nvidia-ml-py"
 Q = Quantity
 
@@ -390,6 +392,51 @@ VOCABULARY: tuple[Quantity, ...] = (
         Q("<column>_paper", "as the column", "", "the paper's number", "the profile's data are the paper's"),
         Q("collapses", "count", "lower", "seeds whose training diverged"),
         Q("collapse_epochs", "list of epochs", "", "their `collapse_epoch`, separated by spaces"),
+    ),
+    *_of(
+        "bench",
+        Q("images_per_s", "images per second", "higher", "of whole steps, as the training loop takes them: median over `n` timings"),
+        Q("ms_per_step", "milliseconds", "lower", "the same, per step"),
+        Q(
+            "ms",
+            "milliseconds",
+            "lower",
+            "parts, each waited for, so that they may add up to more than a step: `data` (batch, augmentation, where chains come from), "
+            "`chain`, `adversarial`, `update` (losses, gradients, optimiser)",
+        ),
+        Q(
+            "outside_network",
+            "fraction",
+            "lower",
+            "share of the step that is not a pass through the network: what is left when the passes alone are timed on a fixed batch",
+        ),
+        Q(
+            "flops_per_image",
+            "FLOP",
+            "",
+            "floating-point operations of a step's convolutions and matrix products, counted by torch as it dispatches them, per image",
+        ),
+        Q(
+            "matrix_rate_flops",
+            "FLOP per second",
+            "",
+            "the fastest of some large matrix products and 3×3 convolutions in the step's precision, measured in the same run",
+        ),
+        Q("matrix_rate_by", "text", "", "which of them it was"),
+        Q("mfu", "fraction", "higher", "the step's share of that rate"),
+        Q(
+            "peak_memory_bytes",
+            "bytes",
+            "lower",
+            "GPU: most allocated; CPU: the process's resident memory at its highest (on other systems than Linux: after a step)",
+        ),
+        Q("naive_images_per_s", "images per second", "", "of the plainly written step, timed in turns with ours", NAIVE),
+        Q("speedup", "number", "higher", "the plainly written step's time over ours: median of the pairs' ratios", NAIVE),
+        Q("spread", "as the name", "", "quartiles over the timings, of `images_per_s`, `naive_images_per_s`, `speedup`"),
+        Q("n", "count", "", "timings"),
+        Q("steps_per_timing", "count", "", "steps of one timing, so many that it takes half a second"),
+        Q("case", "settings", "", "method, network, batch, image shape and every setting of the step"),
+        Q("machine", "mapping", "", "what it ran on: device, threads, versions of torch and Python"),
     ),
     *_of(
         "system",

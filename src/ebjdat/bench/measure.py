@@ -157,29 +157,34 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
                 slow.append(timed(plain, case.device, plain_each))
                 bar.advance()
     rate, how = max((rate, how), matrix_rate(case.device, case.settings.compute.precision))  # other programs may have slowed the first
-    images = [batch_size / seconds for seconds in fast]
-    found: dict[str, Any] = {
-        "images_per_s": median(images),
-        "ms_per_step": 1e3 * median(fast),
+    return {
+        **rates(batch_size, fast, slow, flops, rate),
         "ms": parts,
         "outside_network": outside,
-        "flops_per_image": flops,
-        "matrix_rate_flops": rate,
         "matrix_rate_by": how,
-        "mfu": flops * median(images) / rate,
         "peak_memory_bytes": peak,
-        "naive_images_per_s": None,
-        "speedup": None,
-        "spread": {"images_per_s": quartiles(images)},
-        "n": repeats,
         "steps_per_timing": each,
+        "case": described(case),
+        "machine": machine(case.device),
     }
-    if plain:
-        ratios = [b / a for a, b in zip(fast, slow, strict=True)]
-        rates = [batch_size / seconds for seconds in slow]
-        found |= {"naive_images_per_s": median(rates), "speedup": median(ratios)}
-        found["spread"] |= {"naive_images_per_s": quartiles(rates), "speedup": quartiles(ratios)}
-    return found | {"case": described(case), "machine": machine(case.device)}
+
+
+def rates(batch_size: int, fast: Sequence[float], slow: Sequence[float], flops_per_image: float, matrix_rate: float) -> dict[str, Any]:
+    """Seconds per step, of ours and (or none) of the plain steps timed in turns with them -> medians and quartiles."""
+    images, plain = ([batch_size / seconds for seconds in times] for times in (fast, slow))
+    ratios = [b / a for a, b in zip(fast, slow, strict=True)] if slow else []
+    spread = {"images_per_s": images, "naive_images_per_s": plain, "speedup": ratios}
+    return {
+        "images_per_s": median(images),
+        "ms_per_step": 1e3 * median(fast),
+        "flops_per_image": flops_per_image,
+        "matrix_rate_flops": matrix_rate,
+        "mfu": flops_per_image * median(images) / matrix_rate,
+        "naive_images_per_s": median(plain) if plain else None,
+        "speedup": median(ratios) if ratios else None,
+        "spread": {name: quartiles(values) for name, values in spread.items() if values},
+        "n": len(fast),
+    }
 
 
 def described(case: Case) -> dict[str, Any]:
