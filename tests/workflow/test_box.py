@@ -313,13 +313,19 @@ def test_what_was_spoilt_on_the_way_is_refused(home: Project, box: Box, broken: 
     assert "again   finetune-classifier-seed0" in Box(spoilt, box.site).run("--status")
 
 
-def test_nothing_but_results_and_logs_is_taken(home: Project, box: Box, broken: Callable[..., Path]) -> None:
-    """A log that is the package's own source would otherwise be written over it."""
-    spoilt, entries = broken(), box.done()
-    code = "src/ebjdat/params.py"
-    entries[STAGES[2]]["log"] = {code: json.loads((spoilt / "box.json").read_text())["files"][code]}
-    (spoilt / "done.json").write_text(json.dumps({"format": 1, "stages": entries}))
-    assert "finetune-classifier-seed0: not as box.json has it" in refused(home, spoilt)
+def test_what_was_done_is_what_was_packed(home: Project, box: Box, broken: Callable[..., Path]) -> None:
+    """A log that is the package's own source would otherwise be written over it; another command, or fewer files, be taken."""
+    spoilt, code, last = broken(), "src/ebjdat/params.py", STAGES[2]
+    packed = json.loads((spoilt / "box.json").read_text())["files"]
+    for key, value in (
+        ("log", {code: packed[code]}),
+        ("command", [*box.done()[last]["command"], "--override", "training.epochs=1"]),
+        ("outputs", {name: content for name, content in box.done()[last]["outputs"].items() if name != WEIGHTS}),
+    ):
+        entries = box.done()
+        entries[last][key] = value  # type: ignore[assignment]
+        (spoilt / "done.json").write_text(json.dumps({"format": 1, "stages": entries}))
+        assert f"{last}: not as box.json has it" in refused(home, spoilt), key
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "results/../../x"])
