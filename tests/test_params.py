@@ -13,8 +13,10 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from ebjdat import params, registry
+from ebjdat.cli import app
 from ebjdat.params import ParamsError, merge, run_name
 from ebjdat.pixels import parse_budget
 
@@ -224,6 +226,15 @@ def test_every_method_with_chains_stands_on_a_row() -> None:
         assert bool(method.bases) == ("negatives" in method.draws), name
         assert set(method.bases) <= set(registry.BASES)
         assert set(method.forms) <= set(registry.FORMS)
+
+
+def test_check_says_what_a_profile_is_and_whether_its_images_are_there(tmp_path: Path) -> None:
+    words = ["check", "--params", str(ROOT / "params/cifar10-folder.yaml"), "--override"]
+    absent = CliRunner().invoke(app, [*words, f"data.path={tmp_path / 'images.tar.xz'}"])
+    assert absent.exit_code == 0
+    assert "fine; " in absent.stdout
+    assert "images.tar.xz is not here yet" in absent.stderr
+    assert CliRunner().invoke(app, [*words, f"data.path={tmp_path}"]).stderr == ""
 
 
 def test_the_catalogue_lists_everything_with_source_and_defaults() -> None:

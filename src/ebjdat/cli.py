@@ -65,6 +65,8 @@ def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
 
     profile = load(params, override)
     typer.echo(f"{params}: fine; {len(profile.experiments)} experiments x {len(profile.seeds)} seeds on {profile.data.name}")
+    if profile.data.path and not Path(profile.data.path).exists():
+        typer.secho(f"data.path: {profile.data.path} is not here yet; put the folder or archive there", fg="yellow", err=True)
 
 
 @app.command()
