@@ -60,13 +60,22 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
-    """Check a profile; list everything that is wrong with it."""
-    from ebjdat.params import load
+    """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
+    from ebjdat.params import load, named_files, require_files, run_name
 
     profile = load(params, override)
+    run_name(params, override)
+    require_files(profile)
     typer.echo(f"{params}: fine; {len(profile.experiments)} experiments x {len(profile.seeds)} seeds on {profile.data.name}")
-    if profile.data.path and not Path(profile.data.path).exists():
-        typer.secho(f"data.path: {profile.data.path} is not here yet; put the folder or archive there", fg="yellow", err=True)
+    for named in named_files(profile):
+        typer.secho(str(named), fg=None if named.here else "yellow", err=not named.here)
+    generate = profile.evaluation.generate
+    if generate.extractor == "inception" and generate.inception_weights is None:
+        from ebjdat.evaluation.frechet import kept_weights
+
+        here = (file := kept_weights()).is_file()
+        where = f"evaluation.generate.extractor: Inception's weights: {file} is {'here' if here else 'not here yet; `prepare` fetches it'}"
+        typer.secho(where, fg=None if here else "yellow", err=not here)
 
 
 @app.command()

@@ -8,18 +8,21 @@ the internal range [-1, 1], as the JEM family states them.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
-from ebjdat import registry
+from ebjdat import registry, yamlfile
 from ebjdat.errors import UserError
 from ebjdat.files import digest
 from ebjdat.pixels import Budget, unit_distance
 
+RUN_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
 STANDARD = "standard"  # the protocol whose figures stand first
@@ -29,6 +32,9 @@ RESERVED = "pretraining"  # the folder of shared pretrainings beside those of ex
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
 KNOWN_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
 DIGITS_SIZE = 1_797
+# What torchvision unpacks, or for SVHN fetches, under its root.
+KNOWN_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn": "test_32x32.mat"}
+MOST_PROBLEMS = 50  # that are listed; one slip in a profile's common part may make many
 
 
 class ParamsError(UserError):
@@ -43,13 +49,19 @@ def prefix_of(protocol: str) -> str:
 def nearest(name: str, allowed: Sequence[str]) -> str:
     """Sentence that names the nearest allowed name, if one is near, and all of them."""
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(sorted(allowed))}"
+    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(sorted(allowed)[:MOST_PROBLEMS])}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: on one line, ASCII, at most 80 characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def known(names: Mapping[str, object]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(f"{value!r} is unknown; {nearest(value, list(names))}")
+            raise ValueError(f"{shown(value)} is unknown; {nearest(value, list(names))}")
         return value
 
     return AfterValidator(check)
@@ -57,7 +69,22 @@ def known(names: Mapping[str, object]) -> AfterValidator:
 
 def refuse_non_number(value: Any) -> Any:
     if isinstance(value, bool | str):
-        raise ValueError(f"a number is allowed, found {value!r}")
+        raise ValueError(f"a number is allowed, found {shown(value)}")
+    return value
+
+
+def read_switch(value: Any) -> Any:
+    """YAML's yes, no, on and off; in quotes they are text."""
+    if isinstance(value, yamlfile.Word):
+        return value.truth
+    if not isinstance(value, bool):
+        raise ValueError(f"a valid boolean is true or false, found {shown(value)}")
+    return value
+
+
+def one_printable_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"printable characters on one line are allowed, found {shown(value)}")
     return value
 
 
@@ -65,13 +92,24 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# Upper bounds refuse what cannot be meant before it runs out of memory or time; no honest profile meets them.
+MOST = 10**8  # images, iterations
+LARGEST = 1e30  # real numbers; single precision ends at 3e38
 Number = BeforeValidator(refuse_non_number)
-Count = Annotated[int, Number, Field(ge=1)]
-TwoOrMore = Annotated[int, Number, Field(ge=2)]  # a spread needs two
-CountOrZero = Annotated[int, Number, Field(ge=0)]
-Positive = Annotated[float, Number, Field(gt=0)]
-NotNegative = Annotated[float, Number, Field(ge=0)]
-Signed = Annotated[float, Number]
+StrictBool = Annotated[bool, Strict(), BeforeValidator(read_switch)]
+Count = Annotated[int, Number, Field(ge=1, le=MOST)]
+TwoOrMore = Annotated[int, Number, Field(ge=2, le=MOST)]  # a spread needs two
+CountOrZero = Annotated[int, Number, Field(ge=0, le=MOST)]
+Few = Annotated[int, Number, Field(ge=1, le=1000)]  # layers, threads, restarts
+Steps = Annotated[int, Number, Field(ge=1, le=100_000)]  # gradients, one after another
+Batch = Annotated[int, Number, Field(ge=1, le=1_000_000)]  # images at once
+Epochs = Annotated[int, Number, Field(ge=0, le=100_000)]
+RandomSeed = Annotated[int, Number, Field(ge=0, lt=2**32)]  # scikit-learn takes no larger ones
+Positive = Annotated[float, Number, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Number, Field(ge=0, le=LARGEST)]
+Signed = Annotated[float, Number, Field(ge=-LARGEST, le=LARGEST)]
+Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(one_printable_line)]
+FilePath = Line
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
 Norm = Literal["Linf", "L2"]
@@ -79,15 +117,15 @@ Norm = Literal["Linf", "L2"]
 
 class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
-    label: str | None = None  # how the data set is called in tables; default: the source's name
-    path: str | None = None  # source folder: a folder or archive of class folders
-    size: Annotated[int, Number, Field(ge=8)] | None = None  # source folder: scale the shorter side to it, crop the centre
-    root: str = "datasets"  # where torchvision's sets are kept and downloaded to when missing
+    label: Line | None = None  # how the data set is called in tables; default: the source's name
+    path: FilePath | None = None  # source folder: a folder or archive of class folders
+    size: Annotated[int, Number, Field(ge=8, le=4096)] | None = None  # source folder: scale the shorter side to it, crop the centre
+    root: FilePath = "datasets"  # where torchvision's sets are kept and downloaded to when missing
     test: Count | None = None  # digits: images held out for testing
     validation: Count  # images held out of training to select checkpoints
     n_train: Count | None = None  # use only so many training images (stratified), after the validation split
     n_test: Count | None = None  # keep only so many test images
-    split_seed: CountOrZero = 0  # the splits never depend on a run's seed
+    split_seed: RandomSeed = 0  # the splits never depend on a run's seed
 
     @property
     def name(self) -> str:
@@ -122,8 +160,8 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    depth: Count = 28  # 6 n + 4
-    width: Count = 10
+    depth: Few = 28  # 6 n + 4
+    width: Few = 10
     norm: Literal["none", "batch"] = "batch"
     negative_slope: Fraction01 = 0.2  # leaky ReLU
 
@@ -153,8 +191,8 @@ class ChainSettings(Settings):
     sampler: Annotated[str, known(registry.SAMPLERS)] = "pyld"
     start: Annotated[str, known(registry.STARTS)] = "class_gaussians"
     conditional: StrictBool = False  # walk down E(x, y) of the chain's class instead of E(x)
-    steps: Count = 10  # full gradients per draw
-    inner_steps: Count = 5  # pyld: steps through the stem per full gradient
+    steps: Steps = 10  # full gradients per draw
+    inner_steps: Steps = 5  # pyld: steps through the stem per full gradient
     step_size: Positive = 0.2  # internal range
     noise: NotNegative = 0.0  # internal range, standard deviation per full gradient
     clamp: Positive | None = 1.0  # clipped_sgld, pyld: gradients are clamped to [-clamp, clamp]
@@ -167,7 +205,7 @@ class AdversarySettings(Settings):
     score: Annotated[str, known(registry.SCORES)] = "ce"
     norm: Norm = "Linf"
     eps: Epsilon
-    steps: Count = 10
+    steps: Steps = 10
     step_size: Epsilon
     range: Literal["unit", "internal"] = "unit"  # pixels that eps and step_size are stated in; internal: half as far, as released
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the ball; or 0.001 N(0, 1) in [0, 1] pixels (TRADES); or at x
@@ -192,7 +230,7 @@ class WeightSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    pad: CountOrZero = 4  # reflect-pad, then crop at random
+    pad: Annotated[int, Number, Field(ge=0, le=1000)] = 4  # reflect-pad, then crop at random
     flip: StrictBool = False
     noise: NotNegative = 0.03  # on the images of the p(x) term, internal range
     density: Literal["augmented", "plain"] = "augmented"  # images of the p(x) term; plain: neither cropped nor flipped (SADA-JEM)
@@ -276,8 +314,8 @@ class ComputeSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    epochs: CountOrZero
-    batch_size: Count
+    epochs: Epochs
+    batch_size: Batch
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     update: UpdateSettings = UpdateSettings()
@@ -324,7 +362,7 @@ class MethodSettings(Settings):
 class Pretraining(MethodSettings):
     """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
 
-    epochs: CountOrZero
+    epochs: Epochs
     model: dict[str, Any] = {}  # overrides of the profile's network, for every experiment that starts from here
 
 
@@ -337,15 +375,15 @@ class Experiment(MethodSettings):
 class PGDSettings(Settings):
     """PGD-n on cross-entropy (Madry et al. 2018) from random starts in the ball."""
 
-    steps: Count = 20
+    steps: Steps = 20
     step_size: Epsilon  # in the protocol's range
-    restarts: Count = 1
+    restarts: Few = 1
 
 
 class EnsembleSettings(Settings):
     """One attack of an ensemble. Each reads what registry.ATTACKS says of it."""
 
-    steps: Count = 100
+    steps: Steps = 100
     targets: Count = 9  # classes aimed at, in the order of the logits; never more than there are
     queries: Count = 5000
     range: Literal["unit", "internal"] = "unit"  # pixels FAB works in; its box is [0, 1] of them, internal: the brighter half
@@ -402,7 +440,7 @@ def usual_protocols(n: int, overrides: Sequence[str] = ()) -> AttackSettings:
         }
     }
     raw = merge(raw, *(content for item in overrides for _, content in read_layers(item)))
-    problems = [f"{'.'.join(map(str, where))}: {what}" for where, what in _invalid(AttackSettings, raw, ())]
+    problems = [f"{_key_path(where)}: {what}" for where, what in _invalid(AttackSettings, raw, ())]
     if problems:
         raise ParamsError("\n".join(problems))
     return AttackSettings.model_validate(raw)
@@ -441,13 +479,13 @@ class CheckSettings(Settings):
 
     n: Count = 100  # the first n test examples
     sweep: tuple[Positive, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # radii of the sweep, in units of the standard protocol's
-    steps: Count = 100  # of the stronger PGD
-    restarts: Count = 3
+    steps: Steps = 100  # of the stronger PGD
+    restarts: Few = 3
 
 
 class ReferenceSettings(Settings):
     experiment: str = "classifier"
-    seed: CountOrZero = 0
+    seed: RandomSeed = 0
 
 
 class AttackSettings(Settings):
@@ -455,8 +493,8 @@ class AttackSettings(Settings):
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
     search: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the ensemble's search; fp32 decides every verdict
-    seed: CountOrZero = 0
-    batch_size: Count = 250
+    seed: RandomSeed = 0
+    batch_size: Batch = 250
 
     @property
     def standard(self) -> ProtocolSettings:
@@ -507,13 +545,13 @@ def with_sample_rows(protocols: Any) -> Any:
 
 class GenerateSettings(Settings):
     n: TwoOrMore  # fresh chains
-    steps: Count  # full gradients per fresh chain
+    steps: Steps  # full gradients per fresh chain
     extractor: Literal["inception", "reference", "auto"] = "reference"
-    inception_weights: str | None = None  # a file; None: torch-fidelity's own download
+    inception_weights: FilePath | None = None  # a file; None: torch-fidelity's own download
     reference: ReferenceSettings = ReferenceSettings()
-    grid: Count = 10  # images per class in the grid
-    seed: CountOrZero = 0
-    batch_size: Count = 250
+    grid: Few = 10  # images per class in the grid
+    seed: RandomSeed = 0
+    batch_size: Batch = 250
     protocols: Annotated[
         dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], SampleProtocolSettings], BeforeValidator(with_sample_rows)
     ] = Field(default={}, validate_default=True)
@@ -532,7 +570,7 @@ class GenerateSettings(Settings):
 
 class EnergySettings(Settings):
     n: TwoOrMore | None = None  # first n test images; None: all
-    batch_size: Count = 250
+    batch_size: Batch = 250
 
 
 AUTO = "auto"  # the OOD sets that suit the data and are there
@@ -546,11 +584,11 @@ class ReliabilitySettings(Settings):
     """Calibration, and detection of out-of-distribution and of adversarial images."""
 
     n: TwoOrMore | None = None  # first n test images; None: all
-    bins: Count = 15  # of the calibration error, equally wide
+    bins: Annotated[int, Number, Field(ge=1, le=10_000)] = 15  # of the calibration error, equally wide
     ood: Annotated[tuple[Annotated[str, known({AUTO: None, **registry.OOD_SETS})], ...], BeforeValidator(one_or_more)] = (AUTO,)
-    ood_path: str | None = None  # set folder: a folder or archive of class folders, as data.path
-    seed: CountOrZero = 0
-    batch_size: Count = 250
+    ood_path: FilePath | None = None  # set folder: a folder or archive of class folders, as data.path
+    seed: RandomSeed = 0
+    batch_size: Batch = 250
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -574,7 +612,7 @@ class Runtime(Settings):
     """How it is run; nothing here changes a result beyond the arithmetic of the machine."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 1
+    threads: Few = 1
     checkpoint_minutes: Positive = 5.0
 
 
@@ -587,9 +625,9 @@ class Profile(Settings):
     model: ModelSettings
     training: TrainingSettings
     bases: dict[Annotated[str, known(registry.BASES)], dict[str, Any]] = {}  # this profile's values of the JEM family's rows
-    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1)
-    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1)
-    seeds: tuple[CountOrZero, ...] = Field(min_length=1)
+    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1, max_length=1000)
+    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1, max_length=1000)
+    seeds: tuple[RandomSeed, ...] = Field(min_length=1, max_length=1000)
     evaluation: Evaluation
     runtime: Runtime = Runtime()
     report: ReportSettings = ReportSettings()
@@ -756,51 +794,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def parse_assignment(text: str) -> dict[str, Any]:
-    """ "training.epochs=3" -> {"training": {"epochs": 3}}."""
-    path, _, value = text.partition("=")
-    result: Any = yaml.safe_load(value)
-    for key in reversed(path.split(".")):
-        result = {key: result}
-    return cast(dict[str, Any], result)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error (plain YAML keeps the last silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                continue  # `<<` may stand twice; what is no scalar is refused later
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The profile and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
     layers = []
-    for item in [str(path), *overrides]:
-        if "=" in item:
-            name, content = f"override {item!r}", None
-            try:
-                content = parse_assignment(item)
-            except yaml.YAMLError as error:
-                raise ParamsError(f"{name}: the value is not YAML: {error}") from error
-        else:
-            name = item
-            try:
-                content = _UniqueKeys(Path(item).read_text(encoding="utf-8")).get_single_data()
-            except FileNotFoundError as error:
-                beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml"))
-                raise ParamsError(f"{item}: there is no such file; {nearest(Path(item).stem, beside)}") from error
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ParamsError(f"{item}: not a YAML file: {error}") from error
+    for item in map(str, [path, *overrides]):
+        name = f"override {shown(item)}" if "=" in item else item if item.isprintable() and item else shown(item)
+        try:
+            content = yamlfile.parse_assignment(item) if "=" in item else yamlfile.parse(yamlfile.read_text(Path(item)))
+        except FileNotFoundError as error:
+            beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml"))
+            raise ParamsError(f"{name}: there is no such file; {nearest(Path(item).stem, beside)}") from error
+        except yamlfile.YamlError as error:
+            raise ParamsError(f"{name}: {error}") from error
         if not isinstance(content, dict):
-            raise ParamsError(f"{name}: a mapping of settings is allowed, found {type(content).__name__}")
+            found = "nothing" if content is None else type(content).__name__
+            raise ParamsError(f"{name}: a mapping of settings is allowed, found {found}")
         layers.append((name, content))
     return layers
 
@@ -809,11 +817,33 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     """Read and check a profile with its overrides. Raises ParamsError that lists every problem."""
     layers = read_layers(path, overrides)
     raw = merge({}, *(content for _, content in layers))
-    problems = list(dict.fromkeys(_problems(raw)))
+    problems = list(dict.fromkeys(chain(_without_effect(layers), _problems(raw))))
     if problems:
-        lines = [f"{_origin(layers, where)}: {'.'.join(map(str, where)) or 'top level'}: {what}" for where, what in problems]
-        raise ParamsError(f"{len(lines)} problem{'s' if len(lines) > 1 else ''} in the settings:\n  " + "\n  ".join(lines))
+        lines = [f"{_origin(layers, where)}: {_key_path(where)}: {what}" for where, what in problems[:MOST_PROBLEMS]]
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise ParamsError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the settings:\n  " + "\n  ".join(lines + more))
     return Profile.model_validate(raw)
+
+
+def _key_path(where: Sequence[str | int]) -> str:
+    """a.b.0, escaped where letters only look like those of a key."""
+    return ascii(".".join(map(str, where)))[1:-1] or "top level"
+
+
+def _without_effect(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Problem]:
+    """Empty mappings laid over settings: "change nothing" as likely as "replace by nothing"."""
+
+    def inside(below: Mapping[str, Any], over: Mapping[str, Any], where: tuple[str | int, ...]) -> Iterator[Problem]:
+        if below and not over:
+            yield where, "an empty mapping over settings neither changes nor removes any; leave it out, or name what is to change"
+        for key in over.keys() & below.keys():
+            if isinstance(over[key], Mapping) and isinstance(below[key], Mapping):
+                yield from inside(below[key], over[key], (*where, key))
+
+    below: Mapping[str, Any] = {}
+    for _, content in layers:
+        yield from inside(below, content, ())
+        below = merge(below, content)
 
 
 Problem = tuple[tuple[str | int, ...], str]
@@ -901,7 +931,8 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; name that one, so that its checkpoint is shared"
     seeds = raw.get("seeds")
-    if isinstance(seeds, list) and len(set(map(repr, seeds))) < len(seeds):
+    numbers = [seed for seed in seeds if isinstance(seed, int | float)] if isinstance(seeds, list) else []
+    if len(set(numbers)) < len(numbers):  # 0 and 0.0 are one
         yield ("seeds",), "each seed may stand once"
 
 
@@ -937,7 +968,7 @@ def _no_such_run(raw: Mapping[str, Any], where: tuple[str, ...], wanted: Referen
             f"{wanted.experiment!r} is not an experiment of this profile; {nearest(wanted.experiment, experiments)}",
         )
     if isinstance(raw.get("seeds"), list) and wanted.seed not in raw["seeds"]:
-        yield (*where, "seed"), f"{wanted.seed} is not one of the profile's seeds {raw['seeds']}"
+        yield (*where, "seed"), f"{wanted.seed} is not one of the profile's seeds {shown(raw['seeds'])}"
 
 
 def _invalid(model: type[BaseModel], raw: Any, prefix: tuple[str | int, ...]) -> Iterator[Problem]:
@@ -953,7 +984,7 @@ def _invalid(model: type[BaseModel], raw: Any, prefix: tuple[str | int, ...]) ->
             elif one["type"] == "value_error":
                 what = str(one["ctx"]["error"])
             else:
-                what = f"{one['msg'][0].lower()}{one['msg'][1:]}, found {one['input']!r}"
+                what = f"{one['msg'][0].lower()}{one['msg'][1:]}, found {shown(one['input'])}"
             yield (*prefix, *where), what
 
 
@@ -981,10 +1012,12 @@ def _origin(layers: Sequence[tuple[str, Mapping[str, Any]]], where: Sequence[str
     for name, content in reversed(layers):
         value: Any = content
         for part in where:
-            value = value.get(part) if isinstance(value, Mapping) else None
-            if value is None:
+            if not isinstance(value, Mapping):  # a list or plain value of this layer, which stands for all below it
+                return name
+            if part not in value:
                 break
-        if value is not None:
+            value = value[part]
+        else:
             return name
     return layers[0][0]
 
@@ -993,7 +1026,48 @@ def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
     """Name of results, checkpoints and MLflow experiment: the profile's, plus what it is overridden by.
 
     An overridden run so never mixes with the profile's own: "digits+ci", or "digits+1a2b3c" for key=value overrides.
+    Raises ParamsError for a file whose name cannot be part of folders and file patterns.
     """
     files = [Path(item).stem for item in overrides if "=" not in item]
+    for stem in (Path(path).stem, *files):
+        if not RUN_PATTERN.fullmatch(stem):
+            raise ParamsError(f"{shown(stem)} would be part of folders' names; letters, digits, ., - and _ are allowed, up to 100")
     values = [item for item in overrides if "=" in item]
     return "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file or folder that settings name. lost: without it the run ends only after trainings."""
+
+    key: str
+    path: str
+    here: bool
+    lost: bool
+    otherwise: str  # what happens, or is to be done, where it is not there
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.path} " + ("is here" if self.here else self.otherwise)
+
+
+def named_files(profile: Profile) -> Iterator[Named]:
+    """The files and folders outside of `results` that a profile reads, and whether they are there."""
+    data, reliability, generate = profile.data, profile.evaluation.reliability, profile.evaluation.generate
+    if data.source == "folder" and data.path:
+        yield Named("data.path", data.path, Path(data.path).exists(), False, "is not here yet; put the folder or archive there")
+    for key, source in [("data.root", data.source), *(("evaluation.reliability.ood", name) for name in reliability.ood)]:
+        if source in KNOWN_FILES:
+            file = Path(data.root, KNOWN_FILES[source])
+            yield Named(key, str(file), file.exists(), False, f"is not here yet; {source} is fetched to data.root when it is read")
+    if path := reliability.ood_path:
+        yield Named("evaluation.reliability.ood_path", path, Path(path).exists(), True, "is not here; put the folder or archive there")
+    if (path := generate.inception_weights) and generate.extractor != "reference":
+        there = Path(path).is_file()
+        yield Named("evaluation.generate.inception_weights", path, there, True, "is not here; put the file of Inception's weights there")
+
+
+def require_files(profile: Profile) -> None:
+    """Raises ParamsError for named files whose absence would be noticed only after trainings."""
+    lost = [str(named) for named in named_files(profile) if named.lost and not named.here]
+    if lost:
+        raise ParamsError("\n".join(lost))

@@ -6,7 +6,7 @@ the JEM family's internal range [-1, 1] (x_internal = 2 * x_unit - 1), so an L-i
 
 from __future__ import annotations
 
-from fractions import Fraction
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
@@ -18,14 +18,24 @@ INTERNAL = (-1.0, 1.0)
 UNIT = (0.0, 1.0)
 
 
+# "0.03", "3e-2" or "8/255". Few digits: Python's own Fraction takes minutes for "1e999999999".
+BUDGET = re.compile(r" *([-+]?[0-9]{1,15}) */ *([0-9]{1,15}) *| *[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,3})? *")
+
+
 def parse_budget(value: Any) -> float:
     """A number in [0, 1] pixels from 0.03, "0.03" or "8/255". Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError('a number or a fraction such as "8/255" is allowed')
     try:
-        return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f'{value!r} is not a number; a number or a fraction such as "8/255" is allowed') from error
+        if not isinstance(value, str):
+            return float(value)
+        found = BUDGET.fullmatch(value)
+        if found is None:
+            raise ValueError("neither a number nor a fraction")
+        return int(found[1]) / int(found[2]) if found[2] else float(value)
+    except (ValueError, ArithmeticError) as error:
+        shown = ascii(value)[:60]
+        raise ValueError(f'{shown} is not a number; a number or a fraction such as "8/255" is allowed') from error
 
 
 Budget = Annotated[float, BeforeValidator(parse_budget)]

@@ -18,12 +18,16 @@ config.setdefault("profile", "digits")
 config.setdefault("overrides", "")
 
 PARAMS = f"params/{config['profile']}.yaml"
-OVERRIDES = shlex.split(str(config["overrides"] or ""))
+try:
+    OVERRIDES = shlex.split(str(config["overrides"] or ""))
+except ValueError as error:
+    raise WorkflowError(f"overrides={config['overrides']}: {error}") from None
 try:
     PROFILE = settings.load(PARAMS, OVERRIDES)
+    RUN = settings.run_name(PARAMS, OVERRIDES)
+    settings.require_files(PROFILE)
 except settings.ParamsError as error:
     raise WorkflowError(str(error)) from None
-RUN = settings.run_name(PARAMS, OVERRIDES)
 RAW = settings.merge(
     {}, *(layer for _, layer in settings.read_layers(PARAMS, OVERRIDES))
 )
@@ -80,6 +84,7 @@ def package(*parts):
 BASE = (
     "errors.py",
     "params.py",
+    "yamlfile.py",
     "registry.py",
     "pixels.py",
     "files.py",

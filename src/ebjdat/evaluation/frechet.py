@@ -52,6 +52,15 @@ def reference_features(network: WideResNet, settings: GenerateSettings, device: 
     return Features(extract, lambda features: features @ weight.T + bias)
 
 
+def kept_weights() -> Path:
+    """Where torch-fidelity keeps the weights that it downloads."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except ImportError as error:
+        raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
+    return Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+
+
 def inception_features(network: WideResNet | None, settings: GenerateSettings, device: torch.device) -> Features:
     """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID, and its `logits_unbiased`, those of IS.
 

@@ -30,7 +30,8 @@ from ebjdat.training import checkpoint
 
 # What finished batches depend on beside their inputs; an edit there starts an evaluation again.
 CODE = (
-    *("errors.py", "params.py", "registry.py", "pixels.py", "files.py", "statistics.py", "stages/context.py", "stages/attack.py"),
+    *("errors.py", "params.py", "yamlfile.py", "registry.py", "pixels.py", "files.py", "statistics.py"),
+    *("stages/context.py", "stages/attack.py"),
     *("data", "models", "samplers", "evaluation"),
 )
 

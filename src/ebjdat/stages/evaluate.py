@@ -44,6 +44,8 @@ def generate(
     train = DeviceData(data, "train", device)
     with context.track_result(experiment, seed, "generate", data, out) as tracker:
         model = loaded.network(device)
+        ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
+        name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])  # before chains that it could waste
         pool = StartPool.of(train, torch.from_numpy(data.class_mean))
         chain, title = loaded.header.training.chain, f"{experiment}/seed{seed}"
         fresh, starts = generation.fresh_chains(model, pool, chain, settings, title)
@@ -51,8 +53,6 @@ def generate(
         buffer = None
         if loaded.buffer is not None and loaded.buffer_labels is not None:
             buffer = generation.Samples(loaded.buffer, loaded.buffer_labels)
-        ruler = checkpoint.load(reference, data_hash=data.data_hash).network(device)
-        name, features = frechet.choose_extractor(ruler, settings, device, data.image_shape[0])
         every = features(torch.from_numpy(data.images))
         real = {"train": every[data.train], "all": every}
         samples = {"fresh": fresh, "conditional": conditional, "buffer": buffer}

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from ebjdat.data import prepared
-from ebjdat.params import Profile
+from ebjdat.params import Profile, require_files
 
 
 def run(profile: Profile, out: Path, card_out: Path) -> None:
+    """Raises DataError for the images, ParamsError or ExtractorError for files that only later stages read."""
+    require_files(profile)
+    generate = profile.evaluation.generate
+    if generate.extractor == "inception":  # fetched and read now, since `generate` comes after hours of training
+        import torch
+
+        from ebjdat.evaluation.frechet import inception_features
+
+        inception_features(None, generate, torch.device("cpu"))
     data, card = prepared.prepare(profile.data)
     prepared.save(data, card, out, card_out)
     sizes = ", ".join(f"{n} {split}" for split, n in card["sizes"].items())

@@ -28,7 +28,7 @@ from ebjdat.training.loop import Job, Trained, TrainingError, train
 
 # What a resumed training depends on beside its inputs; an edit there starts it again.
 CODE = (
-    *("errors.py", "params.py", "registry.py", "pixels.py", "files.py", "stages/context.py", "stages/train.py"),
+    *("errors.py", "params.py", "yamlfile.py", "registry.py", "pixels.py", "files.py", "stages/context.py", "stages/train.py"),
     *("data", "models", "samplers", "objectives", "training"),
 )
 
