@@ -798,12 +798,13 @@ def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[s
     """The profile and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
     layers = []
     for item in map(str, [path, *overrides]):
-        name = f"override {shown(item)}" if "=" in item else item if item.isprintable() and item else shown(item)
+        name = f"override {shown(item)}" if "=" in item else item if item.isprintable() and 0 < len(item) < 1000 else shown(item)
         try:
             content = yamlfile.parse_assignment(item) if "=" in item else yamlfile.parse(yamlfile.read_text(Path(item)))
         except FileNotFoundError as error:
-            beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml"))
-            raise ParamsError(f"{name}: there is no such file; {nearest(Path(item).stem, beside)}") from error
+            beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml") if p.stem.isprintable())
+            near = f"; {nearest(Path(item).stem, beside)}" if beside else ""
+            raise ParamsError(f"{name}: there is no such file{near}") from error
         except yamlfile.YamlError as error:
             raise ParamsError(f"{name}: {error}") from error
         if not isinstance(content, dict):
@@ -979,12 +980,15 @@ def _invalid(model: type[BaseModel], raw: Any, prefix: tuple[str | int, ...]) ->
             where = tuple(part for part in one["loc"] if part != "[key]")
             if one["type"] == "extra_forbidden":
                 what = f"unknown key; {nearest(str(where[-1]), _fields_at(model, where[:-1]))}"
+            elif one["type"] == "too_short" and one["input"]:
+                continue  # pydantic counts the valid ones alone; each of the others is a problem of its own
             elif one["type"] == "missing":
                 what = "is missing"
             elif one["type"] == "value_error":
                 what = str(one["ctx"]["error"])
             else:
-                what = f"{one['msg'][0].lower()}{one['msg'][1:]}, found {shown(one['input'])}"
+                msg = re.sub(" or instance of \\w+", "", one["msg"]).replace("tuple", "list").replace("dictionary", "mapping")
+                what = f"{msg[0].lower()}{msg[1:]}, found {shown(one['input'])}"
             yield (*prefix, *where), what
 
 
@@ -1008,18 +1012,22 @@ def _all_args(annotation: Any) -> Iterator[Any]:
 
 
 def _origin(layers: Sequence[tuple[str, Mapping[str, Any]]], where: Sequence[str | int]) -> str:
-    """The last layer that says something at `where`, else the profile itself."""
-    for name, content in reversed(layers):
+    """The last layer that says something at `where`, else the first of those that say most of what is above it."""
+    told, deepest = layers[0][0], 0
+    for name, content in layers:
         value: Any = content
-        for part in where:
+        for depth, part in enumerate(where):
             if not isinstance(value, Mapping):  # a list or plain value of this layer, which stands for all below it
-                return name
+                depth = len(where)
+                break
             if part not in value:
                 break
             value = value[part]
         else:
-            return name
-    return layers[0][0]
+            depth = len(where)
+        if depth > deepest or depth == len(where):
+            told, deepest = name, depth
+    return told
 
 
 def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
@@ -1031,7 +1039,9 @@ def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
     files = [Path(item).stem for item in overrides if "=" not in item]
     for stem in (Path(path).stem, *files):
         if not RUN_PATTERN.fullmatch(stem):
-            raise ParamsError(f"{shown(stem)} would be part of folders' names; letters, digits, ., - and _ are allowed, up to 100")
+            raise ParamsError(
+                f"a file's name becomes part of folders' names, so letters, digits, ., - and _ are allowed, up to 100; found {shown(stem)}"
+            )
     values = [item for item in overrides if "=" in item]
     return "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
 

@@ -19,7 +19,7 @@ import yaml
 from ebjdat.errors import UserError
 
 LARGEST_FILE = 2**18  # bytes; shipped profiles have less than 10,000
-MOST_VALUES = 20_000  # in a file; what aliases repeat counts each time
+MOST_VALUES = 10_000  # in a file; what aliases repeat counts each time
 DEEPEST = 50  # levels of nesting
 LONGEST_TEXT = 10_000  # characters of one value
 LONGEST_NAME = 200  # characters of one key
@@ -67,7 +67,7 @@ class _Composer(yaml.BaseLoader):
         self.depth += 1
         self.nodes += 1
         if self.depth > DEEPEST or self.nodes > MOST_VALUES:
-            what = f"nested deeper than {DEEPEST} levels" if self.depth > DEEPEST else f"more than {MOST_VALUES:,} values"
+            what = f"it is nested deeper than {DEEPEST} levels" if self.depth > DEEPEST else f"it has more than {MOST_VALUES:,} values"
             raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         try:
             return super().compose_node(parent, index)
@@ -109,7 +109,7 @@ def parse_assignment(word: str) -> dict[str, Any]:
     """ "training.epochs=3" -> {"training": {"epochs": 3}}. Raises YamlError."""
     path, _, text = word.partition("=")
     keys = path.split(".")
-    if not all(KEY.fullmatch(key) for key in keys) or len(keys) > DEEPEST:
+    if not all(KEY.fullmatch(key) and len(key) <= LONGEST_NAME for key in keys) or len(keys) > DEEPEST:
         raise YamlError("before `=` stands no key path; names of letters, digits, - and _ with dots between them are allowed")
     node = _compose(text)
     if node is None:
@@ -127,13 +127,14 @@ def _compose(text: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=_Composer)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError(f"line {line}: the character U+{error.character:04X} is not allowed in YAML") from error
+        raise YamlError(f"not YAML: line {line}: the character U+{error.character:04X} is not allowed") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise YamlError(f"{place}{error.problem or error.context}") from error
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        raise YamlError(f"not YAML: {place}{what}") from error
     except (ValueError, OverflowError) as error:  # an escaped character beyond Unicode, a version of thousands of digits
-        raise YamlError(str(error)) from error
+        raise YamlError(f"not YAML: {error}") from error
 
 
 class _Values:
@@ -164,8 +165,9 @@ class _Values:
             merges = key_node.tag == CORE + "merge"
             key = "<<" if merges else _scalar(key_node, where) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str) or isinstance(key, Word):
-                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else f"a {key_node.id}"
-                raise _refused(key_node, where, f"a name is text, found {_short(found)} (quotes around it make it text)")
+                scalar = isinstance(key_node, yaml.ScalarNode)
+                found = f"{_short(key_node.value)} (in quotes it is text)" if scalar else f"a {key_node.id}"
+                raise _refused(key_node, where, f"a name is text, found {found}")
             if len(key) > LONGEST_NAME or not key.isprintable():
                 raise _refused(key_node, where, f"{_short(key)} is no name: at most {LONGEST_NAME} printable characters are allowed")
             if (merges, key) in seen:
