@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 from ebjdat import params, registry
 from ebjdat.cli import app
+from ebjdat.evaluation.frechet import ExtractorError
 from ebjdat.params import ParamsError, merge, run_name
 from ebjdat.pixels import parse_budget
+from ebjdat.stages import prepare
 
 from .conftest import ROOT
 
@@ -317,3 +319,71 @@ def test_protocols_stand_on_their_rows_and_say_their_radius() -> None:
     assert (l2.norm, l2.radius) == ("L2", 0.5)
     without = params.load(ROOT / "params/cifar10.yaml", ["evaluation.attack.protocols.standard_l2.attacks.fab_t=null"])
     assert list(without.evaluation.attack.protocols["standard_l2"].attacks) == ["apgd_ce", "apgd_t", "square"]
+
+
+def test_files_that_settings_name_are_looked_for_before_anything_trains(tmp_path: Path) -> None:
+    profile = ROOT / "params/cifar10-folder.yaml"
+    there, gone = tmp_path / "there.pth", tmp_path / "gone.pth"
+    there.write_bytes(b"no weights")
+    told = CliRunner().invoke(app, ["check", "--params", str(ROOT / "params/cifar10.yaml"), "--override", f"data.root={tmp_path}"])
+    assert told.exit_code == 0
+    assert f"data.root: {tmp_path}/cifar-10-batches-py is not here yet; cifar10 is fetched" in told.stderr
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    told = CliRunner().invoke(app, ["check", "--params", str(ROOT / "params/cifar10.yaml"), "--override", f"data.root={tmp_path}"])
+    assert f"data.root: {tmp_path}/cifar-10-batches-py is here" in told.stdout
+    for key, more in (("generate.inception_weights", ["evaluation.generate.extractor=inception"]), ("reliability.ood_path", [])):
+        words = [f"data.path={tmp_path}", *more]
+        with pytest.raises(ParamsError, match=rf"evaluation.{key}: {gone} is not here; put the f"):
+            prepare.run(params.load(profile, [*words, f"evaluation.{key}={gone}"]), tmp_path / "data.npz", tmp_path / "card.json")
+        for path, code, text in ((gone, 1, "is not here; put the f"), (there, 0, "is here")):
+            options = [o for word in (*words, f"evaluation.{key}={path}") for o in ("--override", word)]
+            told = CliRunner().invoke(app, ["check", "--params", str(profile), *options])
+            assert (told.exit_code, f"evaluation.{key}: {path} {text}" in told.output) == (code, True)
+    junk = params.load(profile, [f"evaluation.generate={{extractor: inception, inception_weights: {there}}}"])
+    with pytest.raises(ExtractorError, match=r"the weights of Inception cannot be had from .*there\.pth"):
+        prepare.run(junk, tmp_path / "data.npz", tmp_path / "card.json")
+    assert not (tmp_path / "data.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.batch_size=1000000000000"], "training.batch_size: input should be less than or equal to 1000000"),
+        (["training.epochs=1e9"], "training.epochs: input should be less than or equal to 100000"),
+        (["model.depth=1000000"], "model.depth: input should be less than or equal to 1000"),
+        (["runtime.threads=1e6"], "runtime.threads: input should be less than or equal to 1000"),
+        ([f"seeds=[{2**70}]"], "seeds.0: input should be less than 4294967296"),
+        (["evaluation.generate.n=1e12"], "evaluation.generate.n: input should be less than or equal to 100000000"),
+        (["training.optimizer.lr=1e300"], "training.optimizer.lr: input should be less than or equal to 1000000"),
+        (["training.adversary.eps=1e999999999/255"], "training.adversary.eps: '1e999999999/255' is not a number; a number or a fraction"),
+        (["training.adversary.eps='1e999999999'"], "training.adversary.eps: '1e999999999' is not a number"),
+        (["training.adversary.eps='8 8/255'"], "training.adversary.eps: '8 8/255' is not a number"),
+        (["seeds=[0, 0.0]"], "seeds: each seed may stand once"),
+        (["seeds=[1, true]"], "seeds.1: a number is allowed, found True"),
+        (['seeds=["0"]'], "seeds.0: a number is allowed, found '0'"),
+        (["data={source: folder, test: null, path: x, size: 1e6}"], "data.size: input should be less than or equal to 4096"),
+        (['data.root="a\\nb"'], "data.root: printable characters on one line are allowed"),
+        (["data.root=''"], "data.root: string should have at least 1 character"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_can_never_work_is_refused_at_once(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        params.load(ROOT / "params/digits.yaml", overrides)
+    assert f"override {overrides[-1]!r}: {expected}" in str(caught.value) or f'override "{overrides[-1]}": {expected}' in str(caught.value)
+
+
+def test_a_slip_in_a_common_part_does_not_fill_pages(tmp_path: Path, raw: dict[str, Any]) -> None:
+    text = problems(tmp_path, {**raw, **{f"slip{i}": 1 for i in range(300)}})
+    assert text.startswith("300 problems in the settings:\n")
+    assert text.endswith("\n  and 250 more")
+    assert len(text.splitlines()) == 52
+
+
+@pytest.mark.parametrize("name", ["a b", "a+b", "-a", ".a", "{a}", "a;b", "ä", "x" * 101])
+def test_files_whose_names_cannot_name_folders_are_refused(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}.yaml"
+    file.write_text("runtime: {threads: 2}")
+    done = CliRunner().invoke(app, ["check", "--params", str(ROOT / "params/digits.yaml"), "--override", str(file)])
+    assert done.exit_code == 1
+    assert "a file's name becomes part of folders' names" in done.output
