@@ -67,16 +67,15 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
     Weights: the file `settings.inception_weights`, else torch-fidelity's own download. Raises ExtractorError when they
     are not to be had. A file is first read with weights_only, since torch-fidelity itself would unpickle anything.
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
-
     path = settings.inception_weights
     try:
         if path is not None:
             torch.load(Path(path), map_location="cpu", weights_only=True)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+    except ImportError as error:
+        raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
     except Exception as error:  # urllib, zip, pickle and key errors all mean the same to the user
         where = f"from {path}" if path else "by download"
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
