@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ebjdat.report.figures import COLOURS, Values
+from ebjdat.report.figures import COLOURS, Values, bins
 from ebjdat.report.tables import Metric, cell, header
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # c0 to c6 in the page's style
@@ -46,9 +46,10 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
     """Below each other, E(x) and E(x, y): clean, adversarial and generated images on one axis. groups: title -> group -> energies."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(4.4, 1.9 * len(groups)), squeeze=False, layout="constrained")
     for axis, (title, values) in zip(axes[:, 0], groups.items(), strict=True):
-        low, high = np.quantile(np.concatenate(list(values.values())), [0.002, 0.998])
-        edges = np.linspace(low, high if high > low else low + 1, 50)
+        edges = bins(list(values.values()))
         for name, found in values.items():
+            if not len(found):
+                continue
             clipped = np.clip(found, edges[0], edges[-1])
             axis.hist(clipped, edges, density=True, histtype="stepfilled", alpha=0.4, color=COLOURS[name], label=name)
             axis.axvline(found.mean(), color=COLOURS[name], linewidth=1.2)
