@@ -305,6 +305,8 @@ def sync() -> None:
     if not paths:
         typer.echo("no journals under state/tracking or results: nothing has run here")
         return
+    if why := background.unusable(background.tracking_uri()):
+        raise TrackingError(f"{background.shown_uri()}: {why}. Every journal is kept; is MLFLOW_TRACKING_URI right?")
     try:
         from ebjdat.tracking.send import Sender
     except ModuleNotFoundError as error:
@@ -312,7 +314,7 @@ def sync() -> None:
             f"nothing can be sent from here: {error.name} is not installed (`make install` does it). Every journal is kept"
         ) from error
 
-    typer.echo(f"{len(paths)} journals -> {background.shown_uri()}")
+    typer.echo(printable(f"{len(paths)} journals -> {background.shown_uri()}"))
     with background.sending():
         sender = Sender(background.tracking_uri())
         outcome = sender.send(paths)

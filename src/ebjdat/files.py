@@ -75,7 +75,9 @@ def reading(path: Path, largest: int | None = LARGEST) -> Iterator[None]:
         if not path.is_file():
             raise FileError(f"{path}: not a plain file; delete it and run its stage again")
         if largest is not None and path.stat().st_size > largest:
-            raise FileError(f"{path}: {path.stat().st_size:,} bytes, more than the {largest:,} that are read; delete it and run its stage again")
+            raise FileError(
+                f"{path}: {path.stat().st_size:,} bytes, more than the {largest:,} that are read; delete it and run its stage again"
+            )
         yield
     except UserError:
         raise
@@ -92,7 +94,9 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
     level = [value]
     for _ in range(DEEPEST):
-        level = [below for above in level if isinstance(above, dict | list) for below in (above.values() if isinstance(above, dict) else above)]
+        level = [
+            below for above in level if isinstance(above, dict | list) for below in (above.values() if isinstance(above, dict) else above)
+        ]
         if not level:
             return value
     raise ValueError(f"nested more than {DEEPEST} levels deep")

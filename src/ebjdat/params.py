@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from ebjdat import registry
-from ebjdat.errors import UserError
+from ebjdat.errors import UserError, brief
 from ebjdat.files import digest
 from ebjdat.pixels import Budget, unit_distance
 
@@ -24,6 +24,10 @@ NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
 STANDARD = "standard"  # the protocol whose figures stand first
 RELEASED = "released"  # the paper's own evaluation
+LONGEST = (
+    100  # characters of a name: it is a folder's, with what is added to it (a file system takes 255 bytes), and part of names in MLflow
+)
+LONGEST_RUN = 150  # bytes of the name of a run: that of the profile, and of every override
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
@@ -79,7 +83,9 @@ Norm = Literal["Linf", "L2"]
 
 class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
-    label: str | None = None  # how the data set is called in tables; default: the source's name
+    label: Annotated[str, Field(min_length=1, max_length=LONGEST)] | None = (
+        None  # how the data set is called in tables; default: the source's name
+    )
     path: str | None = None  # source folder: a folder or archive of class folders
     size: Annotated[int, Number, Field(ge=8)] | None = None  # source folder: scale the shorter side to it, crop the centre
     root: str = "datasets"  # where torchvision's sets are kept and downloaded to when missing
@@ -451,7 +457,9 @@ class ReferenceSettings(Settings):
 
 
 class AttackSettings(Settings):
-    protocols: Annotated[dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], ProtocolSettings], BeforeValidator(with_rows)]
+    protocols: Annotated[
+        dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN, max_length=LONGEST)], ProtocolSettings], BeforeValidator(with_rows)
+    ]
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
     search: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the ensemble's search; fp32 decides every verdict
@@ -515,7 +523,7 @@ class GenerateSettings(Settings):
     seed: CountOrZero = 0
     batch_size: Count = 250
     protocols: Annotated[
-        dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], SampleProtocolSettings], BeforeValidator(with_sample_rows)
+        dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN, max_length=LONGEST)], SampleProtocolSettings], BeforeValidator(with_sample_rows)
     ] = Field(default={}, validate_default=True)
 
     @model_validator(mode="after")
@@ -587,8 +595,8 @@ class Profile(Settings):
     model: ModelSettings
     training: TrainingSettings
     bases: dict[Annotated[str, known(registry.BASES)], dict[str, Any]] = {}  # this profile's values of the JEM family's rows
-    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1)
-    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1)
+    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST)], Pretraining] = Field(min_length=1)
+    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST)], Experiment] = Field(min_length=1)
     seeds: tuple[CountOrZero, ...] = Field(min_length=1)
     evaluation: Evaluation
     runtime: Runtime = Runtime()
@@ -808,6 +816,7 @@ def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[s
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     """Read and check a profile with its overrides. Raises ParamsError that lists every problem."""
     layers = read_layers(path, overrides)
+    run_name(path, overrides)  # (what is wrong with it)
     raw = merge({}, *(content for _, content in layers))
     problems = list(dict.fromkeys(_problems(raw)))
     if problems:
@@ -992,8 +1001,17 @@ def _origin(layers: Sequence[tuple[str, Mapping[str, Any]]], where: Sequence[str
 def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
     """Name of results, checkpoints and MLflow experiment: the profile's, plus what it is overridden by.
 
-    An overridden run so never mixes with the profile's own: "digits+ci", or "digits+1a2b3c" for key=value overrides.
+    An overridden run so never mixes with the profile's own: "digits+ci", or "digits+1a2b3c" for key=value overrides. Raises
+    ParamsError where it could not be a folder's name.
     """
     files = [Path(item).stem for item in overrides if "=" not in item]
     values = [item for item in overrides if "=" in item]
-    return "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
+    name = "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
+    size = len(name.encode(errors="surrogateescape"))
+    if size > LONGEST_RUN:
+        raise ParamsError(
+            f"{path}: with its overrides the run is named {brief(name, 60)}: {size} bytes, allowed are {LONGEST_RUN}; shorten the files' names"
+        )
+    if not name.isprintable():
+        raise ParamsError(f"{path}: with its overrides the run is named {brief(name)}, which is not printable; rename the file")
+    return name

@@ -73,7 +73,9 @@ def energies_of(path: Path) -> dict[str, dict[str, Any]]:
         wrong = [name for name, values in finite.items() if found[name].ndim != 1 or values.dtype.kind != "f"]
         if wrong:
             raise ValueError(f"no energies in {', '.join(wrong)}")
-        return {title: {group: finite[f"{prefix}{group}"] for group in ENERGY_GROUPS} for title, prefix in (("E(x)", ""), ("E(x, y)", "joint_"))}
+        return {
+            title: {group: finite[f"{prefix}{group}"] for group in ENERGY_GROUPS} for title, prefix in (("E(x)", ""), ("E(x, y)", "joint_"))
+        }
 
 
 def render(template: str, **values: Any) -> str:

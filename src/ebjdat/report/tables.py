@@ -56,7 +56,16 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("pretrain_seconds",),
     "finetune": ("finetune_seconds", "selected_epoch", "epochs", "git_commit"),
     "attack": ("n_test", "clean_acc", "pgd20_acc", "n_attack", "checks_failed", "checks", "sweep", "git_commit"),
-    "generate": ("frechet", "frechet_start", "frechet_buffer", "frechet_extractor", "n_samples", "n_buffer", "class_agreement", "git_commit"),
+    "generate": (
+        "frechet",
+        "frechet_start",
+        "frechet_buffer",
+        "frechet_extractor",
+        "n_samples",
+        "n_buffer",
+        "class_agreement",
+        "git_commit",
+    ),
     "energy": (
         *(f"energy_{which}" for which in ("clean", "adversarial", "generated")),
         *(f"energy_{measure}_{which}" for measure in ("gap", "overlap", "wasserstein") for which in ("adversarial", "generated")),
@@ -65,7 +74,22 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     "reliability": ("ece", "ece_scaled", "temperature", "nll", "ood_missing", "git_commit"),
 }
 # and of these a value, not null
-NOT_NULL = ("checks", "sweep", "ood_missing", "git_commit", "frechet_extractor", "pretrain_seconds", "finetune_seconds", "selected_epoch", "epochs", "n_test", "n_attack", "n_samples", "n_energy_clean", "n_energy_generated")
+NOT_NULL = (
+    "checks",
+    "sweep",
+    "ood_missing",
+    "git_commit",
+    "frechet_extractor",
+    "pretrain_seconds",
+    "finetune_seconds",
+    "selected_epoch",
+    "epochs",
+    "n_test",
+    "n_attack",
+    "n_samples",
+    "n_energy_clean",
+    "n_energy_generated",
+)
 MANY = 10_000  # names in a result file; ours have hundreds
 MOST_VERDICTS = 20_000_000  # rows of a verdicts.parquet: of 50,000 images, 400 protocols
 
