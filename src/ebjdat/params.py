@@ -1009,9 +1009,8 @@ def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
     name = "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
     size = len(name.encode(errors="surrogateescape"))
     if size > LONGEST_RUN:
-        raise ParamsError(
-            f"{path}: with its overrides the run is named {brief(name, 60)}: {size} bytes, allowed are {LONGEST_RUN}; shorten the files' names"
-        )
+        told = f"{brief(name, 60)}, {size} bytes; allowed are {LONGEST_RUN}"
+        raise ParamsError(f"{path}: with its overrides the run is named {told}; shorten the files' names")
     if not name.isprintable():
         raise ParamsError(f"{path}: with its overrides the run is named {brief(name)}, which is not printable; rename the file")
     return name

@@ -71,7 +71,7 @@ def read_locks() -> dict[str, Any]:
         locks = json.loads(text)
         writers, readers = locks.get("write", {}), locks.get("read", {})
         holders = [*writers.values(), *(holder for several in readers.values() for holder in several)]
-        whole = all(type(holder["pid"]) is int and holder["pid"] > 0 and isinstance(holder["cmd"], str) for holder in holders)
+        whole = all(type(holder["pid"]) is int and 0 < holder["pid"] < 2**31 and isinstance(holder["cmd"], str) for holder in holders)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DvcError(damaged(type(error).__name__)) from None
     if not whole:

@@ -87,7 +87,7 @@ class Verdicts:
                 prediction=torch.from_numpy(file["prediction"]).to(device),
                 key=str(file["key"]),
                 stands={name: torch.from_numpy(file[f"stands.{name}"]).to(device) for name in names},
-                done=dict(zip(names, file["done"].tolist(), strict=True)),
+                done=dict(zip(names, map(int, file["done"].tolist()), strict=True)),
                 excess=float(file["excess"]),
                 seconds=dict(zip(names, file["seconds"].tolist(), strict=True)),
                 flags=file["flags"].tolist(),

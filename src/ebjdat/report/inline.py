@@ -92,8 +92,17 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
     axis.set_xlim(0, right)
     for radius, label, row in label_rows(radii, right):
         axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
-        place = {"xytext": (0, 2 + 10 * row), "textcoords": "offset points", "annotation_clip": False}
-        axis.annotate(label, (radius, 101), fontsize=8, ha="center", va="bottom", color="#666666", **place)
+        axis.annotate(
+            label,
+            (radius, 101),
+            xytext=(0, 2 + 10 * row),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+            va="bottom",
+            color="#666666",
+            annotation_clip=False,
+        )
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower left")
     return figure
 

@@ -104,12 +104,15 @@ def note(error: str | None) -> None:
 
 def unusable(uri: str) -> str | None:
     """Why an SQLite store cannot take anything, which MLflow would find out after minutes; None where it can, or is another store."""
-    found = re.match(r"sqlite(?:\+\w+)?://(?:/([^?]*))?", uri)
-    if found is None or (found[1] or "").startswith("file:"):
+    found = re.match(r"sqlite(?:\+\w+)?://(?:/([^?]*))?(?:\?(.*))?", uri)
+    if found is None:
         return None
-    if found[1] in (None, "", ":memory:"):
+    name, options = (found[1] or "").removeprefix("file:"), dict(parse_qsl(found[2] or ""))
+    if name in ("", ":memory:") or options.get("mode") == "memory":
         return "an SQLite store in memory keeps nothing; name a file: sqlite:////folder/mlflow.db"
-    path = Path(found[1])
+    if options.get("mode") == "ro" or options.get("immutable") == "1":
+        return "the address itself says that nothing may be written"
+    path = Path(name)
     if path.exists() and not path.is_file():
         return f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; name a file: sqlite:///{path / 'mlflow.db'}"
     if path.exists() and not os.access(path, os.R_OK | os.W_OK):

@@ -73,7 +73,6 @@ import mlflow  # noqa: E402 (reads these variables)
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag  # noqa: E402
 
-
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a line that says nonsense leads to
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import PositiveInt, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -219,7 +219,8 @@ def _is_buffer(images: Tensor | None, labels: Tensor | None, header: Header) -> 
     )
 
 
-def _read(path: Path, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path | str, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint; run the stage that makes it first")
     if not path.is_file():
