@@ -57,9 +57,9 @@ def sample_grids(
     inches = max(0.28, min(0.45, 4.5 / rows))
     across = min(columns or len(panels), len(panels))
     down = -(-len(panels) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=((per_class * inches + 1.0) * across, (rows * inches + 0.5) * down), squeeze=False, layout="constrained"
-    )
+    names = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in map(printable, classes[:rows])]
+    wide = per_class * inches + max(1.0, 0.08 * max(map(len, names)))
+    figure, axes = plt.subplots(down, across, figsize=(wide * across, (rows * inches + 0.5) * down), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, (images, labels)) in zip(axes.flat, panels.items(), strict=False):
@@ -71,7 +71,6 @@ def sample_grids(
                 canvas[k * side : k * side + pixels, column * side : column * side + pixels] = tile
         axis.imshow(canvas, interpolation="nearest")
         axis.set_xticks([])
-        names = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in map(printable, classes[:rows])]
         axis.set_yticks([k * side + pixels / 2 for k in range(rows)], names)
         axis.tick_params(length=0)
         axis.set_title(title, fontsize=9)
