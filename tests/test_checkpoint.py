@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -289,3 +290,120 @@ def test_the_documentations_python_runs(saved: Path, tmp_path: Path, monkeypatch
     exec(blocks[1].split("```")[0], names)
     with safe_open("seed0.safetensors", "pt") as file:
         assert names["header"] == json.loads(file.metadata()["ebjdat"])
+
+
+def headed(path: Path, header: bytes, length: int | None = None, data: bytes = b"") -> Path:
+    """A safetensors file with these bytes as its header, and this length before it."""
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+def tensor(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_a_header_is_measured_before_it_is_read(tmp_path: Path) -> None:
+    path = headed(tmp_path / "c.safetensors", b"{}", length=2**40)
+    with pytest.raises(CheckpointError, match=r"a header of 1,099,511,627,776 bytes in a file of 10\); delete it and run its stage again"):
+        checkpoint.load(path)
+    headed(path, b"{}", length=2**33)
+    os.truncate(path, 2**33 + 100)  # a hole: it takes no place
+    with pytest.raises(CheckpointError, match=r"a header of 8,589,934,592 bytes; 33,554,432 are allowed"):
+        checkpoint.inspect(path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        checkpoint.load(tmp_path / "fifo")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": tensor(0, 8, [1])},
+        {"a": tensor(0, 4, [1]), "b": tensor(0, 4, [1])},
+        {"a": tensor(4, 8, [1])},
+        {"a": tensor(0, 4, [2**62, 2**62])},
+        {"a": tensor(0, 8, [1], "C64")},
+        {"a": tensor(0, 4, [1], "NONE")},
+        {"a": tensor(-4, 0, [1])},
+        {"__metadata__": {"ebjdat": {"format": 2}}, "a": tensor(0, 4, [1])},
+        {"__metadata__": ["ebjdat"], "a": tensor(0, 4, [1])},
+        {"a": [[[]]]},
+        [],
+    ],
+)
+def test_tables_of_tensors_that_do_not_fit_are_one_clear_line(tmp_path: Path, table: Any) -> None:
+    path = headed(tmp_path / "c.safetensors", json.dumps(table).encode(), data=bytes(4))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert CliRunner().invoke(app, ["inspect", str(path)]).exit_code == 1
+
+
+DEEP: Any = json.loads("[" * 400 + "]" * 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("training", [1, 2], "training: Input should be a valid dictionary"),
+        ("training", DEEP, "nested more than 50 levels deep"),
+        ("model", {"depth": 10**9}, "tensors do not fit its own header|depth"),
+        ("model", {"depth": 10, "width": 10**12}, "tensors do not fit its own header"),
+        ("model", {"depth": 10, "width": 10**40}, "tensors do not fit its own header"),
+        ("model", 3, "model: Input should be a valid dictionary"),
+        ("image_shape", [1, 8], "image_shape"),
+        ("image_shape", [10**12, 8, 8], "tensors do not fit its own header"),
+        ("image_shape", [-1, 8, 8], r"image_shape\.0: Input should be greater than 0"),
+        ("image_shape", "188", "image_shape"),
+        ("classes", 10, "classes: Input should be a valid tuple"),
+        ("classes", [["0"]] * 10, r"classes\.0: Input should be a valid string"),
+        ("classes", ["c"] * 200_000, "tensors do not fit its own header"),
+        ("seed", {"a": 1}, "seed: Input should be a valid integer"),
+        ("metrics", {"score": "high"}, "metrics.score"),
+        ("events", "none", "events"),
+        ("tensors", [], "the header was changed"),
+        ("format", [2], r"checkpoint format \[2\] is of another version"),
+        ("format", "x" * 100_000, r"checkpoint format x+… \(99,960 more characters\)"),
+    ],
+)
+def test_headers_of_other_kinds_are_one_clear_line(saved: Path, name: str, value: Any, why: str) -> None:
+    """Digests and all, as somebody makes them who can compute a digest."""
+
+    def forge(plain: dict[str, Any]) -> None:
+        plain[name] = value
+        rest = {key: kept for key, kept in plain.items() if key != "digest"}
+        plain["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+    edited(saved, forge)
+    with pytest.raises(CheckpointError, match=why) as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    shown = CliRunner().invoke(app, ["inspect", str(saved)])
+    assert shown.exit_code in (0, 1)
+    assert not isinstance(shown.exception, Exception) or isinstance(shown.exception, SystemExit)
+    assert len(shown.output.splitlines()) < 400
+
+
+def test_a_replay_buffer_of_other_images_is_refused(saved: Path, network: WideResNet, header: Header) -> None:
+    images, labels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6)
+    for wrong, of in ((images.float(), labels), (images[:, :, :4], labels), (images, labels + 5), (images, labels[:5]), (images, -labels)):
+        checkpoint.save(Checkpoint(header, network.state_dict(), wrong, of), saved)
+        with pytest.raises(CheckpointError, match="its replay buffer does not fit its own header"):
+            checkpoint.load(saved)
+
+
+def test_inspect_shows_names_as_they_stand_and_never_pages_of_them(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rich reads as markup or an emoji, what a terminal obeys, and 200,000 classes."""
+    monkeypatch.setenv("COLUMNS", "200")
+    nasty = ["[red]", "[/]", ":x:", "\x1b[2J\r", "caf\udce9", "a\nb"]
+    edited(saved, lambda plain: plain.update(classes=nasty + [f"class {i}" for i in range(200_000)], title="[/]", run="[bold"))
+    shown = CliRunner().invoke(app, ["inspect", str(saved)])
+    assert shown.exit_code == 1
+    assert "the header was changed" in shown.output
+    text = " ".join(shown.output.replace("│", " ").split())
+    for name in ("[red], [/], :x:, \\x1b[2J\\r, caf\\udce9, a\\nb, class 0", "(200,006 in all)", "title [/]", "run [bold"):
+        assert name in text
+    assert "\x1b" not in shown.output
+    assert len(shown.output) < 40_000

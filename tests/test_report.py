@@ -18,11 +18,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from markupsafe import Markup
+from typer.testing import CliRunner
 
 from ebjdat import params
-from ebjdat.files import read_json, write_json
+from ebjdat.cli import app
+from ebjdat.files import FileError, read_json, write_json
 from ebjdat.params import Profile
-from ebjdat.report import claims, page, tables
+from ebjdat.report import claims, inline, page, tables
 from ebjdat.report.figures import animate, sample_grids, save
 from ebjdat.report.tables import METRICS, aggregate, collect, wilson
 
@@ -631,3 +634,223 @@ def test_grids_show_the_first_images_of_each_class_in_its_row(tmp_path: Path) ->
 def test_reports_never_import_torch() -> None:
     code = "import sys, ebjdat.report.page, ebjdat.report.tables, ebjdat.report.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def change(path: Path, **values: Any) -> None:
+    """Values of a result file; None leaves the name out."""
+    found = {**read_json(path), **values}
+    write_json(path, {name: value for name, value in found.items() if value is not None or name not in values})
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "why"),
+    [
+        ("finetune", {"finetune_seconds": "10"}, "finetune_seconds is '10', where its unit is seconds"),
+        ("finetune", {"git_commit": None}, "without git_commit"),
+        ("finetune", {"events": "none"}, "events is 'none', where its unit is list of text"),
+        ("finetune", {"events": [1]}, r"events\.0: Input should be a valid string"),
+        ("attack", {"clean_acc": [0.5]}, r"clean_acc is \[0.5\], where its unit is fraction"),
+        ("attack", {"released_pgd20_acc": "x" * 9999}, r"released_pgd20_acc is 'x+… "),
+        ("attack", {"sweep": []}, "sweep: List should have at least 1 item"),
+        ("attack", {"sweep": [[0.1]]}, r"sweep\.0"),
+        ("attack", {"sweep": [["a", "b"]]}, r"sweep\.0\.0"),
+        ("attack", {"checks": [{"name": "x"}]}, r"checks\.0\.protocol: Field required"),
+        ("attack", {"n_test": True}, "n_test is True, where its unit is count"),
+        ("generate", {"frechet_extractor": 3}, "frechet_extractor is 3"),
+        ("energy", {"energy_gap_generated": {}}, "energy_gap_generated is {}"),
+        ("energy", {"energy_clean": None}, "without energy_clean"),
+        ("reliability", {"ood_missing": ["svhn"]}, "ood_missing is"),
+        ("reliability", {f"name{i}": i for i in range(10_001)}, "names"),
+    ],
+)
+def test_a_result_that_is_not_what_its_name_says_names_its_file(
+    profile: Profile, filled: Path, file: str, values: dict[str, Any], why: str
+) -> None:
+    path = filled / f"eb_jdat/seed0/{file}.json"
+    change(path, **values)
+    with pytest.raises(FileError, match=why) as caught:
+        collect(profile, filled, "d1")
+    told = str(caught.value)
+    assert told.startswith(f"{path}: ")
+    assert told.endswith("; delete it and run its stage again")
+    assert len(told) < 600
+
+
+def test_a_result_that_is_missing_names_its_file(profile: Profile, filled: Path) -> None:
+    (filled / "pretraining/clean/seed0/pretrain.json").unlink()
+    with pytest.raises(FileError, match=r"pretrain\.json: there is no such file; run the stage that makes it first"):
+        collect(profile, filled, "d1")
+    write_json(filled / "card.json", {**CARD, "sizes": [1]})
+    with pytest.raises(FileError, match=r"card\.json: .*sizes"):
+        tables.read_card(filled / "card.json")
+
+
+def test_what_was_not_finite_is_not_shown_as_a_number(profile: Profile, filled: Path) -> None:
+    """As results of a network that diverged have it: null in JSON, NaN among the energies."""
+    for stage, names in {
+        "energy": ("energy_clean", "energy_gap_adversarial", "energy_gap_adversarial_se"),
+        "generate": ("frechet", "frechet_start", "class_agreement"),
+        "reliability": ("ece", "temperature"),
+    }.items():
+        path = filled / f"eb_jdat/seed0/{stage}.json"
+        write_json(path, {**read_json(path), **dict.fromkeys(names)})
+    with np.load(filled / "eb_jdat/seed0/energy.npz") as file:
+        arrays = dict(file)
+    arrays |= {"clean": np.full(50, np.nan), "generated": np.where(np.arange(50) % 2, np.inf, arrays["generated"])}
+    np.savez(filled / "eb_jdat/seed0/energy.npz", **arrays)
+    rows = collect(profile, filled, "d1")
+    html = write_page(profile, filled, rows)
+    assert "fresh chains – (n = 200), their starts alone –" in html
+    assert "<td>–</td>" in html
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("finetune_curve.csv", b""),
+        ("finetune_curve.csv", b"\x00\xff\xfe"),
+        ("finetune_curve.csv", b"epoch,loss\n1,2\n3,4,5,6\n"),
+        ("finetune_curve.csv", b"loss\n1\n"),
+        ("finetune_curve.csv", b"epoch,energy_clean\n1,high\n"),
+        ("table.csv", b"experiment\na\n"),
+        ("table.csv", b"experiment,frechet_extractor,clean_acc\na,reference,high\n"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path: Path, file: str, content: bytes) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(FileError, match=rf"{file}: damaged, or not what it should be \(.*\); delete it and run its stage again$"):
+        tables.read_csv(tmp_path / file)
+
+
+def test_damaged_pictures_and_energies_are_named(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = filled / "eb_jdat/seed0"
+    whole = (folder / "samples.png").read_bytes()
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"  # Pillow would start Ghostscript
+    for content in (b"", whole[:100], b"junk", eps):
+        (folder / "samples.png").write_bytes(content)
+        with pytest.raises(FileError, match=r"samples\.png: damaged"):
+            page.embed(folder / "samples.png")
+    (folder / "samples.png").write_bytes(whole)
+    monkeypatch.setattr(page, "MOST_PIXELS", 1000)
+    for name in ("samples.png", "chains.gif"):
+        with pytest.raises(FileError, match="pixels"):
+            page.embed(folder / name)
+    with np.load(folder / "energy.npz") as file:
+        arrays = dict(file)
+    for wrong in ({"clean": np.array(["a"])}, {"joint_clean": np.zeros((2, 2))}, {"generated": np.zeros(3, np.int64)}):
+        np.savez(folder / "energy.npz", **{**arrays, **wrong})
+        with pytest.raises(FileError, match=r"energy\.npz: "):
+            page.energies_of(folder / "energy.npz")
+
+
+def test_damaged_verdicts_are_named(profile: Profile, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = filled / "eb_jdat/seed0/verdicts.parquet"
+    whole, frame = path.read_bytes(), pd.read_parquet(path)
+    for content in (b"", b"PAR1", whole[: len(whole) // 2], b"junk" * 100):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match=r"verdicts\.parquet: damaged"):
+            tables.stands_of(filled, "eb_jdat", 0, "pgd20")
+    others = (frame.drop(columns="pgd20"), frame.assign(pgd20="yes"), frame.assign(protocol="other"), frame.assign(weights=1))
+    for other in others:
+        other.to_parquet(path)
+        with pytest.raises(FileError, match=r"verdicts\.parquet: damaged"):
+            tables.stands_of(filled, "eb_jdat", 0, "pgd20")
+    frame[frame["index"] < 90].to_parquet(path)
+    with pytest.raises(FileError, match=r"not of the same examples \(pgd20: classifier has 100, .*eb_jdat has 90\); run the attack stage"):
+        tables.pairwise(profile, filled, 0, "pgd20")
+    path.write_bytes(whole)
+    monkeypatch.setattr(tables, "MOST_VERDICTS", 10)
+    with pytest.raises(FileError, match="rows"):
+        tables.stands_of(filled, "eb_jdat", 0, "pgd20")
+
+
+NASTY = "<img src=x onerror=alert(1)>|`$x_{$\"'=cmd\x1b[2J\n# head"
+
+
+def test_text_of_result_files_stays_text_everywhere(profile: Profile, filled: Path) -> None:
+    """Labels, notes, commits and what checks say, in HTML, Markdown, CSV and commands."""
+    folder = filled / "eb_jdat/seed0"
+    for stage in tables.STAGES:
+        change(folder / f"{stage}.json", git_commit=f"=1+1; rm -rf {NASTY}")
+    change(folder / "finetune.json", events=[NASTY])
+    checks = read_json(folder / "attack.json")["checks"]
+    change(folder / "attack.json", checks=[{**check, "says": NASTY, "name": f"{check['name']} {NASTY}"} for check in checks])
+    card = {**CARD, "name": NASTY}
+    noted = profile.experiments["eb_jdat"].model_copy(update={"note": NASTY})
+    profile = profile.model_copy(update={"experiments": {**profile.experiments, "eb_jdat": noted}})
+    rows = collect(profile, filled, "d1")
+    html = write_page(profile, filled, rows, card)
+    findings = claims.judge(claims.Evidence(profile, rows, filled))
+    page.write_audit(profile, "digits", filled, card, rows, findings, filled / "audit.html")
+    for text in (html, (filled / "audit.html").read_text()):
+        assert "<img src=x" not in text
+        assert "&lt;img src=x onerror=alert(1)&gt;" in text
+    (command,) = re.findall(r"git checkout (.*?)\nsnakemake", next(c for c in re.split("<pre", html) if "rm -rf" in c), re.DOTALL)
+    assert shlex.split(Markup(command).unescape()) == [f"=1+1; rm -rf {NASTY}".replace("\x1b", "\\x1b").replace("\n", "\\n")]
+
+    tables.write_markdown(aggregate(profile, rows), rows, profile, card, filled / "table.md")
+    tables.write_audit_markdown(findings, tables.side_by_side(profile, rows), tables.checks_of(rows), filled / "audit.md")
+    for file in ("table.md", "audit.md"):
+        text = (filled / file).read_text()
+        assert r"\<img src=x onerror=alert(1)\>\|\`\$x\_{\$" in text
+        assert "\x1b" not in text
+        assert "\n# head" not in text
+
+    tables.write_summary(rows, filled / "summary.csv")
+    found = {row["experiment"]: row for row in csv.DictReader((filled / "summary.csv").open())}
+    assert found["eb_jdat"]["git_commit"].startswith("'=1+1; rm -rf <img")
+    assert "\x1b" not in (filled / "summary.csv").read_text()
+    assert found["classifier"]["git_commit"] == "abc"
+
+
+def test_a_spreadsheet_computes_no_text_and_numbers_stay_numbers() -> None:
+    frame = pd.DataFrame({"text": ["=1", "+1", "-1", "@x", " =1", "\t=1", "＝1", "a=1", "a,b"], "n": [-1, 2, 3, 4, 5, 6, 7, 8, 9]})
+    lines = list(csv.reader(tables.spreadsheet(frame).splitlines()))
+    assert [line[0] for line in lines[1:]] == ["'=1", "'+1", "'-1", "'@x", "' =1", "'\\t=1", "'＝1", "a=1", "a,b"]
+    assert [line[1] for line in lines[1:4]] == ["-1", "2", "3"]
+
+
+def test_class_names_are_drawn_as_they_stand(tmp_path: Path) -> None:
+    """matplotlib takes "$" for mathematics, and refuses bad ones."""
+    names = ("$\\frac{", "$x$", "a\nb\x1b[2J", "c" * 300, "caf\udce9")
+    figure = sample_grids({"p": (np.zeros((5, 1, 8, 8), np.uint8), np.arange(5))}, names, 1)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["$\\frac{", "$x$", "a\\nb\\x1b[2J", "c" * 29 + "…", "caf\\udce9"]
+    save(figure, tmp_path / "grid.png")
+
+
+def test_labels_of_radii_do_not_stand_over_one_another() -> None:
+    """Measured where matplotlib puts them."""
+    radii = {"standard": 0.15, "released": 0.075, "like_released": 0.08, "half": 0.075, "far": 0.4}
+    figure = inline.radius_sweep({"a": [(0.0, 1.0), (0.6, 0.1)]}, radii, 0.1)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"standard", "released, half", "like_released", "far"}
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert [row for _, _, row in inline.label_rows({"a": 0.1, "b": 0.4}, 0.5)] == [0, 0]
+
+
+def test_one_experiment_has_no_pairs(tmp_path: Path, profile: Profile) -> None:
+    alone = profile.model_copy(update={"experiments": {"classifier": profile.experiments["classifier"]}})
+    fill(alone, tmp_path)
+    page.write_audit(alone, "digits", tmp_path, CARD, collect(alone, tmp_path, "d1"), [], tmp_path / "audit.html")
+    html = (tmp_path / "audit.html").read_text()
+    assert "One experiment: there is nothing to compare it with." in html
+    assert "Filter pairs" not in html
+
+
+def test_show_prints_names_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results/digits"
+    folder.mkdir(parents=True)
+    (folder / "table.csv").write_text('experiment,frechet_extractor,clean_acc\n"[/] :x: \x1b[2J",[red],0.5\n')
+    shown = CliRunner().invoke(app, ["show", "--params", str(ROOT / "params/digits.yaml")])
+    assert shown.exit_code == 0
+    assert "[/] :x:" in shown.output
+    assert "\\x1b[2J" in shown.output
+    assert "([red])" in shown.output
+    for content in (b"", b"experiment\na\n", b"\xff\xfe"):
+        (folder / "table.csv").write_bytes(content)
+        shown = CliRunner().invoke(app, ["show", "--params", str(ROOT / "params/digits.yaml")])
+        assert shown.exit_code == 1
+        assert "table.csv: damaged" in shown.output

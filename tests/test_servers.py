@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import gzip
 import http.client
 import http.server
 import json
@@ -221,6 +222,59 @@ def test_a_slow_server_costs_a_stage_less_than_a_twentieth(server: Server, proxy
     proxy.mode = "through"
     assert sync(proxy.uri, tmp_path).returncode == 0
     assert curve(server, name) == [(step, 100.0 - step) for step in range(int(points))]
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """A server whose answers do not end: at full speed, compressed, or a byte now and then."""
+
+    way, sent = "fast", 0
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        if Endless.way == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        part = {"fast": b'{"a":1},' * 8192, "gzip": gzip.compress(bytes(2**24)), "slow": b" "}[Endless.way]
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(part)
+                Endless.sent += len(part)
+                if Endless.way == "slow":
+                    time.sleep(0.05)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("way", ["fast", "gzip", "slow"])
+def test_an_answer_without_end_is_not_read_on(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most what is allowed is read, whether many bytes come, few that become many, or few in a long time."""
+    from ebjdat.tracking import journal, send
+    from ebjdat.tracking.runs import About, Subject, track
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    with track(Subject("digits", "e", 0, "finetune"), About({}, {}), Path("results/e.journal.jsonl")):
+        pass
+    monkeypatch.setattr(Endless, "way", way)
+    monkeypatch.setattr(Endless, "sent", 0)
+    monkeypatch.setattr(send, "LONGEST", 1.0 if way == "slow" else 120.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        outcome = send.Sender(f"http://127.0.0.1:{server.server_port}").send(journal.finished())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(outcome.errors) == 1
+    assert "an answer that does not end" in outcome.errors[0]
+    assert Endless.sent < {"fast": 2 * (send.LARGEST + 2**24), "gzip": 2**25, "slow": 1000}[way]  # (with what lies on the way)
+    assert len(list(journal.finished())) == 1
 
 
 @pytest.fixture(scope="module")

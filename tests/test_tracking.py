@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ebjdat.cli import app
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet
@@ -727,14 +730,172 @@ def test_without_mlflow_sync_says_so_and_keeps_the_journals() -> None:
     assert len(list(journal.finished())) == 1
 
 
-def test_passwords_of_a_store_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://someone:secret@127.0.0.1:5432/mlflow?password=hidden&sslmode=require")
-    assert background.shown_uri() == "postgresql://…@127.0.0.1:5432/mlflow?password=…&sslmode=require"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://someone:SECRET@127.0.0.1:5432/mlflow?password=SECRET&sslmode=require", "postgresql://127.0.0.1:5432/mlflow"),
+        ("http://someone:SECRET@127.0.0.1:9", "http://127.0.0.1:9"),
+        ("https://host:5000/a/b?api_key=SECRET#SECRET", "https://host:5000/a/b"),
+        ("https://host/a;token=SECRET", "https://host/a"),
+        ("https://SECRET@[::1]:5000/x", "https://[::1]:5000/x"),
+        ("http://someone:SEC/SECRET@host/x", "http://…"),
+        ("http://someone:p?SECRET@host/x", "http://…"),
+        ("http://host/?token=a@SECRET", "http://…"),
+        ("http://host:SECRET/x", "http://…"),
+        ("SECRET@host", "host"),
+        ("someone:SECRET@host:80/x", "host:80/x"),
+        ("someone:SECRET@host?x=@SECRET", "…"),
+        ("databricks", "databricks"),
+        ("databricks://SECRET", "databricks://…"),
+        ("databricks://someone:SECRET@adb-1.azuredatabricks.net", "databricks://…"),
+        ("uc:SECRET", "…"),
+        ("s3://SECRET@bucket/x", "s3://…"),
+        ("sqlite+pysqlcipher://:SECRET@//folder/x.db?cipher=SECRET", "sqlite+pysqlcipher:////folder/x.db"),
+        ("sqlite:////folder/x.db", "sqlite:////folder/x.db"),
+        ("/folder/mlruns", "/folder/mlruns"),
+        ("localhost:5000", "localhost:5000"),
+        ("http://host/\x1b[2J", "http://host/\\x1b[2J"),
+    ],
+)
+def test_of_an_address_only_scheme_host_and_path_are_shown(monkeypatch: pytest.MonkeyPatch, address: str, shown: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert background.shown_uri() == shown
+    for text in (f"no answer from {address}: refused", f"url: /?{address.partition('?')[2]}/api/2.0", f"('{address}')"):
+        assert "SECRET" not in background.without_secrets(text)
+
+
+def test_secrets_are_not_in_what_other_programs_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host/?api_key=hunter22")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "dapi0123")
+    told = "url: /?api_key=hunter22/api (hunter22, Bearer dapi0123), access_key='AKIA1', me:pw@other.net, https://a:b@c.d/e?sig=1 failed"
+    kept = background.without_secrets(told)
+    assert not any(secret in kept for secret in ("hunter22", "dapi0123", "AKIA1", "me:pw", "a:b@", "sig=1"))
+    assert all(word in kept for word in ("other.net", "https://c.d/e", "failed"))
+
+
+def test_a_server_that_cannot_be_reached_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9/?api_key=hidden")
     stage("finetune", {"x": 1})
     outcome = Sender(background.tracking_uri()).send(journal.finished())
     assert len(outcome.errors) == 1
-    assert "secret" not in outcome.errors[0]
+    assert not any(secret in outcome.errors[0] for secret in ("secret", "hidden", "someone"))
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("sqlite:///folder", "folder is a folder; name a file: sqlite:///folder/mlflow.db"),
+        ("sqlite:///{here}/folder", "is a folder"),
+        ("sqlite+pysqlite:///folder?timeout=5", "is a folder"),
+        ("sqlite:///fifo", "is no plain file"),
+        ("sqlite:///nowhere/mlflow.db", "the folder nowhere is not there"),
+        ("sqlite:///notes.txt", "notes.txt is no SQLite database"),
+        ("sqlite://", "in memory keeps nothing"),
+        ("sqlite:///:memory:", "in memory keeps nothing"),
+        ("sqlite:///file:x.db?mode=ro&uri=true", "says that nothing may be written"),
+        ("sqlite:////proc/version", "cannot be written|is no SQLite database"),
+    ],
+)
+def test_a_file_that_cannot_take_anything_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, why: str) -> None:
+    """Before MLflow sees it, which would try for minutes; every journal is kept."""
+    Path("folder").mkdir()
+    os.mkfifo("fifo")
+    Path("notes.txt").write_text("twenty characters of text")
+    stage("finetune", {"x": 1})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(here=tmp_path))
+    began = time.monotonic()
+    told = CliRunner().invoke(app, ["sync"])
+    assert told.exit_code == 1
+    assert re.search(why, told.output)
+    assert "Every journal is kept" in told.output
+    assert time.monotonic() - began < 2
+    assert len(list(journal.finished())) == 1
+
+
+def test_a_stage_says_at_its_end_that_the_store_cannot_take_anything(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And no process is started that would wait for it."""
+    monkeypatch.setenv("EBJDAT_TRACKING", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///folder?key=SECRET")
+    Path("folder").mkdir()
+    stage("finetune", {"x": 1})
+    told = capfd.readouterr().err
+    assert "nothing could be sent to sqlite:///folder since" in told
+    assert "is a folder; name a file" in told
+    assert "SECRET" not in told
+    assert not background.LOG.exists()
+    assert len(journal.unfinished()) == 1
+
+
+def test_a_database_that_is_not_there_is_said_at_once() -> None:
+    stage("finetune", {"x": 1})
+    for address in ("postgresql://someone:secret@127.0.0.1:9/mlflow", "mysql+nodriver://someone:secret@127.0.0.1:9/mlflow"):
+        began = time.monotonic()
+        outcome = Sender(address).send(journal.finished())
+        assert len(outcome.errors) == 1
+        assert outcome.errors[0].startswith("TrackingError: ")
+        assert "secret" not in outcome.errors[0]
+        assert time.monotonic() - began < 10
+
+
+BEGIN = {"time": 1, "begin": {"run": "r", "name": "n", "seed": 0, "stage": "s", "kind": "result", "id": "i", "dvc_exp": "", "host": "h"}}
+BEGIN |= {"params": {}, "tags": {}, "data": None}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"not JSON\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b"[" * 100_000 + b"\n",
+        b'{"time": "now"}\n',
+        b'{"time": 1, "begin": 3}\n',
+        b'{"time": 1, "end": "FINISHED"}\n',
+        json.dumps({**BEGIN, "begin": {**BEGIN["begin"], "seed": "0"}}).encode() + b"\n",  # type: ignore[dict-item]
+        json.dumps({**BEGIN, "params": {"a": [1]}}).encode() + b"\n",
+        *(
+            json.dumps(BEGIN).encode() + b"\n" + json.dumps({"time": 2, **event}).encode() + b"\n"
+            for event in (
+                {"metrics": {"loss": "low"}, "step": 1},
+                {"metrics": [1], "step": 1},
+                {"metrics": {"loss": 1}, "step": "x"},
+                {"tag": "x"},
+                {"artifact": 3, "sha256": "x"},
+                {"result": {"name": "x"}},
+                {"end": "MAYBE"},
+            )
+        ),
+    ],
+)
+def test_a_damaged_journal_is_named_with_its_line(lines: bytes) -> None:
+    path = Path("results/bad.journal.jsonl")
+    path.parent.mkdir()
+    path.write_bytes(lines)
+    with pytest.raises(ValueError, match=r"^line [12]: "):
+        journal.read(path)
+    outcome = Sender("sqlite:///mlflow.db").send(journal.finished())
+    assert len(outcome.errors) == 1
+    assert re.match(r"results/bad\.journal\.jsonl: cannot be read \(line [12]: .*\); delete it if it is damaged$", outcome.errors[0])
+
+
+def test_a_stage_goes_on_beside_a_damaged_journal_of_its_own() -> None:
+    subject, about = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
+    Tracker(subject, about).close("KILLED")
+    (path,) = journal.unfinished()
+    path.write_bytes(path.read_bytes() + b"junk\n")
+    with track(subject, about, Path("results/f.journal.jsonl")) as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+    assert [event["metrics"] for event in journal.read(Path("results/f.journal.jsonl")) if "metrics" in event] == [{"loss": 2.0}]
+    assert journal.unfinished() == [path]  # for whoever wants to look at it
+
+
+def test_journals_that_are_no_files_are_left_alone() -> None:
+    Path("results").mkdir()
+    os.mkfifo("results/a.journal.jsonl")
+    Path("results/b.journal.jsonl").symlink_to("/dev/zero")
+    assert list(journal.finished()) == []
 
 
 def test_flat_and_numbers() -> None:

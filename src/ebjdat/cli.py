@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ebjdat.errors import TrackingError, UserError
+from ebjdat.errors import TrackingError, UserError, brief, message, printable
 from ebjdat.params import ParamsError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -39,7 +40,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
+            typer.secho(message(f"error: {error}"), fg="red", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.secho(
@@ -51,7 +52,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                 raise
-            typer.secho(f"error: {error}; nothing was left half-written, run again when it is mended", fg="red", err=True)
+            typer.secho(message(f"error: {error}; nothing was left half-written, run again when it is mended"), fg="red", err=True)
             raise typer.Exit(1) from None
 
     return run
@@ -61,21 +62,21 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.params import load, named_files, require_files, run_name
+    from ebjdat.params import load, named_files, require_files
 
     profile = load(params, override)
-    run_name(params, override)
     require_files(profile)
-    typer.echo(f"{params}: fine; {len(profile.experiments)} experiments x {len(profile.seeds)} seeds on {profile.data.name}")
+    seeds = f"{len(profile.experiments)} experiments x {len(profile.seeds)} seeds"
+    typer.echo(printable(f"{params}: fine; {seeds} on {profile.data.name}"))
     for named in named_files(profile):
-        typer.secho(str(named), fg=None if named.here else "yellow", err=not named.here)
+        typer.secho(printable(named), fg=None if named.here else "yellow", err=not named.here)
     generate = profile.evaluation.generate
     if generate.extractor == "inception" and generate.inception_weights is None:
         from ebjdat.evaluation.frechet import kept_weights
 
         here = (file := kept_weights()).is_file()
         where = f"evaluation.generate.extractor: Inception's weights: {file} is {'here' if here else 'not here yet; `prepare` fetches it'}"
-        typer.secho(where, fg=None if here else "yellow", err=not here)
+        typer.secho(printable(where), fg=None if here else "yellow", err=not here)
 
 
 @app.command()
@@ -281,28 +282,25 @@ def report(
 @friendly
 def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Print a finished profile's table, and where its report and the MLflow UI are."""
-    import pandas as pd
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ebjdat.params import load, run_name
-    from ebjdat.report.tables import METRICS, cell_parts, header_parts
+    from ebjdat.report.tables import METRICS, cell_parts, header_parts, read_csv
 
     load(params, override)
     results = Path("results") / run_name(params, override)
-    try:
-        frame = pd.read_csv(results / "table.csv")
-    except FileNotFoundError:
-        raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it") from None
-    heads = ["\n".join(header_parts(m, frame)) for m in METRICS]
-    table = Table("experiment", *heads, title=results.name, title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
+    if not (results / "table.csv").exists():
+        raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it")
+    frame = read_csv(results / "table.csv")
+    heads = [Column(_plain(*header_parts(m, frame))) for m in METRICS]
+    table = Table("experiment", *heads, title=_plain(results.name), title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():
-        table.add_row(record["experiment"], *("\n".join(cell_parts(record, m)) for m in METRICS))
-    console = _console(120)
-    console.print(table)
-    console.print(f"report:    {results / 'report.html'} (open in a browser; needs no network)", highlight=False)
-    console.print(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open", highlight=False)
-    console.print(f"for programs: {results / 'summary.csv'}", highlight=False)
-    console.print("all runs:  make ui, then http://127.0.0.1:5000", highlight=False)
+        table.add_row(_plain(record["experiment"]), *(_plain(*cell_parts(record, m)) for m in METRICS))
+    _console(120).print(table)
+    typer.echo(printable(f"report:    {results / 'report.html'} (open in a browser; needs no network)"))
+    typer.echo(printable(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open"))
+    typer.echo(printable(f"for programs: {results / 'summary.csv'}"))
+    typer.echo("all runs:  make ui, then http://127.0.0.1:5000")
 
 
 @app.command()
@@ -315,6 +313,8 @@ def sync() -> None:
     if not paths:
         typer.echo("no journals under state/tracking or results: nothing has run here")
         return
+    if why := background.unusable(background.tracking_uri()):
+        raise TrackingError(f"{background.shown_uri()}: {why}. Every journal is kept; is MLFLOW_TRACKING_URI right?")
     try:
         from ebjdat.tracking.send import Sender
     except ModuleNotFoundError as error:
@@ -322,7 +322,7 @@ def sync() -> None:
             f"nothing can be sent from here: {error.name} is not installed (`make install` does it). Every journal is kept"
         ) from error
 
-    typer.echo(f"{len(paths)} journals -> {background.shown_uri()}")
+    typer.echo(printable(f"{len(paths)} journals -> {background.shown_uri()}"))
     with background.sending():
         sender = Sender(background.tracking_uri())
         outcome = sender.send(paths)
@@ -375,12 +375,13 @@ def bench(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    table = Table(title=f"{experiment}, {found['case']['model']}, batch {found['case']['batch_size']}, {found['machine']['device']}")
+    title = f"{experiment}, {found['case']['model']}, batch {found['case']['batch_size']}, {found['machine']['device']}"
+    table = Table(title=_plain(title))
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column(f"quartiles of {found['n']}", justify="right")
     for name, text in stage.told(found):
-        table.add_row(name, *text)
+        table.add_row(*map(_plain, (name, *text)))
     _console(100).print(table)
     if found["mfu"] > 1 or max(found["spread"]["images_per_s"]) > 1.5 * min(found["spread"]["images_per_s"]):
         typer.secho("timings differ much, or exceed the machine's own rate: other programs are at work; run again", fg="yellow", err=True)
@@ -409,7 +410,7 @@ def methods(
         for name, entry in entries.items():
             values = {k: v for k, v in entry.items() if k not in ("source", "implementation", "defaults") and v}
             values |= flat(entry["defaults"])
-            table.add_row(name, entry["source"], "\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()))
+            table.add_row(_plain(name), _plain(entry["source"]), _plain(*(f"{k}: {json.dumps(v)}" for k, v in values.items())))
         console.print(table)
 
 
@@ -432,7 +433,6 @@ def metrics(
     if as_json:
         typer.echo(json.dumps([vars(quantity) for quantity in chosen], indent=1, ensure_ascii=False))
         return
-    from rich.markup import escape
     from rich.table import Table
 
     console = _console(160)
@@ -440,7 +440,7 @@ def metrics(
         rows = [quantity for quantity in chosen if quantity.stage == stage]
         table = Table("name", "meaning", "unit", "better", "only where", title=stage, title_justify="left", caption=STAGES[stage])
         for q in rows:
-            table.add_row(*map(escape, (q.name, q.meaning, q.unit, q.better, q.only)))
+            table.add_row(*map(_plain, (q.name, q.meaning, q.unit, q.better, q.only)))
         console.print(table)
 
 
@@ -460,28 +460,46 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(told, indent=1))
         raise typer.Exit(1 if told["problems"] else 0)
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = _console(120)
-    table = Table("", str(file), title_justify="left", show_header=True)
-    for key, value in told.items():
-        if key not in ("tensors", "problems", "model", "training", "metrics"):
-            table.add_row(key, escape(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    for section in ("model", "training", "metrics"):
+    table = Table("", Column(_plain(file)), title_justify="left", show_header=True)
+    sections = ("model", "training", "metrics")
+    for key, value in list(told.items())[:FEW]:
+        if key not in ("tensors", "problems", *sections):
+            table.add_row(_plain(key), _plain(_few(value)))
+    for section in sections:
         table.add_section()
-        for key, value in flat(told.get(section, {})).items():
-            table.add_row(f"{section}.{key}", escape(str(value)))
+        values = flat(told[section]) if isinstance(told.get(section), dict) else {}
+        for key, value in list(values.items())[:FEW]:
+            table.add_row(_plain(f"{section}.{key}"), _plain(_few(value)))
     table.add_section()
     for part, what in (("model.", "weights"), ("ema.", "averaged weights"), ("buffer.", "replay buffer")):
         shapes = {name: entry["shape"] for name, entry in told["tensors"].items() if name.startswith(part)}
         if shapes:
             table.add_row(what, f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes.values()):,} numbers")
-    console.print(table)
+    _console(120).print(table)
     if told["problems"]:
-        typer.secho("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in told["problems"]), fg="red", err=True)
+        typer.secho(message("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in told["problems"])), fg="red", err=True)
         raise typer.Exit(1)
     typer.secho("every digest fits: header and tensors are as they were written", fg="green")
+
+
+FEW = 200  # rows of a section, and entries of a list, that are printed of a checkpoint
+
+
+def _few(value: Any) -> str:
+    """A value of a header in a line or two, however much there is of it."""
+    if not isinstance(value, list):
+        return brief(value, 300)
+    more = f", … ({len(value):,} in all)" if len(value) > FEW else ""
+    return brief(", ".join(map(str, value[:FEW])), 2000) + more
+
+
+def _plain(*lines: object) -> Text:
+    """A cell of a table, as it stands: without this rich reads "[red]" and ":x:" as markup, and a terminal what is not printable."""
+    from rich.text import Text
+
+    return Text("\n".join(map(printable, lines)))
 
 
 def _console(width: int) -> Console:

@@ -8,12 +8,22 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebjdat.errors import UserError, brief
+
 if TYPE_CHECKING:  # settings use this module too, and must not wait for NumPy
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
+
+LARGEST = 64 * 2**20  # bytes of a file that is read as a whole; ours have thousands
+DEEPEST = 50  # levels of a JSON text; ours have about ten
+
+
+class FileError(UserError):
+    """A file cannot be read; says which, why, and what to do."""
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -53,8 +63,67 @@ def write_npz(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     write_atomic(path, write)
 
 
-def read_json(path: Path | str) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+@contextlib.contextmanager
+def reading(path: Path, largest: int | None = LARGEST) -> Iterator[None]:
+    """Read and check a file inside: whatever is wrong with it becomes a FileError that names it.
+
+    Raises FileError at once for what is not there, is no plain file (a FIFO would hang), or has more bytes than `largest`.
+    """
+    try:
+        if not path.exists():
+            raise FileError(f"{path}: there is no such file; run the stage that makes it first")
+        if not path.is_file():
+            raise FileError(f"{path}: not a plain file; delete it and run its stage again")
+        if largest is not None and path.stat().st_size > largest:
+            raise FileError(
+                f"{path}: {path.stat().st_size:,} bytes, more than the {largest:,} that are read; delete it and run its stage again"
+            )
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a parser makes of bytes that are not what they should be
+        why = brief(f"{type(error).__name__}: {error}", 200)
+        raise FileError(f"{path}: damaged, or not what it should be ({why}); delete it and run its stage again") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for what is none, and for one that is nested deeper than any of ours."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            below for above in level if isinstance(above, dict | list) for below in (above.values() if isinstance(above, dict) else above)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {DEEPEST} levels deep")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileError."""
+    with reading(Path(path)):
+        found = parse_json(Path(path).read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is needed, found {type(found).__name__}")
+        return found
+
+
+def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Arrays of a file of `write_npz`: these, or all. Raises FileError.
+
+    Members are not compressed there, and no other are read: so there is never more in memory than the file has bytes.
+    """
+    import numpy as np
+
+    with reading(path, largest=None):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, which this package never does")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names or file.files}
 
 
 def digest(*parts: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from ebjdat import registry, yamlfile
-from ebjdat.errors import UserError
+from ebjdat.errors import UserError, brief
 from ebjdat.files import digest
 from ebjdat.pixels import Budget, unit_distance
 
@@ -27,6 +27,8 @@ NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
 STANDARD = "standard"  # the protocol whose figures stand first
 RELEASED = "released"  # the paper's own evaluation
+LONGEST = 100  # characters of a name: of folders, with more added to it (a file system takes 255 bytes), and in MLflow
+LONGEST_RUN = 150  # characters of a run's name: the profile's, and that of every override
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
 # Training images of the sources whose size is known before anything is read: (official training set, test set).
@@ -112,12 +114,14 @@ Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(one_p
 FilePath = Line
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
+EntryName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST)]
+ProtocolName = Annotated[str, Field(pattern=PROTOCOL_PATTERN, max_length=LONGEST)]
 Norm = Literal["Linf", "L2"]
 
 
 class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
-    label: Line | None = None  # how the data set is called in tables; default: the source's name
+    label: Annotated[Line, Field(max_length=LONGEST)] | None = None  # how the data set is called in tables; default: the source's name
     path: FilePath | None = None  # source folder: a folder or archive of class folders
     size: Annotated[int, Number, Field(ge=8, le=4096)] | None = None  # source folder: scale the shorter side to it, crop the centre
     root: FilePath = "datasets"  # where torchvision's sets are kept and downloaded to when missing
@@ -489,7 +493,7 @@ class ReferenceSettings(Settings):
 
 
 class AttackSettings(Settings):
-    protocols: Annotated[dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], ProtocolSettings], BeforeValidator(with_rows)]
+    protocols: Annotated[dict[ProtocolName, ProtocolSettings], BeforeValidator(with_rows)]
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
     search: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the ensemble's search; fp32 decides every verdict
@@ -552,9 +556,9 @@ class GenerateSettings(Settings):
     grid: Few = 10  # images per class in the grid
     seed: RandomSeed = 0
     batch_size: Batch = 250
-    protocols: Annotated[
-        dict[Annotated[str, Field(pattern=PROTOCOL_PATTERN)], SampleProtocolSettings], BeforeValidator(with_sample_rows)
-    ] = Field(default={}, validate_default=True)
+    protocols: Annotated[dict[ProtocolName, SampleProtocolSettings], BeforeValidator(with_sample_rows)] = Field(
+        default={}, validate_default=True
+    )
 
     @model_validator(mode="after")
     def names_mean_what_they_say(self) -> Self:
@@ -625,8 +629,8 @@ class Profile(Settings):
     model: ModelSettings
     training: TrainingSettings
     bases: dict[Annotated[str, known(registry.BASES)], dict[str, Any]] = {}  # this profile's values of the JEM family's rows
-    pretraining: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Pretraining] = Field(min_length=1, max_length=1000)
-    experiments: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Experiment] = Field(min_length=1, max_length=1000)
+    pretraining: dict[EntryName, Pretraining] = Field(min_length=1, max_length=1000)
+    experiments: dict[EntryName, Experiment] = Field(min_length=1, max_length=1000)
     seeds: tuple[RandomSeed, ...] = Field(min_length=1, max_length=1000)
     evaluation: Evaluation
     runtime: Runtime = Runtime()
@@ -817,6 +821,7 @@ def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[s
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     """Read and check a profile with its overrides. Raises ParamsError that lists every problem."""
     layers = read_layers(path, overrides)
+    run_name(path, overrides)  # (what is wrong with it)
     raw = merge({}, *(content for _, content in layers))
     problems = list(dict.fromkeys(chain(_without_effect(layers), _problems(raw))))
     if problems:
@@ -1043,7 +1048,11 @@ def run_name(path: Path | str, overrides: Sequence[str] = ()) -> str:
                 f"a file's name becomes part of folders' names, so letters, digits, ., - and _ are allowed, up to 100; found {shown(stem)}"
             )
     values = [item for item in overrides if "=" in item]
-    return "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
+    name = "+".join([Path(path).stem, *files, *([digest(values)[:6]] if values else [])])
+    if len(name) > LONGEST_RUN:
+        told = f"{brief(name, 60)}, {len(name)} characters; allowed are {LONGEST_RUN}"
+        raise ParamsError(f"{path}: with its overrides the run is named {told}; shorten the files' names")
+    return name
 
 
 @dataclass(frozen=True)

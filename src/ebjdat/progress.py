@@ -23,14 +23,14 @@ class Bar:
         self.live = sys.stderr.isatty()
         self._shown = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("after"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=Console(stderr=True),
             disable=not self.live,
         )

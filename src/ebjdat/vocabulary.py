@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from ebjdat import registry
 from ebjdat.errors import UserError
@@ -43,6 +43,12 @@ class Quantity:
     def percent(self) -> bool:
         """Tables show it in percent."""
         return self.unit == "fraction"
+
+    @property
+    def kind(self) -> type | tuple[type, ...]:
+        """Python's type of its values in a JSON file, where it may be null as well."""
+        kinds = {"text": str, "hex": str, "settings": dict, "mapping": dict, "true or false": bool}
+        return list if self.unit.startswith("list") else kinds.get(self.unit, (int, float))
 
 
 # heading -> where its names are found
@@ -457,12 +463,22 @@ def describe(name: str, protocols: Collection[str] = ()) -> Quantity:
 
     protocols: the only ones that `<protocol>` may be; without them any word may. Raises UnknownNameError.
     """
-    for pattern, quantity in _patterns(frozenset(protocols)):
-        if pattern.fullmatch(name):
-            return quantity
+    found = find(name, protocols)
+    if found is not None:
+        return found
     plain = {re.sub(r"\[.*?\]|[()<>]", "", quantity.name): quantity.name for quantity in VOCABULARY}
     close = [plain[near] for near in difflib.get_close_matches(name, plain, n=1)]
     raise UnknownNameError(f"{name!r} is not measured; {f'did you mean {close[0]!r}? ' if close else ''}`ebjdat metrics` lists every name")
+
+
+@lru_cache(10_000)
+def _find(name: str, protocols: frozenset[str]) -> Quantity | None:
+    return next((quantity for pattern, quantity in _patterns(protocols) if pattern.fullmatch(name)), None)
+
+
+def find(name: str, protocols: Collection[str] = ()) -> Quantity | None:
+    """As `describe`; None where nothing is measured under this name."""
+    return _find(name, frozenset(protocols))
 
 
 @cache

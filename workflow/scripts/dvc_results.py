@@ -62,10 +62,25 @@ def alive(pid: int) -> bool:
 
 
 def read_locks() -> dict[str, Any]:
+    """DVC's lock file: {"write": {path: holder}, "read": {path: [holder, ...]}}, a holder {"pid": ..., "cmd": ...}; {} where none is.
+
+    Raises DvcError where it is damaged: DVC itself would then refuse every command.
+    """
     try:
-        return json.loads(RUNNING.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        text = RUNNING.read_text(encoding="utf-8") if RUNNING.is_file() else "{}"
+        locks = json.loads(text)
+        writers, readers = locks.get("write", {}), locks.get("read", {})
+        holders = [*writers.values(), *(holder for several in readers.values() for holder in several)]
+        whole = all(type(holder["pid"]) is int and 0 < holder["pid"] < 2**31 and isinstance(holder["cmd"], str) for holder in holders)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise DvcError(damaged(type(error).__name__)) from None
+    if not whole:
+        raise DvcError(damaged("an entry without its process"))
+    return dict(locks)
+
+
+def damaged(why: str) -> str:
+    return f"{RUNNING}: not as DVC writes it ({why}); when no dvc command runs here (ps aux | grep dvc), delete the file and run again"
 
 
 def refuse_beside_dvc() -> None:

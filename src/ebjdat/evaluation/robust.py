@@ -22,7 +22,7 @@ from ebjdat import registry
 from ebjdat.data.batches import generator
 from ebjdat.errors import UserError
 from ebjdat.evaluation import ensemble
-from ebjdat.files import digest, write_npz
+from ebjdat.files import digest, read_npz, reading, write_npz
 from ebjdat.models.modes import moving_images
 from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of
 from ebjdat.pixels import UNIT, unit_distance
@@ -78,18 +78,25 @@ class Verdicts:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Verdicts:
-        with np.load(path, allow_pickle=False) as file:
+        """Raises FileError for a damaged file."""
+        file = read_npz(path)
+        with reading(path, largest=None):
             names = file["attacks"].tolist()
-            return cls(
+            found = cls(
                 y=torch.from_numpy(file["y"]).to(device),
                 prediction=torch.from_numpy(file["prediction"]).to(device),
                 key=str(file["key"]),
                 stands={name: torch.from_numpy(file[f"stands.{name}"]).to(device) for name in names},
-                done=dict(zip(names, file["done"].tolist(), strict=True)),
+                done=dict(zip(names, map(int, file["done"].tolist()), strict=True)),
                 excess=float(file["excess"]),
                 seconds=dict(zip(names, file["seconds"].tolist(), strict=True)),
                 flags=file["flags"].tolist(),
             )
+            kinds = {(tuple(value.shape), value.dtype) for value in (found.y, found.prediction)}
+            verdicts = {(tuple(value.shape), value.dtype) for value in found.stands.values()}
+            if kinds != {(tuple(found.y.shape), torch.int64)} or verdicts - {(tuple(found.y.shape), torch.int8)}:
+                raise ValueError("verdicts of other shapes or types")
+            return found
 
 
 def batches(n: int, size: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from scipy.stats import fisher_exact
 
 from ebjdat.params import RELEASED, STANDARD, Profile, base_of, form_of, prefix_of
 from ebjdat.registry import FORMS
-from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_of
+from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_together
 from ebjdat.statistics import mcnemar, normal, over_seeds
 from ebjdat.vocabulary import describe, sign
 
@@ -113,8 +113,8 @@ class Evidence:
         """
         counts = []
         for seed in self.profile.seeds:
-            first, second = (stands_of(self.results, name, seed, column) for name in (a, b))
-            counts.append((*mcnemar(first, second), len(first)))
+            stands = stands_together(self.results, (a, b), seed, column)
+            counts.append((*mcnemar(stands[a], stands[b]), len(stands[a])))
         differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
         if len(counts) == 1:
             only_a, only_b, p, n = counts[0]
@@ -224,13 +224,13 @@ def generates_like_its_jem(e: Evidence) -> Finding | None:
         return None
     margin = MARGIN * theirs.value
     verdict: Verdict = "open"
-    if mine.n > 1:
+    if mine.n == theirs.n == len(e.profile.seeds) > 1:
         pairs = zip(e.metrics(e.ours), e.metrics(jem), strict=True)
         low, high = over_seeds([a["frechet"] - b["frechet"] for a, b in pairs])
         verdict = "holds" if high <= margin else "fails" if low > margin else "open"
         why = f"difference over {mine.n} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
     else:
-        why = "one seed: the distance has no interval"
+        why = f"{'one seed' if len(e.profile.seeds) == 1 else 'not measured for every seed'}: the distance has no interval"
     if mine.value >= starts.value:
         why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance sees"
         verdict = "open" if theirs.value >= starts.value else verdict
@@ -255,7 +255,7 @@ def fid_is_of_samples(e: Evidence) -> Finding | None:
     return Finding(
         "The released evaluation's FID is that of the model's samples",
         "FID 39.67 (JEM++), 27.42 (SADA-JEM), CIFAR-10",
-        f"{e.ours}: {released.value:.2f} as released (n = {first['released_n_samples']}), {fresh.value:.2f} of fresh chains "
+        f"{e.ours}: {released.value:.2f} as released (n = {first.get('released_n_samples')}), {fresh.value:.2f} of fresh chains "
         f"(n = {first['n_samples']})",
         f"released against standard, features: {first['frechet_extractor']}",
         "fails",

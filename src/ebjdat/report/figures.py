@@ -12,13 +12,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from ebjdat.errors import printable
 
 COLOURS = {"clean": "#0072B2", "adversarial": "#D55E00", "generated": "#009E73"}
 INK = "#333333"
 Images = NDArray[np.uint8]
 Values = NDArray[np.float64]
+LONGEST = 30  # characters of a class beside its images
 GIF_PIXELS = 600_000  # of all frames, enlarged in one direction (repetition compresses): noise then takes 1.4 bytes each
 GIF_WIDTH = 450  # pixels at most, where that much is needed
 
@@ -33,6 +37,7 @@ plt.rcParams.update(
         "xtick.color": INK,
         "ytick.color": INK,
         "figure.dpi": 110,
+        "text.parse_math": False,  # a class may be called "$x$"
     }
 )
 
@@ -52,9 +57,9 @@ def sample_grids(
     inches = max(0.28, min(0.45, 4.5 / rows))
     across = min(columns or len(panels), len(panels))
     down = -(-len(panels) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=((per_class * inches + 1.0) * across, (rows * inches + 0.5) * down), squeeze=False, layout="constrained"
-    )
+    names = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in map(printable, classes[:rows])]
+    wide = per_class * inches + max(1.0, 0.08 * max(map(len, names)))
+    figure, axes = plt.subplots(down, across, figsize=(wide * across, (rows * inches + 0.5) * down), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, (images, labels)) in zip(axes.flat, panels.items(), strict=False):
@@ -66,7 +71,7 @@ def sample_grids(
                 canvas[k * side : k * side + pixels, column * side : column * side + pixels] = tile
         axis.imshow(canvas, interpolation="nearest")
         axis.set_xticks([])
-        axis.set_yticks([k * side + pixels / 2 for k in range(rows)], classes[:rows])
+        axis.set_yticks([k * side + pixels / 2 for k in range(rows)], names)
         axis.tick_params(length=0)
         axis.set_title(title, fontsize=9)
         for spine in axis.spines.values():
@@ -86,17 +91,24 @@ def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mappi
     )
     for row, title in enumerate(marginal):
         for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
-            together = np.concatenate(list(groups.values()))
-            low, high = np.quantile(together, [0.002, 0.998])
-            edges = np.linspace(low, high if high > low else low + 1, 50)
-            for name, values in groups.items():
-                axis.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, alpha=0.45, color=COLOURS[name], label=name)
-                axis.axvline(values.mean(), color=COLOURS[name], linewidth=1.2)
+            finite = {name: values[np.isfinite(values)] for name, values in groups.items()}
+            edges = bins(list(finite.values()))
+            for name, values in finite.items():
+                if len(values):
+                    axis.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, alpha=0.45, color=COLOURS[name], label=name)
+                    axis.axvline(values.mean(), color=COLOURS[name], linewidth=1.2)
             axis.set_title(f"{title}: {label}", fontsize=9, loc="left")
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def bins(groups: Sequence[Values]) -> Values:
+    """Edges of 49 equal bins over all but the outermost 0.2 % of these finite values, (N,) each; over [0, 1] where there are none."""
+    together = np.concatenate(groups)
+    low, high = np.quantile(together, [0.002, 0.998]) if len(together) else (0.0, 1.0)
+    return np.linspace(low, high if high > low else low + 1, 50)
 
 
 def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) -> Figure:
@@ -130,6 +142,7 @@ def reliability_diagram(curves: Mapping[str, Mapping[str, Values]], title: str) 
         above.set(xlim=(0, 1.02), ylim=(0, 1.02))
         below.set(yscale="log", ylim=(50 * smallest, 130), yticks=(1, 10, 100), yticklabels=("1", "10", "100"), xlabel="confidence")
         below.tick_params(axis="y", which="minor", length=0)
+        below.yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("images, %\n(log scale)")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")

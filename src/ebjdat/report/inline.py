@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ebjdat.report.figures import COLOURS, Values
+from ebjdat.report.figures import COLOURS, Values, bins
 from ebjdat.report.tables import Metric, cell, header
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # c0 to c6 in the page's style
@@ -22,6 +22,7 @@ THEME = {
     "#666666": "var(--soft)",
     "#bbbbbb": "var(--faint)",
 }
+LETTER = 0.0115  # width of a letter over the radius plot, as a fraction of its axis
 WIDTH, ROW = 300, 36  # of a panel of the trilemma, and of a row in it
 
 
@@ -46,9 +47,10 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
     """Below each other, E(x) and E(x, y): clean, adversarial and generated images on one axis. groups: title -> group -> energies."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(4.4, 1.9 * len(groups)), squeeze=False, layout="constrained")
     for axis, (title, values) in zip(axes[:, 0], groups.items(), strict=True):
-        low, high = np.quantile(np.concatenate(list(values.values())), [0.002, 0.998])
-        edges = np.linspace(low, high if high > low else low + 1, 50)
+        edges = bins(list(values.values()))
         for name, found in values.items():
+            if not len(found):
+                continue
             clipped = np.clip(found, edges[0], edges[-1])
             axis.hist(clipped, edges, density=True, histtype="stepfilled", alpha=0.4, color=COLOURS[name], label=name)
             axis.axvline(found.mean(), color=COLOURS[name], linewidth=1.2)
@@ -84,14 +86,45 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
         at, accuracy = np.asarray(points).T
         style = ("-", "--", ":", "-.")[i // len(PALETTE) % 4]
         axis.plot(at, 100 * accuracy, style, marker="o", markersize=3, color=PALETTE[i % len(PALETTE)], label=title)
-    for name, radius in radii.items():
-        axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
-        axis.annotate(name, (radius, 101), fontsize=8, ha="center", va="bottom", color="#666666", annotation_clip=False)
     axis.axhline(100 * chance, color="#bbbbbb", linewidth=1)
     axis.set(ylim=(0, 101), xlabel="radius, [0, 1] pixels", ylabel="accuracy under PGD, %")
-    axis.set_xlim(0, min(5 * max(radii.values()), 1.04 * max(points[-1][0] for points in curves.values())))
+    right = min(5 * max(radii.values()), 1.04 * max(points[-1][0] for points in curves.values()))
+    axis.set_xlim(0, right)
+    for radius, label, row in label_rows(radii, right):
+        axis.axvline(radius, color="#999999", linestyle=":", linewidth=1)
+        axis.annotate(
+            label,
+            (radius, 101),
+            xytext=(0, 2 + 10 * row),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+            va="bottom",
+            color="#666666",
+            annotation_clip=False,
+        )
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower left")
     return figure
+
+
+def label_rows(radii: Mapping[str, float], right: float) -> list[tuple[float, str, int]]:
+    """(radius, label, row) of each radius, row 0 lowest: those that would stand over one another have different rows.
+
+    right: the axis' end. Protocols of one radius share a label.
+    """
+    names: dict[float, list[str]] = {}
+    for name, radius in sorted(radii.items(), key=lambda item: item[1]):
+        same = next((known for known in names if abs(known - radius) < 1e-9), radius)
+        names.setdefault(same, []).append(name)
+    ends: list[float] = []  # of the last label in each row
+    found = []
+    for radius, together in names.items():
+        label = ", ".join(together)
+        half = right * LETTER * (len(label) + 2) / 2
+        row = next((i for i, end in enumerate(ends) if end <= radius - half), len(ends))
+        ends[row : row + 1] = [radius + half]
+        found.append((radius, label, row))
+    return found
 
 
 def trilemma(table: pd.DataFrame, metric: Metric) -> Markup:

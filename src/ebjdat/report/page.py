@@ -16,13 +16,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageSequence
 
-from ebjdat.files import read_json, write_text
+from ebjdat.errors import printable
+from ebjdat.files import read_json, read_npz, reading, write_text
 from ebjdat.params import RELEASED, Profile, flat
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline, tables
 from ebjdat.report.claims import Finding
 from ebjdat.report.tables import METRICS, STAGES, Metric, Row, averaged_weights, cell_parts, collapse_cell, differences, header_parts
 
+MOST_PIXELS = 100_000_000  # of a picture, over all its frames; ours have a few millions
 TRILEMMA = ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet")
 ENERGY_GROUPS = ("clean", "adversarial", "generated")
 ENERGY_COLUMNS = {
@@ -40,9 +42,20 @@ ENERGY_COLUMNS = {
 
 def embed(path: Path) -> str:
     """A picture as a data URI: as lossless WebP where that is smaller (enlarged pixels shrink to a tenth), else as it is."""
-    original, memory = path.read_bytes(), io.BytesIO()
-    picture = Image.open(path)
-    kind = str(picture.format).lower()
+    with reading(path):
+        original, memory = path.read_bytes(), io.BytesIO()
+        picture = Image.open(io.BytesIO(original), formats=("PNG", "GIF"))
+        pixels = picture.width * picture.height * getattr(picture, "n_frames", 1)
+        if pixels > MOST_PIXELS:
+            raise ValueError(f"{pixels:,} pixels")
+        kind = str(picture.format).lower()
+        _save_webp(picture, memory)
+    smaller = memory.getvalue()
+    content, kind = (smaller, "webp") if len(smaller) < len(original) else (original, kind)
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
+def _save_webp(picture: Image.Image, memory: io.BytesIO) -> None:
     if getattr(picture, "n_frames", 1) > 1:
         frames = [(frame.convert("RGB"), frame.info.get("duration", 250)) for frame in ImageSequence.Iterator(picture)]
         (first, _), *rest = frames
@@ -50,15 +63,26 @@ def embed(path: Path) -> str:
         first.save(memory, "WEBP", save_all=True, append_images=[f for f, _ in rest], duration=durations, loop=0, lossless=True, method=3)
     else:
         picture.save(memory, "WEBP", lossless=True, method=4)
-    smaller = memory.getvalue()
-    content, kind = (smaller, "webp") if len(smaller) < len(original) else (original, kind)
-    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
+def energies_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The energies of every image, finite ones: "E(x)" and "E(x, y)" -> group -> (N,). Raises FileError."""
+    found = read_npz(path, [f"{prefix}{group}" for prefix in ("", "joint_") for group in ENERGY_GROUPS])
+    with reading(path, largest=None):
+        finite = {name: values[np.isfinite(values)] for name, values in found.items()}
+        wrong = [name for name, values in finite.items() if found[name].ndim != 1 or values.dtype.kind != "f"]
+        if wrong:
+            raise ValueError(f"no energies in {', '.join(wrong)}")
+        return {
+            title: {group: finite[f"{prefix}{group}"] for group in ENERGY_GROUPS} for title, prefix in (("E(x)", ""), ("E(x, y)", "joint_"))
+        }
 
 
 def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("ebjdat.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["number"] = tables.number
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     script_values = {"script": Markup(script), "script_hash": f"sha256-{digest}"}  # noqa: S704 (the package's own file)
@@ -89,9 +113,8 @@ def write(
     for i, record in enumerate(table.to_dict("records")):
         name = record["experiment"]
         folder, mine = results / name / f"seed{seed}", [row for row in rows if row.experiment == name]
-        energy = np.load(folder / "energy.npz", allow_pickle=False)
-        histograms = {"E(x)": {g: energy[g] for g in ENERGY_GROUPS}, "E(x, y)": {g: energy[f"joint_{g}"] for g in ENERGY_GROUPS}}
-        curve = pd.read_csv(folder / "finetune_curve.csv")
+        histograms = energies_of(folder / "energy.npz")
+        curve = tables.read_csv(folder / "finetune_curve.csv")
         checks = tables.checks_of(mine)
         experiments.append(
             {
@@ -118,7 +141,7 @@ def write(
                 "curves": inline.inline(inline.training_curves(curve), f"curves{i}", f"Training curves of {name}"),
             }
         )
-    energy_lines = [[name, *(f"{d[key]:.2f}" for key in ENERGY_COLUMNS)] for name, d in details.items()]
+    energy_lines = [[name, *(tables.number(d[key], ".2f") for key in ENERGY_COLUMNS)] for name, d in details.items()]
     text = render(
         "page.html.j2",
         run=run,
@@ -179,7 +202,7 @@ def write_audit(
         rows=rows,
         kinds={name: entry.method for name, entry in profile.experiments.items()},
         failed_checks=[check for check in tables.checks_of(rows) if check["passed"] is False],
-        pairs=pairs,
+        pairs={title: lines for title, lines in pairs.items() if lines},
     )
     write_text(out, text)
 
@@ -231,7 +254,7 @@ def reproduce(run: str, results: Path, row: Row, overrides: Sequence[str]) -> tu
     if chosen == "unknown":
         notes.append("The commit is unknown, since the run was not made in a git checkout: use the code that it was made with.")
     else:
-        lines.insert(0, f"git checkout {chosen.removesuffix('-dirty')}")
+        lines.insert(0, shlex.join(["git", "checkout", printable(chosen.removesuffix("-dirty"))]))
     if any(commit.endswith("-dirty") for commit in commits.values()):
         notes.append("Some of the code or settings were changed and not committed (“-dirty”): what was changed is not in the commit.")
     return "\n".join(lines), " ".join(notes)

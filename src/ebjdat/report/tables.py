@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
-from ebjdat.files import read_json, write_text
+from ebjdat.errors import brief, printable
+from ebjdat.files import FileError, read_json, reading, write_text
 from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, prefix_of
 from ebjdat.registry import BASES, FORMS, METHODS
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
-from ebjdat.vocabulary import Quantity, describe
+from ebjdat.vocabulary import Quantity, describe, find
 
 # The contract with other programs: columns of summary.csv, in this order. Listed in docs/results-format.md, explained in docs/metrics.md.
 SUMMARY_COLUMNS = (
@@ -46,6 +50,68 @@ SUMMARY_COLUMNS = (
     "ece",
 )
 STAGES = ("finetune", "attack", "generate", "energy", "reliability")
+
+# What tables and pages cannot do without, by the stage whose file holds it.
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "pretrain": ("pretrain_seconds",),
+    "finetune": ("finetune_seconds", "selected_epoch", "epochs", "git_commit"),
+    "attack": ("n_test", "clean_acc", "pgd20_acc", "n_attack", "checks_failed", "checks", "sweep", "git_commit"),
+    "generate": (
+        "frechet",
+        "frechet_start",
+        "frechet_buffer",
+        "frechet_extractor",
+        "n_samples",
+        "n_buffer",
+        "class_agreement",
+        "git_commit",
+    ),
+    "energy": (
+        *(f"energy_{which}" for which in ("clean", "adversarial", "generated")),
+        *(f"energy_{measure}_{which}" for measure in ("gap", "overlap", "wasserstein") for which in ("adversarial", "generated")),
+        *("energy_gap_adversarial_se", "energy_gap_generated_se", "n_energy_clean", "n_energy_generated", "git_commit"),
+    ),
+    "reliability": ("ece", "ece_scaled", "temperature", "nll", "ood_missing", "git_commit"),
+}
+# and of these a value, not null
+NOT_NULL = (
+    "checks",
+    "sweep",
+    "ood_missing",
+    "git_commit",
+    "frechet_extractor",
+    "pretrain_seconds",
+    "finetune_seconds",
+    "selected_epoch",
+    "epochs",
+    "n_test",
+    "n_attack",
+    "n_samples",
+    "n_energy_clean",
+    "n_energy_generated",
+)
+MANY = 10_000  # names in a result file; ours have hundreds
+MOST_VERDICTS = 20_000_000  # rows of a verdicts.parquet: of 50,000 images, 400 protocols
+
+
+class CheckRow(BaseModel, strict=True):
+    """An integrity check, as attack.json says it."""
+
+    name: str
+    protocol: str | None
+    passed: bool | None
+    value: float | None
+    limit: float | None
+    says: str
+
+
+class Nested(BaseModel, strict=True):
+    """What result files hold that is neither a number nor a text."""
+
+    checks: list[CheckRow] | None = None
+    sweep: Annotated[list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
+    events: list[str] | None = None
+    ood_missing: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,24 +177,102 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
     for name, experiment in profile.experiments.items():
         for seed in profile.seeds:
             folder = results / name / f"seed{seed}"
-            parts = {stage: read_json(folder / f"{stage}.json") for stage in STAGES}
-            before = read_json(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json")
-            metrics: dict[str, Any] = {}
+            protocols = profile.evaluation.attack.protocols.keys() | profile.evaluation.generate.protocols.keys()
+            parts = {stage: read_result(folder / f"{stage}.json", stage, protocols) for stage in STAGES}
+            before = read_result(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json", "pretrain", protocols)
+            metrics: dict[str, Any] = {"collapse_epoch": None}
             for part in parts.values():
                 metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
             metrics["pretrain_seconds"] = before["pretrain_seconds"]
             metrics["train_seconds"] = round(metrics["finetune_seconds"] + metrics["pretrain_seconds"], 3)
-            events = [f"pretraining {experiment.pretraining}, {event}" for event in before.get("events", [])]
-            metrics["events"] = events + metrics.get("events", [])
+            events = [f"pretraining {experiment.pretraining}, {event}" for event in before.get("events") or []]
+            metrics["events"] = events + (metrics.get("events") or [])
             commit = parts["finetune"]["git_commit"]
             rows.append(Row(name, experiment.method, seed, profile.params_hash(name, seed), data_hash, commit, metrics))
     return rows
 
 
+class Card(BaseModel, strict=True):
+    """What tables and pages read of the data card."""
+
+    name: str
+    data_hash: str
+    image_shape: list[int]
+    classes: Annotated[list[str], Field(min_length=1)]
+    sizes: dict[str, int]
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The data card. Raises FileError."""
+    found = read_json(path)
+    with reading(path):
+        _valid(Card, found)
+    return found
+
+
+def _valid(model: type[BaseModel], found: Mapping[str, Any]) -> None:
+    try:
+        model.model_validate(found)
+    except ValidationError as error:
+        one = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"{'.'.join(map(str, one['loc']))}: {one['msg']}") from None
+
+
+def read_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str, Any]:
+    """A stage's result file. Raises FileError where it is damaged, lacks what is needed, or a value is not what its name says."""
+    found = read_json(path)
+    with reading(path):
+        if len(found) > MANY:
+            raise ValueError(f"{len(found):,} names")
+        missing = [name for name in NEEDED[stage] if name not in found or (found[name] is None and name in NOT_NULL)]
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
+        for name, value in found.items():
+            quantity = find(name, protocols)
+            if quantity is not None and value is not None and not _is_a(value, quantity.kind):
+                raise ValueError(f"{name} is {brief(repr(value), 60)}, where its unit is {quantity.unit}")
+        _valid(Nested, found)
+    return found
+
+
+def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of this package: numbers, but for the names of experiments and what they are. Raises FileError."""
+    with reading(path):
+        frame = pd.read_csv(path)
+        text = {"experiment", "method", "frechet_extractor", "collapse_epochs"}
+        wrong = [name for name in frame if name not in text and not pd.api.types.is_numeric_dtype(frame[name])]
+        if wrong:
+            raise ValueError(f"{', '.join(map(str, wrong))} should be numbers")
+        missing = {"experiment", "frechet_extractor"} - set(frame) if "experiment" in frame else {"epoch"} - set(frame)
+        if missing:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return frame
+
+
+def markdown(text: object) -> str:
+    """Text that Markdown shows as it stands: neither markup nor HTML, in one line."""
+    return re.sub(r"([\\`*_<>\[\]|&~#$])", r"\\\1", printable(text))
+
+
+def spreadsheet(frame: pd.DataFrame, **options: Any) -> str:
+    """A table as CSV. Text that a spreadsheet would compute (= + - @ begin it) has an apostrophe before it; numbers stay."""
+
+    def safe(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return f"'{printable(value)}" if value.lstrip().startswith(tuple("=+-@＝＋－＠")) else printable(value)
+
+    return frame.map(safe).to_csv(index=False, **options)
+
+
 def write_summary(rows: Sequence[Row], path: Path) -> None:
     """summary.csv: accuracies as fractions; a value that was not measured is empty."""
     frame = pd.DataFrame([{**row.metrics, **vars(row)} for row in rows]).reindex(columns=list(SUMMARY_COLUMNS))
-    write_text(path, frame.to_csv(index=False))
+    write_text(path, spreadsheet(frame))
 
 
 # What DVC shows and compares (`dvc metrics show`): names of summary.csv.
@@ -165,7 +309,7 @@ def interval_of(metric: Metric, metrics: Sequence[dict[str, Any]]) -> tuple[floa
         return over_seeds(values)
     if metric.correct and metrics[0].get(metric.correct) is not None:
         return wilson(metrics[0][metric.correct], metrics[0][metric.n])
-    if metric.se:
+    if metric.se and metrics[0].get(metric.se) is not None:
         low, high = normal(values[0], metrics[0][metric.se])
         return max(0.0, low), high  # a gap is not negative
     return None
@@ -198,7 +342,7 @@ def aggregate(profile: Profile, rows: Sequence[Row]) -> pd.DataFrame:
         collapses = [m["collapse_epoch"] for m in mine if m.get("collapse_epoch") is not None]
         record["collapses"] = len(collapses)
         record["collapse_epochs"] = " ".join(str(epoch) for epoch in collapses)
-        record["recoveries"] = sum(m.get("recoveries", 0) for m in mine)
+        record["recoveries"] = sum(m.get("recoveries") or 0 for m in mine)
         records.append(record)
     return pd.DataFrame(records)
 
@@ -285,7 +429,7 @@ def header(metric: Metric, table: pd.DataFrame) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    write_text(path, table.to_csv(index=False, float_format="%.6g"))
+    write_text(path, spreadsheet(table, float_format="%.6g"))
 
 
 def write_markdown(table: pd.DataFrame, rows: Sequence[Row], profile: Profile, card: dict[str, Any], path: Path) -> None:
@@ -293,7 +437,7 @@ def write_markdown(table: pd.DataFrame, rows: Sequence[Row], profile: Profile, c
     lines = markdown_table(
         [heads, *([record["experiment"], *(cell(record, m) for m in METRICS), collapse_cell(record)] for _, record in table.iterrows())]
     )
-    text = [*lines, "", protocol(profile, card), ""]
+    text = [*lines, "", protocol(profile, {**card, "name": markdown(card["name"]), "data_hash": markdown(card["data_hash"])}), ""]
     averaged = averaged_weights(rows)
     if averaged:
         text += ["Averaged weights (EMA) beside the raw ones:", "", *markdown_table(averaged), ""]
@@ -316,7 +460,7 @@ def averaged_weights(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(printable(cell).replace("|", "\\|").replace("<", "\\<") for cell in row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
@@ -408,9 +552,27 @@ def stands_of(results: Path, experiment: str, seed: int, column: str) -> list[bo
     column: of verdicts.parquet, "clean", "pgd20" or "autoattack". What was wrong already was not attacked, so it is null under
     pgd20 and counts as wrong; under autoattack null is beyond the first n, and is left out.
     """
-    frame = pd.read_parquet(results / experiment / f"seed{seed}" / "verdicts.parquet")
-    values = frame[(frame["weights"] == "raw") & (frame["protocol"] == STANDARD)].sort_values("index")[column]
-    return [bool(value) for value in (values.fillna(value=False) if column == "pgd20" else values.dropna())]
+    path = results / experiment / f"seed{seed}" / "verdicts.parquet"
+    with reading(path, largest=None):
+        rows = pq.ParquetFile(path).metadata.num_rows  # a few bytes can stand for any number of equal rows
+        if rows > MOST_VERDICTS:
+            raise ValueError(f"{rows:,} rows")
+        frame = pd.read_parquet(path, columns=["weights", "protocol", "index", column])
+        values = frame[(frame["weights"] == "raw") & (frame["protocol"] == STANDARD)].sort_values("index")[column]
+        values = values.fillna(value=False) if column == "pgd20" else values.dropna()
+        if not len(values) or not values.isin([True, False]).all():
+            raise ValueError(f"no verdicts of {STANDARD!r} in {column}")
+        return [bool(value) for value in values]
+
+
+def stands_together(results: Path, experiments: Iterable[str], seed: int, column: str) -> dict[str, list[bool]]:
+    """stands_of for each of these. Raises FileError where they are not of equally many examples."""
+    stands = {name: stands_of(results, name, seed, column) for name in experiments}
+    sizes = {name: len(verdicts) for name, verdicts in stands.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} has {n}" for name, n in sizes.items())
+        raise FileError(f"{results}/*/seed{seed}/verdicts.parquet: not of the same examples ({column}: {told}); run the attack stage again")
+    return stands
 
 
 def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[dict[str, Any]]:
@@ -418,7 +580,7 @@ def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[di
 
     column: as for stands_of.
     """
-    stands = {name: stands_of(results, name, seed, column) for name in profile.experiments}
+    stands = stands_together(results, profile.experiments, seed, column)
     found: list[dict[str, Any]] = []
     for a, b in itertools.combinations(stands, 2):
         only_a, only_b, p = mcnemar(stands[a], stands[b])
@@ -439,14 +601,14 @@ def sample_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
         score = "inception_score" if d.get("inception_score") is not None else "reference_score"
         line = [
             name,
-            _number(d["frechet"], ".2f", n=d["n_samples"]),
-            _number(d.get("kid"), ".2f", 1000, spread=d.get("kid_std")),
-            _number(d.get("precision"), ".1f", 100),
-            _number(d.get("recall"), ".1f", 100),
-            _number(d.get(score), ".2f", spread=d.get(f"{score}_std")),
-            _number(d.get("frechet_conditional"), ".2f", n=d.get("n_conditional")),
-            _number(d.get("frechet_buffer"), ".2f", n=d.get("n_buffer")),
-            _number(d.get("released_frechet"), ".2f", n=d.get("released_n_samples")),
+            number(d["frechet"], ".2f", n=d["n_samples"]),
+            number(d.get("kid"), ".2f", 1000, spread=d.get("kid_std")),
+            number(d.get("precision"), ".1f", 100),
+            number(d.get("recall"), ".1f", 100),
+            number(d.get(score), ".2f", spread=d.get(f"{score}_std")),
+            number(d.get("frechet_conditional"), ".2f", n=d.get("n_conditional")),
+            number(d.get("frechet_buffer"), ".2f", n=d.get("n_buffer")),
+            number(d.get("released_frechet"), ".2f", n=d.get("released_n_samples")),
         ]
         lines.append(line)
     return lines
@@ -468,10 +630,10 @@ def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     for name, d in details.items():
         line = [
             name,
-            _number(d["ece"], ".1f", 100),
-            _number(d["ece_scaled"], ".1f", 100),
-            _number(d["temperature"], ".2f"),
-            _number(d["nll"], ".3f"),
+            number(d["ece"], ".1f", 100),
+            number(d["ece_scaled"], ".1f", 100),
+            number(d["temperature"], ".2f"),
+            number(d["nll"], ".3f"),
         ]
         for key in columns:
             value, low, high = (d.get(f"{key}{end}") for end in ("", "_low", "_high"))
@@ -480,7 +642,7 @@ def reliability_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def _number(value: float | None, form: str, scale: float = 1, spread: float | None = None, n: int | None = None) -> str:
+def number(value: float | None, form: str, scale: float = 1, spread: float | None = None, n: int | None = None) -> str:
     if value is None:
         return "–"
     text = f"{value * scale:{form}}"
@@ -495,8 +657,8 @@ def write_audit_markdown(findings: Sequence[Any], side: Sequence[Sequence[str]],
     text += ["# Robustness under every protocol", "", *markdown_table(side), "", "# Integrity checks that failed", ""]
     failed = [check for check in checks if check["passed"] is False]
     text += [
-        f"- {c['experiment']}, seed {c['seed']}: {c['name']}{' [' + c['protocol'] + ']' if c['protocol'] else ''}: "
-        f"{c['value']:.3g}, limit {c['limit']:.3g} ({c['says']})"
+        f"- {c['experiment']}, seed {c['seed']}: {markdown(c['name'])}{' [' + c['protocol'] + ']' if c['protocol'] else ''}: "
+        f"{number(c['value'], '.3g')}, limit {number(c['limit'], '.3g')} ({markdown(c['says'])})"
         for c in failed
     ] or [f"None of {len(checks)}."]
     write_text(path, "\n".join(text) + "\n")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
+from ebjdat.data.prepared import Prepared
 from ebjdat.evaluation import frechet, robust
 from ebjdat.evaluation import generate as generation
-from ebjdat.files import git_commit, write_atomic, write_json, write_npz
+from ebjdat.files import git_commit, read_npz, reading, write_atomic, write_json, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
@@ -83,6 +85,18 @@ def generate(
         tracker.artifact(chains_out)
 
 
+def _samples(path: Path, data: Prepared) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, C, H, W) of samples.npz and the classes (N,) they began at. Raises FileError where they are not of these data."""
+    found = read_npz(path, ["images", "labels"])
+    with reading(path, largest=None):
+        images, labels = found["images"], found["labels"]
+        if images.dtype != np.uint8 or images.shape[1:] != data.image_shape or labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"uint8 images of shape {data.image_shape} and their int64 classes are needed")
+        if not len(labels) or labels.min() < 0 or labels.max() >= len(data.classes):
+            raise ValueError(f"classes 0 to {len(data.classes) - 1} are needed")
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
 def energy(
     context: Context,
     experiment: str,
@@ -107,8 +121,7 @@ def energy(
         test = DeviceData(data, "test", device, settings.n)
         x, y = test.unit(), test.labels
         moved = robust.pgd_examples(model, x, y, attack_settings.standard, attack_settings.seed, attack_settings.batch_size)
-        with np.load(samples, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+        images, labels = _samples(samples, data)
         generated = unit_from_uint8(images.to(device))
         groups = {"clean": (x, y), "adversarial": (moved, y), "generated": (generated, labels.to(device))}
         marginal, joint = {}, {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebjdat.files import read_json, write_json
+from ebjdat.errors import printable
+from ebjdat.files import write_json
 from ebjdat.report import claims, page, tables
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject
@@ -26,7 +27,7 @@ class Outputs:
 
 
 def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
-    card = read_json(card_path)
+    card = tables.read_card(card_path)
     rows = tables.collect(context.profile, results, card["data_hash"])
     tables.write_summary(rows, out.summary)
     write_json(out.metrics, tables.headline(rows))
@@ -37,7 +38,7 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     page.write(context.profile, context.run, results, card, rows, table, findings, out.html, context.overrides)
     page.write_audit(context.profile, context.run, results, card, rows, findings, out.audit_html)
     tables.write_audit_markdown(findings, tables.side_by_side(context.profile, rows), tables.checks_of(rows), out.audit_markdown)
-    print(out.table_markdown.read_text(encoding="utf-8"))
+    print(printable(out.table_markdown.read_text(encoding="utf-8"), keep="\n"))
     subject = Subject(context.run, "report", 0, "report", kind="report")
     with context.track(subject, {}, {"data_hash": card["data_hash"]}, out.html) as tracker:
         for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import re
 import subprocess
@@ -11,7 +12,9 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote
 
+from ebjdat.errors import UserError, message, printable
 from ebjdat.files import digest, lock, read_json, write_json
 from ebjdat.tracking.journal import UNFINISHED, is_written, unfinished
 
@@ -59,6 +62,10 @@ def start() -> None:
     """Have a process send what is journalled, unless one does already or nothing is sent from here."""
     if not is_on():
         return
+    if why := unusable(tracking_uri()):
+        with contextlib.suppress(OSError):
+            note(why)
+        return
     with contextlib.suppress(BlockingIOError, OSError):
         with lock(_place("sender"), wait=False):
             pass
@@ -76,12 +83,12 @@ def start() -> None:
 
 def warn() -> None:
     """Say once per stage that the store does not answer."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, KeyError, UserError):
         if is_on():
             trouble = read_json(_place("trouble.json"))
+            told = f"nothing could be sent to {trouble['uri']} since {trouble['since']} ({trouble['error']})"
             print(
-                f"WARNING: nothing could be sent to {trouble['uri']} since {trouble['since']} ({trouble['error']}). Everything is "
-                "journalled; the next stage sends it, or `ebjdat sync`",
+                message(f"WARNING: {told}. Everything is journalled; the next stage sends it, or `ebjdat sync`"),
                 file=sys.stderr,
             )
 
@@ -95,13 +102,82 @@ def note(error: str | None) -> None:
         write_json(place, {"uri": shown_uri(), "error": error, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
+def unusable(uri: str) -> str | None:
+    """Why an SQLite store cannot take anything, which MLflow would find out after minutes; None where it can, or is another store."""
+    found = re.match(r"sqlite(?:\+\w+)?://(?:/([^?]*))?(?:\?(.*))?", uri)
+    if found is None:
+        return None
+    name, options = (found[1] or "").removeprefix("file:"), dict(parse_qsl(found[2] or ""))
+    if name in ("", ":memory:") or options.get("mode") == "memory":
+        return "an SQLite store in memory keeps nothing; name a file: sqlite:////folder/mlflow.db"
+    if options.get("mode") == "ro" or options.get("immutable") == "1":
+        return "the address itself says that nothing may be written"
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        return f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; name a file: sqlite:///{path / 'mlflow.db'}"
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        return f"{path} cannot be written"
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} is not there"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"nothing can be written in {path.parent}, where SQLite keeps its journal"
+    with path.open("rb") if path.exists() else contextlib.nullcontext(io.BytesIO()) as file:
+        if file.read(16) not in (b"", b"SQLite format 3\0"):
+            return f"{path} is no SQLite database"
+    return None
+
+
+HOST = r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?"
+SHOWN = {"http", "https", "postgresql", "postgres", "mysql", "mssql", "sqlite", "file"}  # schemes whose host and path are no secrets
+
+
+def masked(uri: str) -> str:
+    """Scheme, host, port and path of an address, and nothing else of it: no user, password, query or token."""
+    scheme, is_full, rest = uri.partition("://")
+    if not is_full:  # databricks, localhost:5000, a folder, user:password@host/path
+        place = re.split(r"[?#;]", uri)[0].rpartition("@")[2]
+        return printable(place) if "@" not in uri[len(re.split(r"[?#;]", uri)[0]) :] and _is_place(place) else "…"
+    if scheme.partition("+")[0].lower() not in SHOWN:
+        return f"{printable(scheme)}://…"
+    found = re.fullmatch(r"(?:[^/?#@]*@)*([^/?#@]*)(/[^?#;@]*)?((?:[?#;].*)?)", rest, re.DOTALL)
+    if found is None or "@" in found[3] or not re.fullmatch(f"({HOST})?", found[1]):
+        return f"{printable(scheme)}://…"  # what is the host there cannot be told from a password
+    return f"{printable(scheme)}://{found[1]}{printable(found[2] or '')}"
+
+
+def _is_place(text: str) -> bool:
+    """Whether this is a host, with a path or not, or a path; not "name:token"."""
+    return re.fullmatch(rf"(?:{HOST})(?:/.*)?|(?:file:)?[^:]*", text, re.DOTALL) is not None
+
+
+def _secrets() -> set[str]:
+    """What must not be shown, wherever it turns up: the tracking address' user, password and query, and MLflow's own."""
+    uri = tracking_uri()
+    before, _, query = uri.partition("?")
+    place = before.partition("://")[2] or before
+    found = {os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("TOKEN", "PASSWORD")}
+    found |= {value for _, value in parse_qsl(query)} | {query}
+    if "@" in place:
+        user = place.rpartition("@")[0]
+        found |= {user, user.partition(":")[2], unquote(user.partition(":")[2])}
+    if masked(uri).endswith("…"):
+        found.add(place)
+    return {secret for secret in found if len(secret) > 2}
+
+
 def without_secrets(text: str) -> str:
-    """A text in which no address shows a user's password."""
-    return re.sub(r"(?i)((?:password|passwd|token|secret)=)[^&\s'\")]+", r"\1…", re.sub(r"://[^/@\s]*@", "://…@", text))
+    """A text in which no address shows more than `masked` does, and nothing that is called a password, key or token its value."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "…")
+    text = re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"<>(),]*", lambda found: masked(found[0]), text)
+    text = re.sub(r"[^\s'\"/@(]+@(?=[\w.-]+)", "", text)
+    return re.sub(
+        r"(?i)([\w-]*(?:key|token|secret|passw(?:or)?d|pwd|auth|signature|credential)[\w-]*['\"]?\s*[=:]\s*)[^&\s,)]+", r"\1…", text
+    )
 
 
 def shown_uri() -> str:
-    return without_secrets(tracking_uri())
+    return masked(tracking_uri())
 
 
 def wait(seconds: float = 30.0) -> None:

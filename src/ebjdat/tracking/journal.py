@@ -12,13 +12,70 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ebjdat.files import write_text
+from pydantic import BaseModel, ValidationError
+
+from ebjdat.files import parse_json, write_text
 
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
 PATIENCE = 20  # tenths of a second that a journal's lock is tried
+LARGEST = 512 * 2**20  # bytes of a journal that is read; ours have a few millions
+
+
+class Begin(BaseModel, strict=True):
+    """Whose journal it is."""
+
+    run: str
+    name: str
+    seed: int
+    stage: str
+    kind: str
+    id: str
+    dvc_exp: str
+    host: str
+
+
+class Artifact(BaseModel, strict=True):
+    artifact: str
+    sha256: str
+
+
+class Model(BaseModel, strict=True):
+    model: str
+    sha256: str
+
+
+class Result(BaseModel, strict=True):
+    name: str
+    seed: int
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    artifacts: list[Artifact]
+    model: Model | None
+
+
+class Event(BaseModel, strict=True):
+    """A line of a journal: its time in ms, and one of the others (the first line: those from begin to data)."""
+
+    time: int
+    begin: Begin | None = None
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {}
+    data: dict[str, Any] | None = None
+    metrics: dict[str, float] = {}
+    system: dict[str, float] = {}
+    final: dict[str, float] = {}
+    step: int = 0
+    tag: list[str] = ["", ""]
+    artifact: str = ""
+    picture: str = ""
+    png: str = ""
+    model: str = ""
+    sha256: str = ""
+    result: Result | None = None
+    end: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
 
 
 class Journal:
@@ -56,9 +113,23 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a journal; a line in the making is left out."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    """The events of a journal; a line in the making is left out. Raises ValueError that says which line is none of a journal."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path.stat().st_size:,} bytes; {LARGEST:,} are allowed")
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
+        try:
+            event = parse_json(line)
+            Event.model_validate(event)
+        except ValidationError as error:
+            one = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"line {number}: {'.'.join(map(str, one['loc']))}: {one['msg']}") from None
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not events and not {"begin", "params", "tags", "data"} <= event.keys():
+            raise ValueError("line 1: does not say what it is about")
+        events.append(event)
+    return events
 
 
 def write_finished(events: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -78,10 +149,11 @@ def is_written(path: Path) -> bool:
 
 def unfinished(store: str = "") -> list[Path]:
     """Journals that a stage still writes, that were killed, or that may not be sent yet. store: only those meant for this one."""
-    return sorted((UNFINISHED / store).rglob(f"*{SUFFIX}"))
+    return sorted(path for path in (UNFINISHED / store).rglob(f"*{SUFFIX}") if path.is_file())
 
 
 def finished() -> Iterator[Path]:
     """Journals beside results, also those that came with them from elsewhere."""
     for folder, _, names in os.walk("results"):
-        yield from (Path(folder) / name for name in sorted(names) if name.endswith(SUFFIX))
+        paths = (Path(folder) / name for name in sorted(names) if name.endswith(SUFFIX))
+        yield from (path for path in paths if path.is_file())

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ebjdat.errors import message
 from ebjdat.files import digest
 from ebjdat.params import flat
 from ebjdat.tracking import background
@@ -91,7 +92,11 @@ class Tracker:
             except BlockingIOError:
                 self._off = True  # another process is at this very work; the stage will notice, too
                 return
-            events = read(path)
+            try:
+                events = read(path)
+            except ValueError:  # damaged: who sends says so; this attempt has a journal of its own
+                journal.close()
+                continue
             if events and events[-1].get("end", "KILLED") == "KILLED" and "given_up" not in events[-1]:
                 seen = [event for event in events if {"metrics", "picture"} & event.keys()]
                 self._seen = {(event.get("picture", ""), event["step"]): _text(event.get("metrics", {})) for event in seen}
@@ -186,7 +191,13 @@ class Tracker:
         self._write(end=status)
         journal = self._journal
         if copy is not None:
-            events = read(journal.path) if journal is not None else []
+            try:
+                events = read(journal.path) if journal is not None else []
+            except ValueError as error:
+                events = []
+                print(
+                    message(f"WARNING: {journal and journal.path}: damaged while it was written ({error}); results go on"), file=sys.stderr
+                )
             if events and events[-1].get("end") != status:  # not all could be journalled
                 events.append({"time": events[-1]["time"], "end": status})
             write_finished(events, copy)

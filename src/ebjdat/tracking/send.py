@@ -11,16 +11,23 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import requests
+
+from ebjdat.errors import TrackingError, brief
 from ebjdat.files import digest
-from ebjdat.tracking.background import without_secrets
+from ebjdat.tracking.background import unusable, without_secrets
 from ebjdat.tracking.journal import UNFINISHED, is_written, read
 
 BATCH = 900  # values of one call; MLflow takes 1000
+PAGE = 100  # runs of one answer, each some 50 kB
+LARGEST, LONGEST = 32 * 2**20, 120.0  # bytes of an answer, and seconds that it may take
+CONNECT = 10  # seconds to reach a database
 TAG_LENGTH = 4000
 
 for _name, _value in {
@@ -34,9 +41,39 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+
+class _Session(requests.Session):
+    """Requests whose answers end: MLflow reads each of them as a whole, however much a server sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks["response"].append(_bounded)
+
+
+def _bounded(response: requests.Response, *_: Any, **__: Any) -> None:
+    """Reading this answer raises RequestException once it is too large or takes too long."""
+    raw, until = response.raw, time.monotonic() + LONGEST
+
+    def stream(amount: int = 2**16, decode_content: bool | None = None) -> Iterator[bytes]:
+        size = 0
+        while part := raw.read1(2**16, decode_content=decode_content):
+            size += len(part)
+            if size > LARGEST or time.monotonic() > until:
+                response.close()
+                raise requests.RequestException(f"an answer that does not end ({size:,} bytes so far); is this an MLflow server?")
+            yield part
+
+    raw.stream = stream
+    response.encoding = response.encoding or "utf-8"  # else it is guessed from all bytes, which takes minutes
+
+
+requests.Session = _Session  # type: ignore[misc] # (of this process, which does nothing but send)
+
 import mlflow  # noqa: E402 (reads these variables)
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag  # noqa: E402
+
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a line that says nonsense leads to
 
 
 @dataclass
@@ -83,7 +120,7 @@ class Sender:
             except FileNotFoundError:
                 pass  # finished and deleted in the meantime
             except (OSError, ValueError) as error:
-                outcome.errors.append(f"{path}: cannot be read ({error}); delete it if it is damaged")
+                outcome.errors.append(f"{path}: cannot be read ({brief(error, 200)}); delete it if it is damaged")
         seen: set[str] = set()
         for path, state, events in sorted(journals, key=lambda found: found[2][0]["time"] if found[2] else 0):
             name = events[0]["begin"]["id"] if events else ""
@@ -94,7 +131,8 @@ class Sender:
                 sent = self._send(events, alive=state[0])
             except Exception as error:  # whatever a store, a server or a network throws
                 first = str(error).splitlines()[0] if str(error) else ""
-                outcome.errors.append(without_secrets(f"{type(error).__name__}: {first}")[:300])
+                whose = f"{path}: " if isinstance(error, DAMAGED) else ""
+                outcome.errors.append(brief(without_secrets(f"{whose}{type(error).__name__}: {first[:2000]}"), 300))
                 self._cursors.pop(name, None)  # what has arrived is to be asked again
                 self._known.clear()
                 self._experiments.clear()
@@ -176,6 +214,7 @@ class Sender:
 
     def _connect(self) -> None:
         if self._client is None:
+            _reach(self._uri)
             self._client = MlflowClient(self._uri)
 
     def _answers(self) -> bool:
@@ -296,7 +335,7 @@ class Sender:
 
         name = re.compile(rf"images/{re.escape(event['picture'])}.step.{event['step']}.timestamp")  # MLflow's
         if not any(name.match(file.path) for file in self._client.list_artifacts(run, "images")):
-            image = Image.open(io.BytesIO(base64.b64decode(event["png"])))
+            image = Image.open(io.BytesIO(base64.b64decode(event["png"])), formats=("PNG",))
             self._client.log_image(run, image, key=event["picture"], step=event["step"], timestamp=event["time"])
 
     def _model(self, run: str, event: Mapping[str, Any]) -> None:
@@ -344,10 +383,10 @@ class Sender:
         return self._experiments[name]
 
     def _search(self, experiment: str, text: str) -> list[Any]:
-        page = self._client.search_runs([experiment], text, max_results=1000)
+        page = self._client.search_runs([experiment], text, max_results=PAGE)
         found = list(page)
         while page.token:
-            page = self._client.search_runs([experiment], text, max_results=1000, page_token=page.token)
+            page = self._client.search_runs([experiment], text, max_results=PAGE, page_token=page.token)
             found += page
         return found
 
@@ -364,11 +403,18 @@ class Sender:
 
 def _of(begin: Mapping[str, Any]) -> str:
     """A filter for runs about the same subject. Trials of `dvc exp` keep to themselves."""
-    return f"tags.experiment = '{begin['name']}' and tags.seed = '{begin['seed']}' and tags.dvc_exp = '{begin['dvc_exp']}'"
+    return f"tags.experiment = {_quoted(begin['name'])} and tags.seed = '{begin['seed']}' and tags.dvc_exp = {_quoted(begin['dvc_exp'])}"
 
 
 def _of_stage(begin: Mapping[str, Any]) -> str:
-    return f"{_of(begin)} and tags.kind = '{begin['kind']}-stage' and tags.stage = '{begin['stage']}'"
+    return f"{_of(begin)} and tags.kind = {_quoted(begin['kind'] + '-stage')} and tags.stage = {_quoted(begin['stage'])}"
+
+
+def _quoted(text: str) -> str:
+    """A text in one of MLflow's filters, which have no escapes."""
+    if "'" in text and '"' in text:
+        raise ValueError(f"{text!r} has both kinds of quotes")
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def _title(begin: Mapping[str, Any]) -> str:
@@ -383,6 +429,22 @@ def _values(event: Mapping[str, Any]) -> dict[str, float]:
 def _unchanged(path: str, sha256: str) -> bool:
     """Whether this still is the file that the stage wrote; a later run may have replaced it."""
     try:
-        return digest(Path(path)) == sha256
-    except FileNotFoundError:
+        return Path(path).is_file() and digest(Path(path)) == sha256
+    except OSError:
         return False
+
+
+def _reach(uri: str) -> None:
+    """Raise TrackingError at once where a database cannot be had; MLflow would try for minutes."""
+    if why := unusable(uri):
+        raise TrackingError(why)
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind in ("postgresql", "mysql", "mssql"):
+        from sqlalchemy import create_engine
+
+        try:
+            engine = create_engine(uri, connect_args={} if kind == "mssql" else {"connect_timeout": CONNECT})
+            engine.connect().close()
+            engine.dispose()
+        except Exception as error:  # a driver that is not installed, or whatever the driver throws
+            raise TrackingError(str(error)) from error

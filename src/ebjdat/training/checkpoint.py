@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ebjdat import __version__
 from ebjdat.data.prepared import Prepared
-from ebjdat.errors import UserError
-from ebjdat.files import write_atomic
+from ebjdat.errors import UserError, brief
+from ebjdat.files import parse_json, write_atomic
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ModelSettings, Profile, TrainingSettings
 
 HEADER = "ebjdat"
 FORMAT = 2  # 1 had no digests
 FEW = 5  # names in a message
+LARGEST_HEADER = 32 * 2**20  # bytes; that of 200,000 classes has 10 MB
 TENSORS, DIGEST = "tensors", "digest"  # keys beside the header's own
 
 
@@ -47,12 +50,12 @@ class Header:
     seed: int
     model: ModelSettings
     training: TrainingSettings
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     classes: tuple[str, ...]
     data_hash: str
     params_hash: str  # of the experiment and seed, when it was trained
     git_commit: str
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
     events: tuple[str, ...] = ()  # divergences, and what was changed in `training` after them
     version: str = __version__
     format: int = FORMAT
@@ -62,16 +65,12 @@ class Header:
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Header:
-        return cls(
-            **dict(plain)
-            | {
-                "model": ModelSettings.model_validate(plain["model"]),
-                "training": TrainingSettings.model_validate(plain["training"]),
-                "image_shape": tuple(plain["image_shape"]),
-                "classes": tuple(plain["classes"]),
-                "events": tuple(plain["events"]),
-            }
-        )
+        """Raises ValueError that names what is missing, of another type, or not allowed."""
+        try:
+            return TypeAdapter(cls).validate_python(plain)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False, include_input=False)]
+            raise ValueError(brief(_named(wrong))) from None
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ def load(
         raise CheckpointError(f"{path}: not as it was written: {'; '.join(wrong)}; do not trust it, delete it and run its stage again")
     try:
         header = Header.parse({name: value for name, value in plain.items() if name not in (TENSORS, DIGEST)})
-    except (ValueError, TypeError, KeyError) as error:
-        told = f"written by version {plain.get('version')}, cannot be read by version {__version__}"
+    except ValueError as error:
+        told = f"written by version {brief(plain.get('version'), 40)}, cannot be read by version {__version__}"
         raise CheckpointError(f"{path}: its header, {told}: {error}; run its stage again") from error
     expected = {"method": method, "image_shape": image_shape, "classes": classes, "data_hash": data_hash}
     differs = [_difference(name, getattr(header, name), value) for name, value in expected.items() if value is not None]
@@ -160,13 +159,15 @@ def load(
     weights, ema = (
         {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
     )
-    network = WideResNet(header.model, header.image_shape[0], len(header.classes)).state_dict()
-    shapes = {name: tuple(value.shape) for name, value in network.items()}
-    for found in ({k: tuple(v.shape) for k, v in part.items()} for part in ([weights, ema] if ema else [weights])):
-        if shapes != found:
-            unfit = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))
+    network = _layout_of(header, len(weights))
+    for found in map(_layout, [weights, ema] if ema else [weights]):
+        if network != found:
+            unfit = sorted(k for k in network.keys() | found.keys() if network.get(k) != found.get(k))
             raise CheckpointError(f"{path}: tensors do not fit its own header: {_named(unfit)}; run its stage again")
-    return Checkpoint(header, weights, tensors.get("buffer.images"), tensors.get("buffer.labels"), ema or None)
+    buffer, labels = tensors.get("buffer.images"), tensors.get("buffer.labels")
+    if not _is_buffer(buffer, labels, header):
+        raise CheckpointError(f"{path}: its replay buffer does not fit its own header; run its stage again")
+    return Checkpoint(header, weights, buffer, labels, ema or None)
 
 
 def load_for(profile: Profile, experiment: str, path: Path, data: Prepared) -> Checkpoint:
@@ -191,21 +192,54 @@ def inspect(path: Path) -> dict[str, Any]:
     return {**plain, TENSORS: told, "problems": wrong}
 
 
-def _read(path: Path, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _layout(weights: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(value.shape), value.dtype) for name, value in weights.items()}
+
+
+def _layout_of(header: Header, most: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of the header's network, without its memory; nothing where it has more layers than there are tensors."""
+    if header.model.depth > 6 * most + 4:
+        return {}
     try:
+        with torch.device("meta"):
+            return _layout(WideResNet(header.model, header.image_shape[0], len(header.classes)).state_dict())
+    except (RuntimeError, OverflowError, TypeError):  # wider than torch can count
+        return {}
+
+
+def _is_buffer(images: Tensor | None, labels: Tensor | None, header: Header) -> bool:
+    """Whether these are no replay buffer, or one of images and classes that the header tells of."""
+    if images is None or labels is None:
+        return images is labels
+    return (
+        (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        and tuple(images.shape) == (len(labels), *header.image_shape)
+        and labels.ndim == 1
+        and (not len(labels) or (int(labels.min()) >= 0 and int(labels.max()) < len(header.classes)))
+    )
+
+
+def _read(path: Path | str, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint; run the stage that makes it first")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a plain file; give a checkpoint")
+    try:
+        _refuse_header_beyond(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such checkpoint; run the stage that makes it first") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); delete it and run its stage again") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if text is not None else {}  # noqa: SIM118 (not a mapping)
+    except CheckpointError:
+        raise
+    except Exception as error:  # SafetensorError, OSError, or what torch says of a type that it does not have
+        raise CheckpointError(f"{path}: not a whole safetensors file ({brief(error, 200)}); delete it and run its stage again") from error
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this package (no {HEADER!r} header)")
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}); delete it and run its stage again") from error
+        raise CheckpointError(f"{path}: its header is not JSON ({brief(error, 200)}); delete it and run its stage again") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{path}: its header is no JSON object; delete it and run its stage again")
     if plain.get("format") != FORMAT and not any_format:
@@ -213,11 +247,24 @@ def _read(path: Path, any_format: bool = False) -> tuple[dict[str, Any], dict[st
     return plain, tensors
 
 
+def _refuse_header_beyond(path: Path) -> None:
+    """Its length stands in the first 8 bytes of the file, before anything is read."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    size = path.stat().st_size
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); delete it and run its stage again"
+        )
+    if length > LARGEST_HEADER:
+        raise CheckpointError(f"{path}: a header of {length:,} bytes; {LARGEST_HEADER:,} are allowed, and ours have thousands")
+
+
 def _old(plain: Mapping[str, Any]) -> str:
     what = "has no digests, so nothing says that it is as it was written" if "format" not in plain else "is of another version"
     return (
-        f"checkpoint format {plain.get('format', 1)} {what}; version {__version__} reads format {FORMAT} (written by version "
-        f"{plain.get('version', 'unknown')}, commit {plain.get('git_commit', 'unknown')}): run its stage again"
+        f"checkpoint format {brief(plain.get('format', 1), 40)} {what}; version {__version__} reads format {FORMAT} (written by version "
+        f"{brief(plain.get('version', 'unknown'), 40)}, commit {brief(plain.get('git_commit', 'unknown'), 40)}): run its stage again"
     )
 
 
@@ -259,4 +306,4 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
 
 def _named(names: Sequence[str]) -> str:
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(names[:FEW]) + more
+    return ", ".join(brief(name, 100) for name in names[:FEW]) + more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
 from ebjdat.data.sources import DataError
-from ebjdat.errors import UserError
+from ebjdat.errors import UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import evaluating, moving_images
@@ -473,15 +472,21 @@ class Progress:
             if healthy:
                 raise TrainingError(f"{folder / END_OF_EPOCH}: the state to go back to is gone; run again, training starts anew")
             return progress
-        within = None if healthy or content["ended"] else _read(folder / WITHIN_EPOCH, device)
-        if within is not None and (within["epoch"], _recoveries(within)) == (content["epoch"], _recoveries(content)):
-            content = within  # else it is from an epoch that was finished or given up since
-        learner.load(content)
-        progress.epoch, progress.step, progress.ended = content["epoch"], content["step"], content["ended"]
-        progress.seconds, progress.rows, progress.sums = content["seconds"], content["rows"], content["sums"]
-        progress.vitals = content["vitals"]
-        progress.events = [Event(**{**event, "symptoms": tuple(event["symptoms"])}) for event in content["events"]]
-        progress.selected = Selected(**{name: _to_cpu(value) for name, value in content["selected"].items()})
+        try:
+            within = None if healthy or content["ended"] else _read(folder / WITHIN_EPOCH, device)
+            if within is not None and (within["epoch"], _recoveries(within)) == (content["epoch"], _recoveries(content)):
+                content = within  # else it is from an epoch that was finished or given up since
+            learner.load(content)
+            progress.epoch, progress.step, progress.ended = content["epoch"], content["step"], content["ended"]
+            progress.seconds, progress.rows, progress.sums = content["seconds"], content["rows"], content["sums"]
+            progress.vitals = content["vitals"]
+            progress.events = [Event(**{**event, "symptoms": tuple(event["symptoms"])}) for event in content["events"]]
+            progress.selected = Selected(**{name: _to_cpu(value) for name, value in content["selected"].items()})
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = brief(f"{type(error).__name__}: {error}", 200)
+            raise TrainingError(f"{folder}: not a training's state ({why}); delete the folder to start again") from error
         return progress
 
 
@@ -508,6 +513,10 @@ def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if not isinstance(content, dict):
+            raise TypeError("no mapping")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch and its unpickler throw almost anything at bytes that are not theirs
         raise TrainingError(f"{path}: damaged training state ({type(error).__name__}); delete it to start again") from error
     return content
