@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrackingError(UserError):
     """The tracking store cannot be reached or used."""
+
+
+class DataError(UserError):
+    """The data cannot be used."""
