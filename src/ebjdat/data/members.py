@@ -101,9 +101,7 @@ def _reason(error: BaseException) -> str:
 
 def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
     inside = os.path.realpath(root)
-    waiting: list[tuple[str, tuple[str, ...]]] = [
-        ("", (inside,))
-    ]  # folders to look into: the name below the root; the real paths of it and of those above it
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (inside,))]  # (name below the root, real paths of it and of those above)
     while waiting:
         name, above = waiting.pop()
         try:
@@ -328,5 +326,5 @@ def _of_tar(path: Path) -> Iterator[Member]:
                 problem = None if plain else "is a link or special file; only folders and files are allowed"
                 yield Member(info.name, info.isdir(), info.size, problem, partial(stream.take, info.size))
                 info.name, info.linkname, info.pax_headers = "", "", {}  # tarfile keeps every member that it has read
-                archive.pax_headers.clear()
+                archive.pax_headers = {}
         stream.end()
