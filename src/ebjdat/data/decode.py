@@ -17,7 +17,7 @@ PIXEL_LIMIT = 50_000_000  # of an image that is to be scaled down; decoding take
 SIDE_LIMIT = 1024  # pixels, of images that are taken as they are
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT, SUBSAMPLING = 258, 262, 284, 339, 530  # tags of TIFF
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def _check_size(image: Image.Image, where: str, size: int | None) -> None:
     if width * height > PIXEL_LIMIT:
         raise DataError(f"{where} has {width}x{height} pixels; at most {PIXEL_LIMIT:,} are allowed")
     if size is None and max(width, height) > SIDE_LIMIT:
-        raise DataError(
-            f"{where} has {width}x{height} pixels; as they are, images of at most {SIDE_LIMIT}x{SIDE_LIMIT} are allowed: set data.size"
-        )
+        raise DataError(f"{where} has {width}x{height} pixels; without data.size at most {SIDE_LIMIT}x{SIDE_LIMIT} are allowed")
 
 
 def _problem(image: Image.Image, content: bytes) -> str | None:
@@ -76,8 +74,8 @@ def _problem(image: Image.Image, content: bytes) -> str | None:
         return "has floating-point pixels, whose range is not known; scale them and store 8 or 16 bits"
     if mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits there
         return "has signed or 32-bit pixels, whose range is not known; scale them and store 8 or 16 bits"
-    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I", *DEEP):
-        return f"has pixels of mode {mode}; store grey, RGB, palette, CMYK or YCbCr, with or without alpha"
+    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", *DEEP):
+        return f"has pixels of mode {mode}; store grey, RGB, palette or CMYK, with or without alpha"
     if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         return "is a CMYK JPEG without Adobe's mark, so nothing says whether its inks are inverted; store RGB"
     if image.format == "TIFF":
@@ -90,8 +88,6 @@ def _problem(image: Image.Image, content: bytes) -> str | None:
             return "has 16-bit pixels with white as 0; store black as 0"
         if bits == 16 and tags.get(PLANAR, 1) != 1:
             return "has 16-bit pixels plane by plane; store them pixel by pixel"
-        if mode == "YCbCr" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
-            return "has subsampled YCbCr pixels; store RGB"
     transparent = image.info.get("transparency")
     if image.format == "PNG" and mode == "RGB" and isinstance(transparent, tuple) and content[24] == 16:
         return "has 16-bit RGB pixels and a transparent colour; store alpha"
@@ -119,8 +115,8 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
     elif mode in ("1", "L"):
         flat = image.convert("L")
         if isinstance(transparent, int):
-            depth = content[24] if png else 8
-            shown = transparent * 255 // (2**depth - 1)  # a value of few bits is stored as it is
+            highest_stored = 2 ** content[24] - 1 if png and mode == "L" else 255  # a value of 2 or 4 bits is given as it is stored
+            shown = transparent * 255 // highest_stored
             alpha = flat.point([0 if v == shown else 255 for v in range(256)])
     elif mode in ("LA", "La"):
         image = image.convert("LA")

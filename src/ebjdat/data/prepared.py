@@ -13,12 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat import registry
-from ebjdat.data.sources import Raw, check_range
+from ebjdat.data.sources import Raw, check_range, said_of_skipped
 from ebjdat.errors import DataError
 from ebjdat.files import read_npz, write_json, write_npz
 from ebjdat.params import DataSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
+DUPLICATES = {  # of `duplicates`, what it warns of
+    "test_in_train": "test images are training images too, pixel by pixel",
+    "test_in_validation": "test images are validation images too",
+    "validation_in_train": "validation images are training images too",
+    "within_train": "training images are copies of others",
+    "within_test": "test images are copies of others",
+    "conflicting_labels": "pictures bear more than one label",
+}
 DTYPES = {  # arrays of the file: type and number of dimensions
     "images": ("uint8", 4),
     **dict.fromkeys(("labels", "train", "validation", "test"), ("int64", 1)),
@@ -107,6 +115,10 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     class_mean = np.stack([images[train[labels[train] == k]].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
     hashes = _hashes(dict(zip(HASHED, (images, labels, train, validation, test), strict=True)))
     prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, _data_hash(hashes))
+    doubles, notes, warnings = duplicates(prepared), _notes(raw), []
+    if raw.reading.get("skipped"):
+        warnings.append(said_of_skipped(raw.reading["skipped"]))
+    warnings += [f"{doubles[key]} {what}" for key, what in DUPLICATES.items() if doubles[key]]
     card = {
         "name": settings.name,
         "source": settings.source,
@@ -121,11 +133,25 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "sizes": {"train": len(train), "validation": len(validation), "test": len(test)},
         "split_seed": settings.split_seed,
         "reading": dict(raw.reading),
-        "duplicates": duplicates(prepared),
+        "duplicates": doubles,
+        "notes": notes,
+        "warnings": warnings,
         "sha256": hashes,
         "data_hash": prepared.data_hash,
     }
     return prepared, card
+
+
+def _notes(raw: Raw) -> list[str]:
+    """How files were read, where that is not what everybody expects."""
+    reading = raw.reading
+    notes = [f"the folder {folder!r} is the {split} split" for split, folder in reading.get("folders", {}).items()]
+    if reading.get("class_order") == "numeric" and list(raw.classes) != sorted(raw.classes):
+        notes.append(f"classes are in numeric order ({', '.join(raw.classes[:3])}, ...), not sorted as text; data.classes gives another")
+    notes += [f"{n} images: {rule}" for rule, n in reading.get("converted", {}).items()]
+    if reading.get("grey_stored_as_rgb"):
+        notes.append("all images are grey but stored as RGB, so three equal channels; data.channels: 1 makes them one")
+    return notes
 
 
 def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:

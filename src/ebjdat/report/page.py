@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageSequence
 
-from ebjdat.files import read_json, write_text
+from ebjdat.files import read_json, read_npz, write_text
 from ebjdat.params import RELEASED, Profile, flat
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline, tables
@@ -89,7 +88,7 @@ def write(
     for i, record in enumerate(table.to_dict("records")):
         name = record["experiment"]
         folder, mine = results / name / f"seed{seed}", [row for row in rows if row.experiment == name]
-        energy = np.load(folder / "energy.npz", allow_pickle=False)
+        energy = read_npz(folder / "energy.npz")
         histograms = {"E(x)": {g: energy[g] for g in ENERGY_GROUPS}, "E(x, y)": {g: energy[f"joint_{g}"] for g in ENERGY_GROUPS}}
         curve = pd.read_csv(folder / "finetune_curve.csv")
         checks = tables.checks_of(mine)

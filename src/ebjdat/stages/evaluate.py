@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation import frechet, robust
 from ebjdat.evaluation import generate as generation
-from ebjdat.files import git_commit, write_atomic, write_json, write_npz
+from ebjdat.files import git_commit, read_npz, write_atomic, write_json, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
@@ -107,8 +106,8 @@ def energy(
         test = DeviceData(data, "test", device, settings.n)
         x, y = test.unit(), test.labels
         moved = robust.pgd_examples(model, x, y, attack_settings.standard, attack_settings.seed, attack_settings.batch_size)
-        with np.load(samples, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+        drawn = read_npz(samples)
+        images, labels = torch.from_numpy(drawn["images"]), torch.from_numpy(drawn["labels"])
         generated = unit_from_uint8(images.to(device))
         groups = {"clean": (x, y), "adversarial": (moved, y), "generated": (generated, labels.to(device))}
         marginal, joint = {}, {}
