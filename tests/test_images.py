@@ -135,21 +135,21 @@ def over(colour: Array, alpha: Array, background: int) -> Array:
 
 STEPS = np.tile(np.arange(8), (8, 1))
 COLOURS = np.stack([STEPS * 30, np.full((8, 8), 5), 250 - STEPS])
-ONE_CLEAR = {v: np.where(STEPS == v, 0, 255) for v in (0, 2)}
+ONE_CLEAR = {v: 255 * (STEPS != v) for v in (0, 2)}
 CLEAR: dict[str, tuple[bytes, Array, Array]] = {  # file, colour, alpha
     "rgba": (saved(rgba(), "PNG"), GREY, ALPHA),
     "grey and alpha": (saved(rgba().convert("LA"), "PNG"), GREY, ALPHA),
     "webp": (saved(rgba(), "WEBP", lossless=True, exact=True), GREY, ALPHA),
     "palette, one index": (palette(2), COLOURS, ONE_CLEAR[2]),
     "palette, an alpha for each": (palette(bytes(range(0, 240, 30))), COLOURS, STEPS * 30),
-    "grey, one value": (png(GREY, 0, 8, (b"tRNS", struct.pack(">H", GREY[3, 3]))), GREY, np.where(GREY == GREY[3, 3], 0, 255)),
+    "grey, one value": (png(GREY, 0, 8, (b"tRNS", struct.pack(">H", GREY[3, 3]))), GREY, 255 * (GREY != GREY[3, 3])),
     "grey of 4 bits, one value": (with_value(4, 2), STEPS * 17, ONE_CLEAR[2]),
-    "grey of 2 bits, one value": (with_value(2, 2), STEPS % 4 * 85, np.where(STEPS % 4 == 2, 0, 255)),
-    "1 bit, one value": (with_value(1, 1), STEPS % 2 * 255, np.where(STEPS % 2 == 1, 0, 255)),
+    "grey of 2 bits, one value": (with_value(2, 2), STEPS % 4 * 85, 255 * (STEPS % 4 != 2)),
+    "1 bit, one value": (with_value(1, 1), STEPS % 2 * 255, 255 * (STEPS % 2 != 1)),
     "16-bit grey, one value": (
         png(LOW.astype(">u2"), 0, 16, (b"tRNS", struct.pack(">H", LOW[3, 3]))),
         LOW >> 8,
-        np.where(LOW == LOW[3, 3], 0, 255),
+        255 * (LOW != LOW[3, 3]),
     ),
 }
 
@@ -267,7 +267,7 @@ def test_images_are_as_large_as_networks_take_or_have_a_size() -> None:
 def test_strange_bytes_are_refused_whatever_the_decoder_makes_of_them(kind: str) -> None:
     """Bytes of a real file are set at random: pixels of the right shape, or one line that says no."""
     content, rng = grey_as(kind, "RGB"), np.random.default_rng(1)
-    refused = 0
+    said = []
     for _ in range(150):
         changed = bytearray(content)
         for at in rng.integers(0, min(len(content), 200), 3):
@@ -275,6 +275,6 @@ def test_strange_bytes_are_refused_whatever_the_decoder_makes_of_them(kind: str)
         try:
             assert decode(bytes(changed), "x", size=8).array.shape[1:] == (8, 8)
         except DataError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 0
+            said.append(str(error))
+    assert said
+    assert not [line for line in said if "\n" in line or not line.startswith("x ")]

@@ -69,15 +69,14 @@ class ZipSource(io.BufferedReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
-        self.path = path
+        self.path, self.size = path, path.stat().st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and 0 <= size <= DIRECTORY_LIMIT:
-            return super().read(size)
-        data = super().read(DIRECTORY_LIMIT + 1)
-        if len(data) > DIRECTORY_LIMIT:
+        rest = max(0, self.size - self.tell())
+        size = rest if size is None or size < 0 else min(size, rest)
+        if size > DIRECTORY_LIMIT:
             raise DataError(f"{self.path}: the list of its members has more than {DIRECTORY_LIMIT:,} bytes, which is the limit")
-        return data
+        return super().read(size)
 
 
 def read_npz(path: Path | str, limit: int = 8 * 2**30) -> dict[str, NDArray[Any]]:

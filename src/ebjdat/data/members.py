@@ -140,7 +140,7 @@ def _entry(root: Path, name: str, inside: str, follow_links: bool) -> tuple[Memb
     if not is_folder and not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         problem = f"is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; only folders and files are allowed"
-    elif is_link and not (follow_links or any(Path(real).is_relative_to(place) for place in (inside, *_dvc_cache()))):
+    elif is_link and not (follow_links or any(Path(real).is_relative_to(place) for place in (inside, *dvc_cache()))):
         problem = "is a link that leads out of the folder, and not into DVC's cache; data.follow_links: true allows it"
     return Member(name, is_folder, status.st_size, problem, partial(_read_file, root, name)), real
 
@@ -154,7 +154,7 @@ def _read_file(root: Path, name: str) -> bytes:
 
 
 @cache
-def _dvc_cache() -> tuple[str, ...]:
+def dvc_cache() -> tuple[str, ...]:
     """The real path of the DVC cache of the repository that the command runs in, as DVC says it; none where there is none."""
     asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
     lines = asked.stdout.strip().splitlines()

@@ -198,15 +198,15 @@ def load(path: Path) -> Prepared:
         raise DataError(f"{path}: there is no prepared data; run the prepare stage first") from error
     except DataError as error:
         raise DataError(f"damaged prepared data: {error}; delete it and run the prepare stage again") from error
-    if problem := _problem(arrays):
+    if problem := _problem(arrays, path):
         raise DataError(f"{path}: damaged prepared data: {problem}; delete it and run the prepare stage again")
     return Prepared(
         **{name: arrays[name] for name in DTYPES}, classes=tuple(arrays["classes"].tolist()), data_hash=str(arrays["data_hash"])
     )
 
 
-def _problem(arrays: Mapping[str, NDArray[Any]]) -> str | None:
-    """What of these arrays is not as `save` writes it, or None."""
+def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
+    """What of these arrays is not as `save` writes it, or None. Raises DataError where pixels are not in 0..255."""
     if absent := {*DTYPES, "classes", "data_hash"} - set(arrays):
         return f"without {', '.join(sorted(absent))}"
     for name, (dtype, dimensions) in DTYPES.items():
@@ -228,6 +228,7 @@ def _problem(arrays: Mapping[str, NDArray[Any]]) -> str | None:
     mean = arrays["class_mean"]
     if mean.shape != (len(classes), *images.shape[1:]) or not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 1):
         return f"class_mean has shape {mean.shape}; {(len(classes), *images.shape[1:])} in 0..1 is needed"
+    check_range(images, str(path))
     if _data_hash(_hashes({name: arrays[name] for name in HASHED})) != str(data_hash):
         return "its arrays do not have the data_hash that it states"
     return None
