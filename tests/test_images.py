@@ -135,21 +135,21 @@ def over(colour: Array, alpha: Array, background: int) -> Array:
 
 STEPS = np.tile(np.arange(8), (8, 1))
 COLOURS = np.stack([STEPS * 30, np.full((8, 8), 5), 250 - STEPS])
-ONE_CLEAR = {v: 255 * (STEPS != v) for v in (0, 2)}
+ONE_CLEAR = {v: 255 * (v != STEPS) for v in (0, 2)}
 CLEAR: dict[str, tuple[bytes, Array, Array]] = {  # file, colour, alpha
     "rgba": (saved(rgba(), "PNG"), GREY, ALPHA),
     "grey and alpha": (saved(rgba().convert("LA"), "PNG"), GREY, ALPHA),
     "webp": (saved(rgba(), "WEBP", lossless=True, exact=True), GREY, ALPHA),
     "palette, one index": (palette(2), COLOURS, ONE_CLEAR[2]),
     "palette, an alpha for each": (palette(bytes(range(0, 240, 30))), COLOURS, STEPS * 30),
-    "grey, one value": (png(GREY, 0, 8, (b"tRNS", struct.pack(">H", GREY[3, 3]))), GREY, 255 * (GREY != GREY[3, 3])),
+    "grey, one value": (png(GREY, 0, 8, (b"tRNS", struct.pack(">H", GREY[3, 3]))), GREY, 255 * (GREY[3, 3] != GREY)),
     "grey of 4 bits, one value": (with_value(4, 2), STEPS * 17, ONE_CLEAR[2]),
     "grey of 2 bits, one value": (with_value(2, 2), STEPS % 4 * 85, 255 * (STEPS % 4 != 2)),
     "1 bit, one value": (with_value(1, 1), STEPS % 2 * 255, 255 * (STEPS % 2 != 1)),
     "16-bit grey, one value": (
         png(LOW.astype(">u2"), 0, 16, (b"tRNS", struct.pack(">H", LOW[3, 3]))),
         LOW >> 8,
-        255 * (LOW != LOW[3, 3]),
+        255 * (LOW[3, 3] != LOW),
     ),
 }
 

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -140,9 +140,13 @@ def _entry(root: Path, name: str, inside: str, follow_links: bool) -> tuple[Memb
     if not is_folder and not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         problem = f"is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; only folders and files are allowed"
-    elif is_link and not (follow_links or any(Path(real).is_relative_to(place) for place in (inside, *dvc_cache()))):
+    elif is_link and not (follow_links or _is_within(real, [inside]) or _is_within(real, dvc_cache())):
         problem = "is a link that leads out of the folder, and not into DVC's cache; data.follow_links: true allows it"
     return Member(name, is_folder, status.st_size, problem, partial(_read_file, root, name)), real
+
+
+def _is_within(path: str, folders: Iterable[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
 def _read_file(root: Path, name: str) -> bytes:
