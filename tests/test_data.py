@@ -30,7 +30,8 @@ from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_cro
 from ebjdat.data.prepared import Prepared
 from ebjdat.data.sources import DataError
 from ebjdat.files import read_npz
-from ebjdat.params import AugmentSettings, DataSettings
+from ebjdat.params import AugmentSettings, DataSettings, Profile
+from ebjdat.stages import prepare
 
 from .conftest import ROOT
 
@@ -714,7 +715,7 @@ def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:
     assert raw.images.max() == 255
 
 
-def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files) -> None:
+def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files, profile: Profile, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 6 test images 3 are training images (one as BMP, one under another label); two training images are copies."""
 
     def as_bmp(content: bytes) -> bytes:
@@ -733,8 +734,11 @@ def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files) ->
     assert found["test_in_train"] + found["test_in_validation"] == 3
     assert found["within_train"] + found["within_validation"] + found["validation_in_train"] == 2
     assert (found["within_test"], found["conflicting_labels"]) == (0, 1)
-    assert "1 picture bears more than one label" in card["warnings"] or "1 pictures bear more than one label" in card["warnings"]
-    assert any("test images are" in line for line in card["warnings"])
+    assert "pictures that bear more than one label: 1" in card["warnings"]
+    prepare.run(profile.model_copy(update={"data": settings(tmp_path / "images")}), tmp_path / "data.npz", tmp_path / "card.json")
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == [f"warning: {line}" for line in card["warnings"]]
+    assert len(said) >= 3
     _, clean = prepared.prepare(DataSettings(source="digits", test=497, validation=130))
     assert set(clean["duplicates"].values()) == {0}
     assert clean["warnings"] == []

@@ -20,12 +20,12 @@ from ebjdat.params import DataSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
 DUPLICATES = {  # of `duplicates`, what it warns of
-    "test_in_train": "test images are training images too, pixel by pixel",
-    "test_in_validation": "test images are validation images too",
-    "validation_in_train": "validation images are training images too",
-    "within_train": "training images are copies of others",
-    "within_test": "test images are copies of others",
-    "conflicting_labels": "pictures bear more than one label",
+    "test_in_train": "test images that are training images too, pixel by pixel",
+    "test_in_validation": "test images that are validation images too",
+    "validation_in_train": "validation images that are training images too",
+    "within_train": "training images that are copies of others",
+    "within_test": "test images that are copies of others",
+    "conflicting_labels": "pictures that bear more than one label",
 }
 DTYPES = {  # arrays of the file: type and number of dimensions
     "images": ("uint8", 4),
@@ -118,7 +118,7 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     doubles, notes, warnings = duplicates(prepared), _notes(raw), []
     if raw.reading.get("skipped"):
         warnings.append(said_of_skipped(raw.reading["skipped"]))
-    warnings += [f"{doubles[key]} {what}" for key, what in DUPLICATES.items() if doubles[key]]
+    warnings += [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]]
     card = {
         "name": settings.name,
         "source": settings.source,
