@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import gzip
 import io
+import lzma
+import os
+import socket
+import struct
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +23,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import ebjdat.files
 from ebjdat import params
-from ebjdat.data import prepared, sources
+from ebjdat.data import members, prepared, sources
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
 from ebjdat.data.prepared import Prepared
 from ebjdat.data.sources import DataError
-from ebjdat.params import AugmentSettings, DataSettings
+from ebjdat.files import arrays_of
+from ebjdat.params import AugmentSettings, DataSettings, Profile
+from ebjdat.stages import prepare
 
 from .conftest import ROOT
 
@@ -344,3 +356,490 @@ def test_images_of_any_size_are_scaled_and_cropped_at_the_centre(tmp_path: Path)
     assert images.shape == (16, 3, 10, 10)
     assert (images[..., :4] < 30).all()
     assert (images[..., 6:] > 225).all()
+
+
+# One reader for folders and archives
+
+
+BESIDE = {  # what lies beside images: left out without a word
+    **{f"{place}Thumbs.db": b"x" for place in ("", "train/", "train/ant/")},
+    **dict.fromkeys((".DS_Store", "train/.DS_Store", "train/ant/._00.png", "README.md", "train/LICENSE", "test/bee/desktop.ini"), b"x"),
+    **dict.fromkeys(("__MACOSX/train/ant/._00.png", "train/@eaDir/00.png", ".git/config", "train/ant/@eaDir/00.png/x.jpg"), b"x"),
+}
+SKIPPED = {  # and what is counted
+    **{f"train/ant/{i}.avif": b"x" for i in range(3)},
+    **dict.fromkeys(("train/labels.csv", "train/bee/notes/why.csv", "test/cat/noname", "val/ant/00.png", "cover.png"), b"x"),
+}
+COUNTED = {
+    ".avif": {"n": 3, "example": "train/ant/0.avif"},
+    ".csv": {"n": 2, "example": "train/labels.csv"},
+    "no suffix": {"n": 1, "example": "test/cat/noname"},
+    "outside train/ and test/": {"n": 2, "example": "cover.png"},
+}
+
+
+@pytest.mark.parametrize("enclosing", ["", "set/"])
+@pytest.mark.parametrize("kind", [*KINDS, "tar", "tar.bz2"])
+def test_every_file_is_read_counted_or_known_junk(kind: str, enclosing: str, tmp_path: Path, files: Files) -> None:
+    """The same tree gives the same data and the same counts, whatever holds it."""
+    more = {"tar": "w", "tar.bz2": "w:bz2"}
+    tree = {f"{enclosing}{name}": content for name, content in {**files, **BESIDE, **SKIPPED}.items()}
+    path = as_tar(tmp_path / f"images.{kind}", tree, more[kind]) if kind in more else KINDS[kind](tmp_path, tree)
+    data, card = prepared.prepare(settings(path))
+    plain, plain_card = prepared.prepare(settings(as_folder(tmp_path / "plain", files)))
+    assert data.data_hash == plain.data_hash
+    assert (plain_card["reading"]["skipped"], plain_card["warnings"], plain_card["notes"]) == ({}, [], [])
+    found = card["reading"]["skipped"]
+    assert {name: kind["n"] for name, kind in found.items()} == {name: kind["n"] for name, kind in COUNTED.items()}
+    assert found[".avif"]["example"].startswith(f"{enclosing}train/ant/")
+    (warning,) = card["warnings"]
+    assert warning.startswith(f"skipped 8 files: 3 .avif ('{enclosing}train/ant/")
+
+
+@pytest.mark.parametrize("suffix", ["jpe", "jfif", "JPG", "ppm", "pgm", "pbm", "pnm", "gif", "webp", "Tif"])
+def test_images_of_every_suffix_are_read(suffix: str, tmp_path: Path, files: Files) -> None:
+    """Half of the images have it; the format is that of the content."""
+    renamed = {(name[:-3] + suffix if name < "train/bee" else name): content for name, content in files.items()}
+    assert sources.folder(settings(as_zip(tmp_path / "a.zip", renamed))).images.shape == (24, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar.gz"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train/ant/deeper/1.png", "is not train/<class>/<image>"),
+        ("train/1.png", "'train/1.png' is not train/<class>/<image>"),
+        ("Train/ant/1.png", "two folders are the train split"),
+        ("more/train/ant/1.png", "two folders are the train split"),
+        ("train/a\x1b[31mnt/1.png", r"a class name is printable text of at most 255 bytes; rename the folder 'a\\x1b\[31mnt'"),
+        ("train/a\nnt/1.png", r"rename the folder 'a\\nnt'"),
+        ("train/\u202eant/1.png", "printable"),
+    ],
+)
+def test_images_in_a_wrong_place_are_refused_everywhere(kind: str, name: str, expected: str, tmp_path: Path, files: Files) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        sources.folder(settings(KINDS[kind](tmp_path, {**files, name: picture(1)})))
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_cases_of_the_split_folders_are_read_and_said(tmp_path: Path, files: Files) -> None:
+    renamed = {name.replace("train/", "Training set/TRAIN/"): content for name, content in files.items()}
+    data, card = prepared.prepare(settings(as_zip(tmp_path / "a.zip", renamed)))
+    assert card["notes"] == ["the folder 'Training set/TRAIN' is the train split"]
+    assert data.data_hash == prepared.prepare(settings(as_zip(tmp_path / "b.zip", files)))[0].data_hash
+
+
+def test_one_class_name_in_two_forms_of_unicode_is_one_class(tmp_path: Path, files: Files) -> None:
+    renamed = {n.replace("test/ant", "test/e\u0301").replace("train/ant", "train/\u00e9"): c for n, c in files.items()}
+    assert sources.folder(settings(as_zip(tmp_path / "a.zip", renamed))).classes == ("bee", "cat", "\u00e9")
+
+
+def special(kind: str, path: Path) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+            server.bind(path.name)
+    elif kind == "not-utf8":
+        path.with_name(os.fsdecode(b"\xff.png")).write_bytes(picture(1))
+    elif kind == "loop of folders":
+        path.unlink(missing_ok=True)
+        path.symlink_to(path.parents[2])
+    else:
+        path.symlink_to({"device": "/dev/zero", "nowhere": "none.png", "loop": path.name, "outside": __file__}[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("fifo", "is a FIFO; only folders and files are allowed"),
+        ("socket", "is a socket; only"),
+        ("device", "is a device; only"),
+        ("nowhere", "is a link that leads nowhere"),
+        ("loop", "is a link that leads nowhere"),
+        ("loop of folders", "is a link to a folder that it lies in"),
+        ("not-utf8", "has a name that is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("follow", [False, True])
+def test_what_is_no_file_is_refused_and_never_waited_for(kind: str, expected: str, follow: bool, tmp_path: Path, files: Files) -> None:
+    path = as_folder(tmp_path / "images", files)
+    special(kind, path / "train/ant/x.png")
+    with pytest.raises(DataError, match=expected):
+        sources.folder(settings(path, follow_links=follow))
+
+
+def test_links_are_followed_where_the_settings_say_so_or_into_the_dvc_cache(
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sources.folder(settings(as_folder(tmp_path / "plain", files))).images
+
+    def linked(name: str, store: Path) -> Path:
+        store.mkdir(parents=True)
+        for i, (file, content) in enumerate(files.items()):
+            (store / str(i)).write_bytes(content)
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).symlink_to(store / str(i))
+        return tmp_path / name
+
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text(
+        "[core]\n    no_scm = true\n    analytics = false\n[cache]\n    dir = ../store\n    type = symlink\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    members.dvc_cache.cache_clear()
+    assert np.array_equal(sources.folder(settings(linked("cached", tmp_path / "store/files/md5/00"))).images, expected)
+    elsewhere = linked("linked", tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"is a link that leads out of the folder, and not into DVC's cache; data\.follow_links: true"):
+        sources.folder(settings(elsewhere))
+    assert np.array_equal(sources.folder(settings(elsewhere, follow_links=True)).images, expected)
+    members.dvc_cache.cache_clear()
+
+
+def test_folders_and_files_that_may_not_be_read_are_refused(files: Files) -> None:
+    """As another user where the tests are run by root, who may read everything."""
+    with tempfile.TemporaryDirectory() as place:
+        path = as_folder(Path(place) / "images", files)
+        os.chmod(place, 0o755)
+        user = os.geteuid()
+        for name, expected in (
+            ("train/ant/00.png", "'train/ant/00.png' cannot be read .Permission denied"),
+            ("train/ant", "the folder 'train/ant'"),
+        ):
+            (path / name).chmod(0)
+            try:
+                if user == 0:
+                    os.seteuid(65534)
+                with pytest.raises(DataError, match=expected):
+                    sources.folder(settings(path))
+            finally:
+                os.seteuid(user)
+                (path / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "nul\0byte", "none"])
+def test_paths_that_cannot_be_are_refused(path: str) -> None:
+    with pytest.raises(DataError, match="there is no such folder or archive"):
+        sources.folder(DataSettings(source="folder", path="x", validation=3).model_copy(update={"path": path}))
+
+
+# Bombs and damage
+
+
+def lying_zip(path: Path, files: Files, method: int, size: int) -> Path:
+    """The last member unpacks to `size` bytes and states 1000."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr("train/ant/last.png", bytes(size))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<L", size), struct.pack("<L", 1000)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (zipfile.ZIP_DEFLATED, "corrupt or truncated"),
+        (zipfile.ZIP_BZIP2, "is compressed by method 12; stored and deflate are allowed"),
+        (zipfile.ZIP_LZMA, "is compressed by method 14; stored"),
+    ],
+)
+def test_a_zip_member_that_lies_about_its_size_takes_no_memory(method: int, expected: str, tmp_path: Path, files: Files) -> None:
+    path = lying_zip(tmp_path / "a.zip", files, method, 16_000_000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=expected):
+        sources.folder(settings(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
+def header(kind: bytes, size: int, name: str = "train/ant/x") -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+RECORD = header(tarfile.XHDTYPE, 17) + padded(b"17 comment=aaaaa\n")
+LONG = 3_000_000
+LONG_NAME = header(tarfile.GNUTYPE_LONGNAME, 1500) + padded(b"a" * 1500)
+BROKEN_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # what becomes of a tar (its end mark cut off)
+    "long name": (lambda tar: tar + header(tarfile.GNUTYPE_LONGNAME, LONG) + bytes(LONG), "bytes of names and headers"),
+    "pax": (lambda tar: tar + header(tarfile.XHDTYPE, LONG) + bytes(LONG), "bytes of names and headers"),
+    "first pax": (lambda tar: header(tarfile.XGLTYPE, LONG) + bytes(LONG), "bytes of names and headers"),
+    "terabytes": (lambda tar: tar + header(b"0", 2**33 - 1, "train/ant/x.txt") * 3 + bytes(512), "unexpected end"),
+    "more than the limit": (lambda tar: tar + header(b"0", 2**35, "notes.txt") + bytes(1024), "unpacks to more than"),
+    "records without end": (lambda tar: tar + RECORD * 900 + bytes(1024), "corrupt or truncated"),
+    "sparse": (lambda tar: tar + header(tarfile.GNUTYPE_SPARSE, 0) + bytes(1024), "packed as a sparse file"),
+    "fifo": (lambda tar: tar + header(tarfile.FIFOTYPE, 0) + bytes(1024), "is a link or special file"),
+    "no end mark": (lambda tar: tar, "its end mark is missing"),
+    "broken header": (lambda tar: tar[:1024] + tar[1024:].replace(b"train", b"tra1n", 1) + bytes(1024), "a header is broken"),
+    "a tar behind a tar": (lambda tar: tar + bytes(1024) + tar + bytes(1024), "more follows after its end mark"),
+    "twice": (lambda tar: tar + tar[:1024] + bytes(1024), "has two members"),
+    "long path": (
+        lambda tar: tar + header(tarfile.GNUTYPE_LONGNAME, 1500) + padded(b"a" * 1500) + header(b"0", 0) + bytes(1024),
+        "characters; at",
+    ),
+    "negative size": (lambda tar: tar + negative(header(b"0", 0)) + bytes(1024), "corrupt or truncated"),
+}
+
+
+def negative(block: bytes) -> bytes:
+    """A member of -1024 bytes, in base 256: a reader that believes it goes back and never ends."""
+    block = block[:124] + (-1024).to_bytes(12, "big", signed=True) + b" " * 12 + block[148:]
+    block = block[:136] + b"0" * 11 + b"\0" + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress], ids=["tar", "gz", "xz"])
+@pytest.mark.parametrize("kind", BROKEN_TARS)
+def test_broken_and_swollen_tars_are_refused(kind: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    small = {f"{s}/{c}/{i}.png": picture(i) for s in ("train", "test") for c in ("ant", "bee") for i in range(4)}
+    whole = as_tar(tmp_path / "whole.tar", small, "w").read_bytes()
+    change, expected = BROKEN_TARS[kind]
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(compress(change(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512))))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=expected) as caught:
+        sources.folder(settings(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12_000_000
+    assert "\n" not in str(caught.value)
+
+
+def test_streams_are_bounded_in_all_and_in_what_decoding_takes(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = as_tar(tmp_path / "a.tar", files, "w")
+    plain, tail = path.read_bytes(), bytes(3_000_000)
+    for name, compress in (("a.tar.gz", gzip.compress), ("a.tar.xz", lzma.compress), ("a.tar.bz2", bz2.compress)):
+        several = tmp_path / name
+        several.write_bytes(compress(plain) + compress(tail) + compress(tail))  # streams one after another are one
+        assert sources.folder(settings(several)).images.shape == (24, 3, 8, 8)
+        with monkeypatch.context() as limits:
+            limits.setattr(members, "STREAM_LIMIT", 5_000_000)
+            with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
+                sources.folder(settings(several))
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "XZ_MEMORY", 2**20)
+        with pytest.raises(DataError, match=r"a\.tar\.xz: the archive is corrupt or truncated .*emory"):
+            sources.folder(settings(tmp_path / "a.tar.xz"))
+
+
+def test_numbers_and_sizes_of_files_are_bounded(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = as_folder(tmp_path / "images", files)
+    for name, value, place, expected in (
+        ("COUNT_LIMIT", 20, members, "has more than 20 files and folders"),
+        ("FILE_LIMIT", 50, sources, "bytes; at most 50 are allowed"),
+        ("DATA_LIMIT", 1000, sources, "images take more than 1,000 bytes"),
+    ):
+        with monkeypatch.context() as limits:
+            limits.setattr(place, name, value)
+            with pytest.raises(DataError, match=expected):
+                sources.folder(settings(path))
+    with (path / "train/ant/notes.txt").open("wb") as file:
+        file.truncate(2**40)  # a sparse file of a terabyte, no image: counted, not read
+    assert sources.folder(settings(path)).reading["skipped"][".txt"]["n"] == 1
+    monkeypatch.setattr(ebjdat.files, "DIRECTORY_LIMIT", 500)
+    with pytest.raises(DataError, match=r"the list of its members has more than 500 bytes"):
+        sources.folder(settings(as_zip(tmp_path / "a.zip", files)))
+
+
+def test_encrypted_zips_are_refused(tmp_path: Path, files: Files) -> None:
+    path = as_zip(tmp_path / "a.zip", files)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\1\2")
+    content[at + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"'train/ant/00\.png' is encrypted"):
+        sources.folder(settings(path))
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz", "zip"])
+def test_damaged_archives_are_read_whole_or_refused(kind: str, tmp_path: Path, files: Files) -> None:
+    """Random bytes are changed: nothing but DataError comes out, and no image is dropped without a word."""
+    path = as_tar(tmp_path / "a.tar", files, "w") if kind == "tar" else KINDS[kind](tmp_path, files)
+    content, rng = path.read_bytes(), np.random.default_rng(3)
+    for _ in range(30):
+        changed = bytearray(content)
+        changed[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        with contextlib.suppress(DataError):
+            raw = sources.folder(settings(path))
+            assert len(raw.images) + sum(kind["n"] for kind in raw.reading["skipped"].values()) == 24
+
+
+# Labels, ranges and duplicates
+
+
+def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) -> None:
+    files = {f"{s}/{c}/{i}.png": picture(c, mode="L") for s in ("train", "test") for c in range(12) for i in range(3)}
+    path = as_zip(tmp_path / "a.zip", files)
+    data, card = prepared.prepare(settings(path, validation=12))
+    assert data.classes == tuple(map(str, range(12)))
+    assert (data.images[:, 0, 0, 0] == data.labels).all()
+    assert card["reading"]["class_order"] == "numeric"
+    assert "classes are in numeric order (0, 1, 2, ...), not sorted as text; data.classes gives another" in card["notes"]
+    named = {name.replace("/11/", "/eleven/"): content for name, content in files.items()}
+    assert sources.folder(settings(as_zip(tmp_path / "b.zip", named))).classes == (*sorted(map(str, range(11))), "eleven")
+    text = sorted(map(str, range(12)))
+    given = sources.folder(settings(path, classes=text))
+    assert given.classes == tuple(text)
+    assert (given.images[:, 0, 0, 0] == np.array([int(c) for c in text])[given.labels]).all()
+    for wrong, expected in (([*text, "12"], "without a folder '12'"), (text[1:], "not given '0'"), ([*text, "0"], "named once")):
+        with pytest.raises(DataError, match=expected):
+            sources.folder(settings(path, classes=wrong))
+
+
+def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
+    masks = {f"{s}/{c}/{i}.png": picture(i % 2, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
+    with pytest.raises(DataError, match=r"a\.zip: no pixel is above 1; pixels in 0\.\.255 are needed\. Were they divided by 255"):
+        prepared.prepare(settings(as_zip(tmp_path / "a.zip", masks)))
+
+
+def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:
+    def deep(value: int) -> bytes:
+        memory = io.BytesIO()
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(memory, "PNG")
+        return memory.getvalue()
+
+    files = {f"{s}/{c}/{i}.png": deep(4095 - i) for s in ("train", "test") for c in "ab" for i in range(4)}
+    with pytest.raises(DataError, match="the highest value of its 16 16-bit grey images is 4095"):
+        sources.folder(settings(as_zip(tmp_path / "a.zip", files)))
+    raw = sources.folder(settings(as_zip(tmp_path / "b.zip", {**files, "train/a/0.png": deep(65535)})))
+    assert raw.reading["converted"] == {"16-bit grey to 8 bits (v >> 8)": 16}
+    assert raw.images.max() == 255
+
+
+def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files, profile: Profile, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 6 test images 3 are training images (one as BMP, one under another label); two training images are copies."""
+
+    def as_bmp(content: bytes) -> bytes:
+        memory = io.BytesIO()
+        Image.open(io.BytesIO(content)).save(memory, "BMP")
+        return memory.getvalue()
+
+    files = {name: picture(10 * i) for i, name in enumerate(files)}
+    files["test/ant/00.png"] = files["train/ant/03.png"]
+    files["test/ant/01.bmp"] = as_bmp(files["train/ant/04.png"])
+    del files["test/ant/01.png"]
+    files["test/bee/00.png"] = files["train/cat/02.png"]
+    files["train/ant/90.png"] = files["train/ant/91.png"] = files["train/ant/05.png"]
+    _, card = prepared.prepare(settings(as_folder(tmp_path / "images", files)))
+    found = card["duplicates"]
+    assert found["test_in_train"] + found["test_in_validation"] == 3
+    assert found["within_train"] + found["within_validation"] + found["validation_in_train"] == 2
+    assert (found["within_test"], found["conflicting_labels"]) == (0, 1)
+    assert "pictures that bear more than one label: 1" in card["warnings"]
+    prepare.run(profile.model_copy(update={"data": settings(tmp_path / "images")}), tmp_path / "data.npz", tmp_path / "card.json")
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert said == [f"warning: {line}" for line in card["warnings"]]
+    assert len(said) >= 3
+    _, clean = prepared.prepare(DataSettings(source="digits", test=497, validation=130))
+    assert set(clean["duplicates"].values()) == {0}
+    assert clean["warnings"] == []
+
+
+# Prepared data that this project did not write
+
+
+def npz(path: Path, arrays: dict[str, np.ndarray], compress: bool = False) -> Path:
+    (np.savez_compressed if compress else np.savez)(path, **arrays)
+    return path
+
+
+FORGED: dict[str, tuple[dict[str, object], str]] = {
+    "index beyond": ({"train": np.array([0, 9999])}, "indices of the splits"),
+    "negative index": ({"test": np.array([-1])}, "indices of the splits"),
+    "image in two splits": ({"test": np.array([0, 1]), "train": np.array([0, 2])}, "indices of the splits"),
+    "empty split": ({"validation": np.array([], np.int64)}, "validation is int64 .0,."),
+    "labels beyond": ({"labels": np.full(1797, 10)}, "labels are .1797,. in 10..10"),
+    "negative labels": ({"labels": np.full(1797, -1)}, "in -1..-1"),
+    "unsigned labels": ({"labels": np.zeros(1797, np.uint64)}, "labels is uint64"),
+    "fewer labels": ({"labels": np.zeros(3, np.int64)}, "labels are .3,."),
+    "float images": ({"images": np.zeros((1797, 1, 8, 8), np.float32)}, "images is float32"),
+    "flat images": ({"images": np.zeros((1797, 64), np.uint8)}, "images is uint8 .1797, 64."),
+    "two channels": ({"images": np.zeros((1797, 2, 8, 8), np.uint8)}, "1 or 3"),
+    "other pixels": ({"images": np.full((1797, 1, 8, 8), 7, np.uint8)}, "data_hash"),
+    "divided": ({"images": np.ones((1797, 1, 8, 8), np.uint8)}, "no pixel is above 1"),
+    "nan means": ({"class_mean": np.full((10, 1, 8, 8), np.nan, np.float32)}, "class_mean"),
+    "means of another shape": ({"class_mean": np.zeros((9, 1, 8, 8), np.float32)}, "class_mean"),
+    "number classes": ({"classes": np.arange(10)}, "classes is int64"),
+    "a class twice": ({"classes": np.array(["a"] * 10)}, "none twice"),
+    "objects": ({"classes": np.array(["a", {}], dtype=object)}, "Python objects"),
+    "without classes": ({"classes": None}, "without classes"),
+    "hash of another type": ({"data_hash": np.zeros(3)}, "data_hash is float64"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_prepared_data_is_refused(kind: str, tmp_path: Path, digits: Prepared) -> None:
+    prepared.save(digits, {}, tmp_path / "data.npz", tmp_path / "card.json")
+    with np.load(tmp_path / "data.npz") as file:
+        arrays = dict(file)
+    changed, expected = FORGED[kind]
+    path = npz(tmp_path / "forged.npz", {k: v for k, v in {**arrays, **changed}.items() if v is not None})
+    with pytest.raises(DataError, match=expected) as caught:
+        prepared.load(path)
+    assert "forged.npz" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def stated(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    memory = io.BytesIO()
+    np.lib.format.write_array_header_1_0(memory, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return memory.getvalue()
+
+
+MEMBERS: dict[str, tuple[bytes, str]] = {  # of an .npz, deflated
+    "terabytes": (stated((10**6, 3, 1024, 1024)), "which is not what follows"),
+    "negative": (stated((-1, 8)) + bytes(64), "which is not what follows"),
+    "too short": (stated((4, 8)) + bytes(8), "which is not what follows"),
+    "too long": (stated((4, 8)) + bytes(99), "which is not what follows"),
+    "header of 4 GB": (b"\x93NUMPY\2\0" + b"\xff" * 4 + bytes(50_000_000), "not a readable .npz"),
+    "swollen": (stated((70_000_000,)) + bytes(70_000_000), "expands from"),
+    "version 9": (b"\x93NUMPY\x09\0" + bytes(99), "not a readable .npz|format version"),
+    "no array": (b"hello", "not a readable .npz"),
+    "nothing": (b"", "not a readable .npz"),
+    "code": (b"\x93NUMPY\1\0\x20\0" + b"__import__('os').abort()".ljust(32), "not a readable .npz"),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_npz_members_are_checked_before_they_are_read(kind: str, tmp_path: Path) -> None:
+    content, expected = MEMBERS[kind]
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=expected):
+        arrays_of(tmp_path / "a.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
+
+
+def test_npz_files_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(12).reshape(3, 4),
+        "f": np.asfortranarray(np.random.default_rng(0).normal(size=(4, 5))),
+        "t": np.array(["é", "x"]),
+    }
+    arrays |= {"s": np.array(3.5), "empty": np.zeros((0, 5), np.uint8), "b": np.array([True, False]), "big": np.arange(5, dtype=">i4")}
+    for compress in (False, True):
+        found = arrays_of(npz(tmp_path / "a.npz", arrays, compress))
+        assert list(found) == list(arrays)
+        assert all(np.array_equal(found[name], array) and found[name].dtype == array.dtype for name, array in arrays.items())
+    with pytest.raises(DataError, match=r"its arrays have .* bytes; at most 100 are allowed"):
+        arrays_of(tmp_path / "a.npz", limit=100)
+    with pytest.raises(FileNotFoundError):
+        arrays_of(tmp_path / "none.npz")
+    with pytest.raises(DataError, match="is not a file"):
+        arrays_of(tmp_path)
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"not a readable \.npz"):
+        arrays_of(tmp_path / "a.npz")

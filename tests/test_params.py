@@ -361,7 +361,7 @@ def test_files_that_settings_name_are_looked_for_before_anything_trains(tmp_path
         (["seeds=[0, 0.0]"], "seeds: each seed may stand once"),
         (["seeds=[1, true]"], "seeds.1: a number is allowed, found True"),
         (['seeds=["0"]'], "seeds.0: a number is allowed, found '0'"),
-        (["data={source: folder, test: null, path: x, size: 1e6}"], "data.size: input should be less than or equal to 4096"),
+        (["data={source: folder, test: null, path: x, size: 1e6}"], "data.size: input should be less than or equal to 1024"),
         (['data.root="a\\nb"'], "data.root: printable characters on one line are allowed"),
         (["data.root=''"], "data.root: string should have at least 1 character"),
     ],

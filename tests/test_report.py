@@ -612,6 +612,21 @@ def test_every_claim_of_the_full_profile_is_judged() -> None:
         assert evidence.trained_robust == ["pgd_at", "trades"]
 
 
+def test_the_page_says_what_the_data_card_warns_of(profile: Profile, filled: Path) -> None:
+    rows = tables.collect(profile, filled, "d1")
+    found = {"duplicates": {"test_in_train": 40, "conflicting_labels": 0}, "notes": ["the folder '<b>' is the train split"]}
+    warning = "test images that are training images too, pixel by pixel: 40"
+    html = write_page(profile, filled, rows, {**CARD, **found, "warnings": [warning]})
+    data = html[html.index('<details id="data">') : html.index("</details>", html.index('<details id="data">'))]
+    assert '<span class="flag">1 warning</span>' in data
+    assert f'<li class="fail">{warning}</li>' in data
+    assert "<dt><code>test_in_train</code></dt><dd>40</dd>" in data
+    assert "<b>' is" not in data
+    clean = write_page(profile, filled, rows, {**CARD, **found, "warnings": []})
+    assert "no warnings" in clean[clean.index('<details id="data">') :][:200]
+    assert '<details id="data">' not in write_page(profile, filled, rows)  # a card of an earlier version
+
+
 def test_names_cannot_inject_markup(profile: Profile, filled: Path) -> None:
     rows = collect(profile, filled, "d1")
     card = {**CARD, "name": "<script>alert(1)</script>"}

@@ -17,6 +17,10 @@ class TrackingError(UserError):
     """The tracking store cannot be reached or used."""
 
 
+class DataError(UserError):
+    """The data cannot be used."""
+
+
 def printable(text: object, keep: str = "") -> str:
     r"""Text in which everything that a terminal would take as a command stands as an escape, as in "\x1b[2J".
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import subprocess
 import zipfile
@@ -13,11 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebjdat.errors import UserError, brief
+from ebjdat.errors import DataError, UserError, brief
 
 if TYPE_CHECKING:  # settings use this module too, and must not wait for NumPy
     from numpy.typing import ArrayLike, NDArray
 
+DIRECTORY_LIMIT = 64 * 2**20  # bytes of a zip's list of members
+MOST_ARRAYS = 10_000  # in an .npz
+HEADER = 2**16  # bytes at the start of an array in it, which hold its header
+SMALL = 64 * 2**20  # bytes that are read whatever they expand from
+EXPANSION = 200  # times; images and verdicts shrink less than that
 LARGEST = 64 * 2**20  # bytes of a file that is read as a whole; ours have thousands
 DEEPEST = 50  # levels of a JSON text; ours have about ten
 
@@ -112,18 +119,75 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Arrays of a file of `write_npz`: these, or all. Raises FileError.
+    """Arrays of a file of `write_npz`: these, or all. Raises FileError."""
+    with reading(path, largest=None):
+        try:
+            found = arrays_of(path)
+        except DataError as error:
+            raise ValueError(str(error).removeprefix(f"{path}: ")) from error
+        return {name: found[name] for name in names or found}
 
-    Members are not compressed there, and no other are read: so there is never more in memory than the file has bytes.
+
+class ZipSource(io.BufferedReader):
+    """A file for zipfile.ZipFile, which then reads no list of members longer than DIRECTORY_LIMIT into memory (or DataError)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.path, self.size = path, path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = max(0, self.size - self.tell())
+        size = rest if size is None or size < 0 else min(size, rest)
+        if size > DIRECTORY_LIMIT:
+            raise DataError(f"{self.path}: the list of its members has more than {DIRECTORY_LIMIT:,} bytes, which is the limit")
+        return super().read(size)
+
+
+def arrays_of(path: Path | str, limit: int = 8 * 2**30) -> dict[str, NDArray[Any]]:
+    """Arrays by name, without any pickled object. Raises DataError for a file that is no such thing, and FileNotFoundError.
+
+    What the file states is checked before memory is taken for it: arrays of more than `limit` bytes together, and those that
+    expand more than EXPANSION times, are refused.
     """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(path) if not path.exists() else DataError(f"{path}: is not a file")
+        with ZipSource(path) as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            names = [member.filename.removesuffix(".npy") for member in members]
+            if len(members) > MOST_ARRAYS or len(set(names)) < len(names):
+                raise DataError(f"{path}: has {len(members)} members; at most {MOST_ARRAYS} arrays with names of their own are allowed")
+            if (total := sum(member.file_size for member in members)) > limit:
+                raise DataError(f"{path}: its arrays have {total:,} bytes; at most {limit:,} are allowed")
+            return {name: _read_npy(archive, member, f"{path}: {name[:80]!r}") for name, member in zip(names, members, strict=True)}
+    except (FileNotFoundError, DataError):
+        raise
+    except Exception as error:  # malformed bytes make the libraries fail in any way that there is
+        raise DataError(f"{path}: not a readable .npz file ({str(error)[:200] or type(error).__name__})") from error
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> NDArray[Any]:
     import numpy as np
 
-    with reading(path, largest=None):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("it is compressed, which this package never does")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names or file.files}
+    if not member.filename.endswith(".npy") or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{where} is no .npy member, stored or deflated")
+    if member.file_size > SMALL and member.file_size > EXPANSION * member.compress_size:
+        raise DataError(f"{where} expands from {member.compress_size:,} to {member.file_size:,} bytes; {EXPANSION} times is the limit")
+    with archive.open(member) as file:
+        start = io.BytesIO(file.read(HEADER))  # no longer header is read, whatever length it states
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(start)
+    if version not in read:
+        raise DataError(f"{where} has format version {version}; 1.0 and 2.0 are allowed")
+    shape, _, dtype = read[version](start)
+    if dtype.hasobject:
+        raise DataError(f"{where} holds Python objects; plain numbers and text are allowed")
+    states = dtype.itemsize * math.prod(shape)
+    if any(n < 0 for n in shape) or start.tell() + states != member.file_size:
+        raise DataError(f"{where} states shape {shape} of {dtype}, which is not what follows in the file")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def digest(*parts: Any) -> str:

@@ -123,7 +123,11 @@ class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
     label: Annotated[Line, Field(max_length=LONGEST)] | None = None  # how the data set is called in tables; default: the source's name
     path: FilePath | None = None  # source folder: a folder or archive of class folders
-    size: Annotated[int, Number, Field(ge=8, le=4096)] | None = None  # source folder: scale the shorter side to it, crop the centre
+    size: Annotated[int, Number, Field(ge=8, le=1024)] | None = None  # source folder: scale the shorter side to it, crop the centre
+    channels: Literal[1, 3] | None = None  # source folder: read all images as grey or RGB; None: grey where all files store grey
+    background: Annotated[int, Number, Field(ge=0, le=255)] = 255  # source folder: grey level under transparent pixels
+    classes: tuple[str, ...] | None = None  # source folder: class folders in the order of their labels; None: see docs/data.md
+    follow_links: StrictBool = False  # source folder: also links that lead out of it, and not into this repository's DVC cache
     root: FilePath = "datasets"  # where torchvision's sets are kept and downloaded to when missing
     test: Count | None = None  # digits: images held out for testing
     validation: Count  # images held out of training to select checkpoints
@@ -151,8 +155,10 @@ class DataSettings(Settings):
     def consistent(self) -> Self:
         if self.source == "folder" and not self.path:
             raise ValueError("source 'folder' needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
-        if self.source != "folder" and self.size:
-            raise ValueError(f"`size` is for source 'folder'; images of {self.source!r} have one size")
+        if self.source != "folder":
+            for name in ("size", "channels", "background", "classes", "follow_links"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` is for source 'folder'; images of {self.source!r} are read one way")
         if self.source == "digits" and not self.test:
             raise ValueError(f"source 'digits' needs `test`, how many of its {DIGITS_SIZE} images are held out for testing")
         if self.source != "digits" and self.test:

@@ -101,7 +101,12 @@ EVALUATION = (
 )
 CODE = {
     "prepare": package(
-        *BASE, "data/sources.py", "data/prepared.py", "stages/prepare.py"
+        *BASE,
+        "data/sources.py",
+        "data/members.py",
+        "data/decode.py",
+        "data/prepared.py",
+        "stages/prepare.py",
     ),
     "train": package(
         *BASE, "data", "models", "samplers", "objectives", "training", "stages/train.py"

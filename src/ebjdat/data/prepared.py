@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat import registry
-from ebjdat.data.sources import DataError, Raw
-from ebjdat.files import write_json, write_npz
+from ebjdat.data.sources import Raw, check_range, said_of_skipped
+from ebjdat.errors import DataError
+from ebjdat.files import arrays_of, write_json, write_npz
 from ebjdat.params import DataSettings
+
+HASHED = ("images", "labels", "train", "validation", "test")
+DUPLICATES = {  # of `duplicates`, what it warns of
+    "test_in_train": "test images that are training images too, pixel by pixel",
+    "test_in_validation": "test images that are validation images too",
+    "validation_in_train": "validation images that are training images too",
+    "within_train": "training images that are copies of others",
+    "within_test": "test images that are copies of others",
+    "conflicting_labels": "pictures that bear more than one label",
+}
+DTYPES = {  # arrays of the file: type and number of dimensions
+    "images": ("uint8", 4),
+    **dict.fromkeys(("labels", "train", "validation", "test"), ("int64", 1)),
+    "class_mean": ("float32", 4),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
 def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     """Read the source, make the splits and the data card."""
     raw: Raw = registry.load(registry.SOURCES, settings.source)(settings)
+    check_range(raw.images, settings.path or settings.name)
     train, validation, test = make_splits(raw, settings)
     kept = np.concatenate([train, validation, test])
     images, labels = raw.images[kept], raw.labels[kept]
@@ -94,11 +112,13 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     absent = [raw.classes[k] for k in range(len(raw.classes)) if not (labels[train] == k).any()]
     if absent:
         raise DataError(f"no training images are left of {', '.join(absent)}; raise data.n_train or lower data.validation")
-    class_mean = np.stack([images[train][labels[train] == k].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
-    arrays = {"images": images, "labels": labels, "train": train, "validation": validation, "test": test}
-    hashes = {name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for name, array in arrays.items()}
-    data_hash = hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()[:16]
-    prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, data_hash)
+    class_mean = np.stack([images[train[labels[train] == k]].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
+    hashes = _hashes(dict(zip(HASHED, (images, labels, train, validation, test), strict=True)))
+    prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, _data_hash(hashes))
+    doubles, notes, warnings = duplicates(prepared), _notes(raw), []
+    if raw.reading.get("skipped"):
+        warnings.append(said_of_skipped(raw.reading["skipped"]))
+    warnings += [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]]
     card = {
         "name": settings.name,
         "source": settings.source,
@@ -112,10 +132,54 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         },
         "sizes": {"train": len(train), "validation": len(validation), "test": len(test)},
         "split_seed": settings.split_seed,
+        "reading": dict(raw.reading),
+        "duplicates": doubles,
+        "notes": notes,
+        "warnings": warnings,
         "sha256": hashes,
-        "data_hash": data_hash,
+        "data_hash": prepared.data_hash,
     }
     return prepared, card
+
+
+def _notes(raw: Raw) -> list[str]:
+    """How files were read, where that is not what everybody expects."""
+    reading = raw.reading
+    notes = [f"the folder {folder!r} is the {split} split" for split, folder in reading.get("folders", {}).items()]
+    if reading.get("class_order") == "numeric" and list(raw.classes) != sorted(raw.classes):
+        notes.append(f"classes are in numeric order ({', '.join(raw.classes[:3])}, ...), not sorted as text; data.classes gives another")
+    notes += [f"{n} images: {rule}" for rule, n in reading.get("converted", {}).items()]
+    if reading.get("grey_stored_as_rgb"):
+        notes.append("all images are grey but stored as RGB, so three equal channels; data.channels: 1 makes them one")
+    return notes
+
+
+def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    return {name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
+
+
+def _data_hash(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()[:16]
+
+
+def duplicates(data: Prepared) -> dict[str, int]:
+    """Images that are there more than once, by their pixels. `*_in_train`, `test_in_validation`: images of the first split whose
+    pixels some image of the second has; `within_*`: images beyond the first of each content; `conflicting_labels`: contents that
+    bear more than one label.
+    """
+    contents = [hashlib.sha256(image.data).digest() for image in np.ascontiguousarray(data.images)]
+    parts = {name: [contents[i] for i in getattr(data, name)] for name in ("train", "validation", "test")}
+    found = {name: set(part) for name, part in parts.items()}
+    labels: dict[bytes, set[int]] = defaultdict(set)
+    for content, label in zip(contents, data.labels.tolist(), strict=True):
+        labels[content].add(label)
+    return {
+        "test_in_train": sum(content in found["train"] for content in parts["test"]),
+        "test_in_validation": sum(content in found["validation"] for content in parts["test"]),
+        "validation_in_train": sum(content in found["train"] for content in parts["validation"]),
+        **{f"within_{name}": len(part) - len(found[name]) for name, part in parts.items()},
+        "conflicting_labels": sum(len(some) > 1 for some in labels.values()),
+    }
 
 
 def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) -> None:
@@ -127,20 +191,44 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
 
 
 def load(path: Path) -> Prepared:
-    """Read prepared data. Raises DataError when the file is missing or damaged."""
+    """Read prepared data. Raises DataError when the file is missing, damaged, or not what `save` writes."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return Prepared(
-                images=file["images"],
-                labels=file["labels"],
-                train=file["train"],
-                validation=file["validation"],
-                test=file["test"],
-                class_mean=file["class_mean"],
-                classes=tuple(file["classes"].tolist()),
-                data_hash=str(file["data_hash"]),
-            )
+        arrays = arrays_of(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no prepared data; run the prepare stage first") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: damaged prepared data ({error}); delete it and run the prepare stage again") from error
+    except DataError as error:
+        raise DataError(f"damaged prepared data: {error}; delete it and run the prepare stage again") from error
+    if problem := _problem(arrays, path):
+        raise DataError(f"{path}: damaged prepared data: {problem}; delete it and run the prepare stage again")
+    return Prepared(
+        **{name: arrays[name] for name in DTYPES}, classes=tuple(arrays["classes"].tolist()), data_hash=str(arrays["data_hash"])
+    )
+
+
+def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
+    """What of these arrays is not as `save` writes it, or None. Raises DataError where pixels are not in 0..255."""
+    if absent := {*DTYPES, "classes", "data_hash"} - set(arrays):
+        return f"without {', '.join(sorted(absent))}"
+    for name, (dtype, dimensions) in DTYPES.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.ndim != dimensions or not array.size:
+            return f"{name} is {array.dtype} {array.shape}; {dtype} of {dimensions} dimensions is needed"
+    images, labels, classes, data_hash = (arrays[name] for name in ("images", "labels", "classes", "data_hash"))
+    if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < max(2, len(classes)):
+        return f"classes is {classes.dtype} {classes.shape}; at least two names are needed, none twice"
+    if data_hash.dtype.kind != "U" or data_hash.ndim:
+        return f"data_hash is {data_hash.dtype} {data_hash.shape}; one text is needed"
+    if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+        return f"images have shape {images.shape}; (N, 1 or 3, size, size) is needed"
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= len(classes):
+        return f"labels are {labels.shape} in {labels.min()}..{labels.max()}; {len(images)} in 0..{len(classes) - 1} are needed"
+    index = np.concatenate([arrays[name] for name in ("train", "validation", "test")])
+    if index.min() < 0 or index.max() >= len(images) or len(np.unique(index)) < len(index):
+        return f"indices of the splits are not each another one in 0..{len(images) - 1}"
+    mean = arrays["class_mean"]
+    if mean.shape != (len(classes), *images.shape[1:]) or not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 1):
+        return f"class_mean has shape {mean.shape}; {(len(classes), *images.shape[1:])} in 0..1 is needed"
+    check_range(images, str(path))
+    if _data_hash(_hashes({name: arrays[name] for name in HASHED})) != str(data_hash):
+        return "its arrays do not have the data_hash that it states"
+    return None

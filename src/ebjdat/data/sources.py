@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import io
-import lzma
 import tarfile
-import zipfile
-import zlib
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ebjdat.errors import UserError
+from ebjdat.data.decode import decode
+from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, members
+from ebjdat.errors import DataError as DataError
 from ebjdat.params import DataSettings
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".zip")
-MEMBER_LIMIT = 64 * 2**20  # bytes; no image file is that large, a decompression bomb is
+DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
+CLASS_NAME_LIMIT = 255  # bytes, as of file systems
+DARK = 4096  # a set of 16-bit images without a value as high as this is nearly black in 8 bits
 SPLITS = ("train", "test")
 MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # what torchvision raises where a set is not whole
 
 
-class DataError(UserError):
-    """The data cannot be used; says what is wrong, where, and what to do."""
-
-
 @dataclass(frozen=True)
 class Raw:
-    """images: uint8 (N, C, H, W); labels: int64 (N,); test: bool (N,); ordered: whether the source's order means anything."""
+    """images: uint8 (N, C, H, W); labels: int64 (N,), indices into classes; test: bool (N,).
+
+    ordered: whether the source's order means anything. reading: what the data card says of how files were read.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     test: NDArray[np.bool_]
     classes: tuple[str, ...]
     ordered: bool
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def digits(settings: DataSettings) -> Raw:
@@ -100,160 +99,159 @@ def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple
 
 
 def folder(settings: DataSettings) -> Raw:
-    """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive of one.
+    """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive, also below one enclosing folder.
 
-    Archives are read in memory, member by member: nothing is unpacked to disk. Archives may have one enclosing folder.
-    All images must have one square size, or get it from `settings.size`: the shorter side is scaled to it, the centre is
-    cropped. Grey images stay grey where all are, everything else becomes RGB.
+    Every file is read, refused (DataError), counted as skipped in `reading`, or junk of the kind that data.members names. All images
+    must have one square size, or get it from `settings.size`. Images stay grey where all files store grey, else all become RGB.
+    Classes are in the order of `settings.classes`; else in numeric order, where all names are digits; else sorted as text.
     """
     path = Path(settings.path or "")
-    if not path.exists():
-        raise DataError(f"{path}: there is no such folder or archive; set data.path")
-    if path.is_dir():
-        members = _folder_members(path)
-    elif path.name.endswith(ARCHIVE_SUFFIXES):
-        members = _zip_members(path) if path.suffix == ".zip" else _tar_members(path)
-    else:
-        raise DataError(f"{path}: a folder or an archive ending in {', '.join(ARCHIVE_SUFFIXES)} is allowed")
-
-    images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]] = {s: defaultdict(list) for s in SPLITS}
-    for name, content in members:
-        split, label, file = _place(path, name)
-        if file is None:
-            images[split][label]  # an empty class folder is seen, and refused below
-        elif PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES:
-            images[split][label].append((name, _decode(path, name, content, settings.size)))
-    return _assemble(path, images)
-
-
-def _place(path: Path, name: str) -> tuple[str, str, str | None]:
-    """(split, class, file name or None for the class folder itself) of a member."""
-    parts = PurePosixPath(name).parts
-    at = next((i for i, part in enumerate(parts[:2]) if part in SPLITS), None)
-    if at is None or len(parts) < at + 2 or len(parts) > at + 3:
-        raise DataError(f"{path}: {name!r} is not train/<class>/<image> or test/<class>/<image>")
-    return parts[at], parts[at + 1], parts[at + 2] if len(parts) > at + 2 else None
-
-
-def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    inside = path.resolve()
-    found = [p for split in SPLITS for p in sorted(path.glob(f"{split}/*")) + sorted(path.glob(f"{split}/*/*"))]
-    if not found:
-        raise DataError(f"{path}: has no train/<class>/ or test/<class>/ folders")
-    for item in found:
-        name = item.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in item.relative_to(path).parts):
+    images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]] = {split: defaultdict(list) for split in SPLITS}
+    tops: dict[str, str] = {}  # the folder that is each split
+    skipped: dict[str, list[str]] = defaultdict(list)
+    rules: Counter[str] = Counter()
+    total = highest = 0
+    for member in members(path, settings.follow_links):
+        top, split, label, rest = _place(member)
+        if split is None:
+            if not member.is_folder:
+                skipped["outside train/ and test/"].append(member.name)
             continue
-        if not item.resolve().is_relative_to(inside):
-            raise DataError(f"{path}: {name!r} leads out of the folder")
-        yield name, b"" if item.is_dir() else item.read_bytes()
+        where = f"{path}: {member.name!r}"
+        if tops.setdefault(split, top) != top:
+            raise DataError(f"{path}: two folders are the {split} split, {tops[split]!r} and {top!r}; one is allowed")
+        if member.problem is not None:
+            raise DataError(f"{where} {member.problem}")
+        if label is not None and not (label.isprintable() and label.strip() and len(label.encode()) <= CLASS_NAME_LIMIT):
+            raise DataError(f"{where}: a class name is printable text of at most {CLASS_NAME_LIMIT} bytes; rename the folder {label!r}")
+        if member.is_folder:
+            if label is not None and not rest:
+                images[split][label]  # an empty class folder is seen, and refused below
+            continue
+        suffix = PurePosixPath(member.name).suffix.lower()
+        if suffix not in IMAGE_SUFFIXES:
+            skipped[repr(suffix)[1:-1] or "no suffix"].append(member.name)
+            continue
+        if label is None or len(rest) != 1:
+            raise DataError(f"{where} is not train/<class>/<image> or test/<class>/<image>; move it, or give its folder another place")
+        if member.size > FILE_LIMIT:
+            raise DataError(f"{where} has {member.size:,} bytes; at most {FILE_LIMIT:,} are allowed")
+        pixels = decode(member.read(), where, settings.size, settings.background, settings.channels)
+        images[split][label].append((member.name, pixels.array))
+        rules.update(pixels.rules)
+        highest = max(highest, pixels.highest)
+        total += pixels.array.nbytes
+        if total > DATA_LIMIT:
+            raise DataError(f"{path}: images take more than {DATA_LIMIT:,} bytes as uint8, which is the limit; set a smaller data.size")
+
+    left_out = {kind: {"n": len(names), "example": names[0]} for kind, names in sorted(skipped.items())}
+    if not any(images.values()):
+        raise DataError(f"{path}: has no train/<class>/ or test/<class>/ folders{_also(left_out)}")
+    deep = sum(n for rule, n in rules.items() if rule.startswith("16-bit"))
+    if deep and highest < DARK:
+        raise DataError(
+            f"{path}: the highest value of its {deep} 16-bit grey images is {highest}, so they would be (nearly) black in 8 bits; "
+            "scale them to 0..65535, or store 8 bits"
+        )
+    classes, order = _ordered({c for split in SPLITS for c in images[split]}, settings.classes, path)
+    reading = {"class_order": order, "skipped": left_out, "converted": dict(sorted(rules.items()))}
+    folders = {split: top for split, top in tops.items() if PurePosixPath(top).name != split}
+    return _assemble(path, images, classes, {**reading, **({"folders": folders} if folders else {})})
 
 
-def _check_member(path: Path, name: str, size: int, is_link: bool) -> None:
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
-        raise DataError(f"{path}: the member {name!r} leads out of the archive; it was not read")
-    if is_link:
-        raise DataError(f"{path}: the member {name!r} is a link or special file; only folders and image files are allowed")
-    if size > MEMBER_LIMIT:
-        raise DataError(f"{path}: the member {name!r} has {size:,} bytes; at most {MEMBER_LIMIT:,} are allowed")
+def _place(member: Member) -> tuple[str, str | None, str | None, tuple[str, ...]]:
+    """(folder of the split, split, class, what is below the class) of a member; None where it is in no split or class.
+
+    Names of classes are in Unicode's composed form, whichever the file system has.
+    """
+    parts = PurePosixPath(member.name).parts
+    at = next((i for i, part in enumerate(parts[:2]) if part.lower() in SPLITS), None)
+    if at is None or (len(parts) == at + 1 and not member.is_folder):
+        return "", None, None, ()
+    top, below = "/".join(parts[: at + 1]), parts[at + 1 :]
+    has_class = len(below) > 1 or (below and member.is_folder)
+    return top, parts[at].lower(), unicodedata.normalize("NFC", below[0]) if has_class else None, below[1:]
 
 
-def _skip(name: str) -> bool:
-    """The root itself, hidden files, and folders above the classes."""
-    parts = [p for p in PurePosixPath(name).parts if p != "."]
-    return not parts or any(p.startswith((".", "__MACOSX")) for p in parts)
+def _also(skipped: Mapping[str, Mapping[str, Any]]) -> str:
+    return f"; {said_of_skipped(skipped)}" if skipped else ""
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                _check_member(path, member.name, member.size, not (member.isfile() or member.isdir()))
-                if _skip(member.name) or (member.isdir() and not _is_class_folder(member.name)):
-                    continue
-                file = archive.extractfile(member) if member.isfile() else None
-                yield member.name, file.read() if file else b""
-            while archive.fileobj and archive.fileobj.read(2**20):
-                pass  # to the end, where a cut file is noticed and the checksum is compared
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise DataError(f"{path}: the archive is corrupt or truncated ({error}); fetch it again") from error
+def said_of_skipped(skipped: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line: how many files were skipped, by kind, with an example of each."""
+    n = sum(kind["n"] for kind in skipped.values())
+    most = sorted(skipped.items(), key=lambda item: -item[1]["n"])
+    kinds = [f"{kind['n']} {name} ({kind['example']!r})" for name, kind in most]
+    return f"skipped {n} file{'s' if n > 1 else ''}: {_some(kinds, 5)}"
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                is_link = (member.external_attr >> 16) & 0o170000 == 0o120000
-                _check_member(path, member.filename, member.file_size, is_link)
-                if _skip(member.filename) or (member.is_dir() and not _is_class_folder(member.filename)):
-                    continue
-                yield member.filename, b"" if member.is_dir() else archive.read(member)
-    except (zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError) as error:
-        raise DataError(f"{path}: the archive is corrupt or truncated ({error}); fetch it again") from error
+def _some(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _is_class_folder(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return len(parts) >= 2 and parts[-2] in SPLITS
+def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], str]:
+    """Classes in the order of their labels, and what that order is."""
+    if given is not None:
+        absent, unknown = sorted(set(given) - found), sorted(found - set(given))
+        if absent or unknown or len(set(given)) < len(given):
+            raise DataError(
+                f"{path}: the classes that were given are not its folders: without a folder {_some(map(repr, absent)) or 'none'}, "
+                f"not given {_some(map(repr, unknown)) or 'none'}; each has to be named once"
+            )
+        return tuple(given), "given"
+    if all(name.isascii() and name.isdigit() for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name))), "numeric"
+    return tuple(sorted(found)), "text"
 
 
-def _decode(path: Path, name: str, content: bytes, size: int | None) -> NDArray[np.uint8]:
-    """(C, H, W) uint8; grey images keep one channel. size: scaled and cropped to that square (Pillow's ImageOps.fit)."""
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            grey = opened.mode in ("1", "L")
-            image = opened.convert("L" if grey else "RGB")
-            if size is not None:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            array = np.asarray(image, dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: {name!r} is not a readable image ({error})") from error
-    return array[None] if grey else array.transpose(2, 0, 1)
-
-
-def _assemble(path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]]) -> Raw:
-    classes = tuple(sorted(set(images["train"]) | set(images["test"])))
+def _assemble(
+    path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]], classes: tuple[str, ...], reading: dict[str, Any]
+) -> Raw:
     for split in SPLITS:
         empty = [c for c in classes if not images[split].get(c)]
-        if empty or not classes:
+        if empty:
             raise DataError(
-                f"{path}: no images in {', '.join(f'{split}/{c}' for c in empty) or split}; every class needs some in train and test"
+                f"{path}: no images in {_some(f'{split}/{c}' for c in empty)}; every class needs some in train and test"
+                + _also(reading["skipped"])
             )
     if len(classes) < 2:
         raise DataError(f"{path}: only the class {classes[0]!r}; at least two are needed")
 
-    depths = {image.shape[0] for split in SPLITS for c in classes for _, image in images[split][c]}
-    if len(depths) > 1:  # grey pictures among colour ones, as ImageNet has them
-        for split in SPLITS:
-            for c in classes:
-                images[split][c] = [(name, np.repeat(x, 3, 0) if len(x) == 1 else x) for name, x in images[split][c]]
-    shapes = Counter(image.shape for split in SPLITS for c in classes for _, image in images[split][c])
+    rows = [
+        (image, index, split == "test", name)
+        for split in SPLITS
+        for index, c in enumerate(classes)
+        for name, image in sorted(images[split].pop(c), key=lambda x: x[0])
+    ]
+    depth = max(len(image) for image, *_ in rows)  # grey pictures among colour ones, as ImageNet has them, become RGB
+    shapes = Counter((depth, *image.shape[1:]) for image, *_ in rows)
     usual = shapes.most_common(1)[0][0]
-    for split in SPLITS:
-        for c in classes:
-            for name, image in images[split][c]:
-                if image.shape != usual:
-                    raise DataError(
-                        f"{path}: {name!r} is {_size(image.shape)}, others are {_size(usual)}; all images must be alike, or set data.size"
-                    )
+    for image, _, _, name in rows:
+        if image.shape[1:] != usual[1:]:
+            this = _size((depth, *image.shape[1:]))
+            raise DataError(f"{path}: {name!r} is {this}, others are {_size(usual)}; all images must be alike, or set data.size")
     if usual[1] != usual[2] or usual[1] < 8:
         raise DataError(f"{path}: images are {_size(usual)}; square ones of at least 8 pixels are allowed; set data.size to crop them")
 
-    rows = [
-        (image, index, split == "test")
-        for split in SPLITS
-        for index, c in enumerate(classes)
-        for _, image in sorted(images[split][c], key=lambda x: x[0])
-    ]
-    return Raw(
-        np.stack([r[0] for r in rows]),
-        np.array([r[1] for r in rows], dtype=np.int64),
-        np.array([r[2] for r in rows], dtype=bool),
-        classes,
-        ordered=False,
-    )
+    labels = np.array([row[1] for row in rows], dtype=np.int64)
+    test = np.array([row[2] for row in rows], dtype=bool)
+    together = np.empty((len(rows), *usual), np.uint8)
+    for i in reversed(range(len(rows))):  # each image is given up as soon as it is in its place
+        together[i] = rows.pop()[0]
+    if depth == 3 and (together[:, 0] == together[:, 1]).all() and (together[:, 0] == together[:, 2]).all():
+        reading["grey_stored_as_rgb"] = True
+    return Raw(together, labels, test, classes, ordered=False, reading=reading)
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
+
+
+def check_range(images: NDArray[np.uint8], where: str) -> None:
+    """Raises DataError where uint8 images (N, C, H, W) have no pixel above 1: they were divided by 255, or are masks."""
+    if images.size and images.max() <= 1:
+        raise DataError(
+            f"{where}: no pixel is above {images.max()}; pixels in 0..255 are needed. Were they divided by 255 (then multiply again), "
+            "or are they masks of 0 and 1?"
+        )

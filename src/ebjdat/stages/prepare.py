@@ -22,3 +22,5 @@ def run(profile: Profile, out: Path, card_out: Path) -> None:
     prepared.save(data, card, out, card_out)
     sizes = ", ".join(f"{n} {split}" for split, n in card["sizes"].items())
     print(f"{card['name']}: {sizes}; {card['image_shape']} uint8, {len(card['classes'])} classes, data {card['data_hash']}")
+    for line in (*card["notes"], *(f"warning: {warning}" for warning in card["warnings"])):
+        print(line)

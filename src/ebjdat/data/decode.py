@@ -1,0 +1,159 @@
+"""An image file's bytes -> uint8 pixels. Every mode that Pillow reads has its rule here, or is refused by name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ebjdat.errors import DataError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no format that starts another program
+PIXEL_LIMIT = 50_000_000  # of an image that is to be scaled down; decoding takes up to 16 bytes for each
+SIDE_LIMIT = 1024  # pixels, of images that are taken as they are
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
+
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """array: uint8 (C, H, W), C = 1 of images that are stored as grey ones; rules: what was done to them beside reading.
+
+    highest: the highest value of 16-bit grey, before it became 8-bit; 0 of others.
+    """
+
+    array: NDArray[np.uint8]
+    rules: tuple[str, ...]
+    highest: int
+
+
+def decode(content: bytes, where: str, size: int | None = None, background: int = 255, channels: int | None = None) -> Pixels:
+    """size: scale the shorter side to it and crop the centre (Pillow's ImageOps.fit, bicubic); background: the grey level under
+    transparent pixels; channels: 1 or 3, None: as stored. Raises DataError that begins with `where`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # limits and modes are checked here
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                _check_size(image, where, size)
+                if problem := _problem(image, content):
+                    raise DataError(f"{where} {problem}")
+                return _pixels(image, content, where, size, background, channels)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where} is too large: {error}") from error
+    except Exception as error:  # a decoder fails at strange bytes in any way that there is
+        raise DataError(f"{where} is not a readable image ({_one_line(error)}); read are {', '.join(FORMATS)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "no such format" if "cannot identify image" in text else text[:200]
+
+
+def _check_size(image: Image.Image, where: str, size: int | None) -> None:
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise DataError(f"{where} has {width}x{height} pixels; at most {PIXEL_LIMIT:,} are allowed")
+    if size is None and max(width, height) > SIDE_LIMIT:
+        raise DataError(f"{where} has {width}x{height} pixels; without data.size at most {SIDE_LIMIT}x{SIDE_LIMIT} are allowed")
+
+
+def _problem(image: Image.Image, content: bytes) -> str | None:
+    """Why an image of this kind is not read, or None: no rule is certain to keep its content."""
+    mode, tags = image.mode, getattr(image, "tag_v2", {})
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo, and views of it for other screens
+        return f"has several frames or pages ({image.format}); one picture per file is allowed"
+    if mode == "F":
+        return "has floating-point pixels, whose range is not known; scale them and store 8 or 16 bits"
+    if mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits there
+        return "has signed or 32-bit pixels, whose range is not known; scale them and store 8 or 16 bits"
+    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", *DEEP):
+        return f"has pixels of mode {mode}; store grey, RGB, palette or CMYK, with or without alpha"
+    if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        return "is a CMYK JPEG without Adobe's mark, so nothing says whether its inks are inverted; store RGB"
+    if image.format == "TIFF":
+        bits = max(tags.get(BITS, (1,)))
+        if bits not in (1, 2, 4, 8, 16):
+            return f"has {bits} bits per pixel; store 8 or 16"
+        if set(tags.get(SAMPLE_FORMAT, (1,))) - {1}:
+            return "has signed pixels; store unsigned ones"
+        if mode in DEEP and tags.get(PHOTOMETRIC) == 0:
+            return "has 16-bit pixels with white as 0; store black as 0"
+        if bits == 16 and tags.get(PLANAR, 1) != 1:
+            return "has 16-bit pixels plane by plane; store them pixel by pixel"
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and mode == "RGB" and isinstance(transparent, tuple) and content[24] == 16:
+        return "has 16-bit RGB pixels and a transparent colour; store alpha"
+    return None
+
+
+def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, background: int, channels: int | None) -> Pixels:
+    rules, highest, png = [], 0, image.format == "PNG"
+    stored_grey = png and content[25] in (0, 4)  # colour types of PNG: grey, grey and alpha; Pillow reads the deep kind as RGBA
+    turned = image.getexif().get(0x0112, 1) in range(2, 9)  # asked before loading, which turns a TIFF
+    image.load()
+    if turned:
+        image = ImageOps.exif_transpose(image)
+        rules.append("orientation of EXIF applied")
+
+    mode, transparent = image.mode, image.info.get("transparency")
+    alpha = None
+    if mode in (*DEEP, "I"):
+        values = np.asarray(image).astype(np.uint16)
+        highest = int(values.max())
+        rules.append("16-bit grey to 8 bits (v >> 8)")
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        flat = Image.fromarray((values >> 8).astype(np.uint8))
+    elif mode in ("1", "L"):
+        flat = image.convert("L")
+        if isinstance(transparent, int):
+            highest_stored = 2 ** content[24] - 1 if png and mode == "L" else 255  # a value of 2 or 4 bits is given as it is stored
+            shown = transparent * 255 // highest_stored
+            alpha = flat.point([0 if v == shown else 255 for v in range(256)])
+    elif mode in ("LA", "La"):
+        image = image.convert("LA")
+        flat, alpha = image.getchannel("L"), image.getchannel("A")
+    elif mode in ("RGBA", "RGBa", "PA") or transparent is not None:
+        image = image.convert("RGBA")
+        flat, alpha = image.convert("RGB"), image.getchannel("A")
+    else:
+        flat = image.convert("RGB")
+        if mode == "CMYK":
+            rules.append("CMYK to RGB, without colour profiles")
+
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        flat = _composed(flat, alpha, where, background)
+        rules.append(f"alpha on background {background}")
+    if flat.mode == "RGB" and (stored_grey or mode in ("P", "PA")) and _is_grey(flat):
+        flat = flat.getchannel(0)
+    if channels is not None:
+        flat = flat.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        flat = ImageOps.fit(flat, (size, size), Image.Resampling.BICUBIC)
+    array = np.asarray(flat, dtype=np.uint8)
+    return Pixels(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), tuple(rules), highest)
+
+
+def _composed(flat: Image.Image, alpha: Image.Image, where: str, background: int) -> Image.Image:
+    """Over a grey level. Raises DataError where nothing of the picture is left."""
+    low, high = alpha.getextrema()
+    if high == 0:
+        raise DataError(f"{where} is wholly transparent")
+    canvas = Image.new(flat.mode, flat.size, background if flat.mode == "L" else (background,) * 3)
+    canvas.paste(flat, mask=alpha)
+    if low != high and all(len(set(channel.getextrema())) == 1 for channel in canvas.split()):
+        raise DataError(f"{where} has its shape in the alpha channel alone, and vanishes on background {background}; set data.background")
+    return canvas
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return red == green == blue

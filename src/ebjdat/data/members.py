@@ -1,0 +1,334 @@
+"""What a folder or an archive of images has in it: the same tree gives the same members, read piece by piece within limits.
+
+Nothing is unpacked to disk, no link is followed that the settings do not allow, and no size that a file states is believed:
+memory stays within the limits below whatever is read.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from ebjdat.errors import DataError
+from ebjdat.files import ZipSource
+
+ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar", ".zip")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+
+FILE_LIMIT = 64 * 2**20  # bytes of an image file
+COUNT_LIMIT = 500_000  # files and folders
+STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
+HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
+NAME_LIMIT = 1000  # characters of a path
+XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
+PIECE = 2**20
+
+# What operating systems, NAS and version control leave beside files, by lower-case name; all that begins with "." is left out too.
+JUNK = {
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information", "lost+found"),
+    *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "cvs", "__pycache__"),
+}
+PAPERS = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}  # files that explain a data set
+
+CORRUPT = (
+    *(tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError, struct.error),
+    *(ValueError, LookupError, RuntimeError, MemoryError, OverflowError),  # what malformed headers raise, too deep ones too
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An entry of the tree. name: its path below the root, parts joined by "/"; size: the bytes that are stated.
+
+    problem: why it cannot be read ("is a FIFO; ..."), or None. read: the content of a file, at most `size` bytes; of an archive's
+    only until the next member is asked for.
+    """
+
+    name: str
+    is_folder: bool
+    size: int = 0
+    problem: str | None = None
+    read: Callable[[], bytes] = bytes
+
+
+def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
+    """Every entry of a folder or archive but JUNK. Raises DataError where it cannot be read as a whole."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r}: there is no such folder or archive ({_reason(error)}); set data.path") from error
+    name = path.name.lower()
+    if stat.S_ISDIR(mode):
+        found = _of_folder(path, follow_links)
+    elif stat.S_ISREG(mode) and name.endswith(ARCHIVE_SUFFIXES):
+        found = _of_archive(path, _of_zip if name.endswith(".zip") else _of_tar)
+    else:
+        raise DataError(f"{path}: a folder or an archive ending in {', '.join(ARCHIVE_SUFFIXES)} is allowed")
+    for n, member in enumerate(found, 1):
+        if n > COUNT_LIMIT:
+            raise DataError(f"{path}: has more than {COUNT_LIMIT:,} files and folders, which is the limit")
+        if not is_junk(member.name, member.is_folder):
+            yield member
+
+
+def is_junk(name: str, is_folder: bool) -> bool:
+    parts = PurePosixPath(name).parts
+    if not parts or any(part.startswith(".") or part.lower() in JUNK for part in parts):
+        return True
+    stem, _, suffix = parts[-1].lower().partition(".")
+    return not is_folder and stem in PAPERS and f".{suffix}" not in IMAGE_SUFFIXES
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
+    inside = os.path.realpath(root)
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (inside,))]  # (name below the root, real paths of it and of those above)
+    while waiting:
+        name, above = waiting.pop()
+        try:
+            with os.scandir(root / name) as entries:
+                found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        except OSError as error:
+            raise DataError(f"{root}: the folder {name or '.'!r} cannot be read ({_reason(error)})") from error
+        below = []
+        for last, is_folder in found:
+            inner = f"{name}/{last}" if name else last
+            if is_junk(inner, is_folder):
+                continue
+            member, real = _entry(root, inner, inside, follow_links)
+            if member.is_folder and member.problem is None:
+                if real in above:
+                    raise DataError(f"{root}: {inner!r} is a link to a folder that it lies in")
+                below.append((inner, (*above, real)))
+            yield member
+        waiting += reversed(below)
+
+
+def _entry(root: Path, name: str, inside: str, follow_links: bool) -> tuple[Member, str]:
+    """A member of a folder, and its real path."""
+    path = root / name
+    is_link = path.is_symlink()
+    try:
+        name.encode()
+        real = os.path.realpath(path, strict=True)
+        status = path.stat()
+    except UnicodeEncodeError:
+        return Member(name, False, problem="has a name that is not UTF-8; rename it"), ""
+    except OSError as error:
+        why = "is a link that leads nowhere" if is_link else "cannot be read"
+        return Member(name, False, problem=f"{why} ({_reason(error)})"), ""
+    problem, is_folder = None, stat.S_ISDIR(status.st_mode)
+    if not is_folder and not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        problem = f"is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; only folders and files are allowed"
+    elif is_link and not (follow_links or _is_within(real, [inside]) or _is_within(real, dvc_cache())):
+        problem = "is a link that leads out of the folder, and not into DVC's cache; data.follow_links: true allows it"
+    return Member(name, is_folder, status.st_size, problem, partial(_read_file, root, name)), real
+
+
+def _is_within(path: str, folders: Iterable[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def _read_file(root: Path, name: str) -> bytes:
+    try:
+        with (root / name).open("rb") as file:
+            return file.read(FILE_LIMIT)
+    except OSError as error:
+        raise DataError(f"{root}: {name!r} cannot be read ({_reason(error)})") from error
+
+
+@cache
+def dvc_cache() -> tuple[str, ...]:
+    """The real path of the DVC cache of the repository that the command runs in, as DVC says it; none where there is none."""
+    asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    lines = asked.stdout.strip().splitlines()
+    return (os.path.realpath(lines[-1]),) if asked.returncode == 0 and lines else ()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:
+        raise DataError(f"{path}: the archive cannot be read ({error}); pack it anew") from error
+    except CORRUPT as error:
+        raise DataError(f"{path}: the archive is corrupt or truncated ({_reason(error)}); fetch it again") from error
+
+
+def _of_archive(path: Path, read: Callable[[Path], Iterator[Member]]) -> Iterator[Member]:
+    seen: set[str] = set()
+    with _whole(path):
+        for member in read(path):
+            if len(member.name) > NAME_LIMIT:
+                raise DataError(f"{path}: '{member.name[:40]}...' has {len(member.name):,} characters; at most {NAME_LIMIT:,} are allowed")
+            parts = PurePosixPath(member.name.replace("\\", "/")).parts
+            if member.name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
+                raise DataError(f"{path}: the member {member.name!r} leads out of the archive; it was not read")
+            name = "/".join(PurePosixPath(member.name).parts)
+            if not member.is_folder and name in seen:
+                raise DataError(f"{path}: has two members {name!r}; pack it anew")
+            seen.add(name)
+            problem = member.problem or (None if _is_utf8(name) else "has a name that is not UTF-8; rename it")
+            yield Member(name, member.is_folder, member.size, problem, partial(_read_member, path, member))
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_member(path: Path, member: Member) -> bytes:
+    with _whole(path):
+        content = member.read()
+        if len(content) < member.size:
+            raise EOFError(f"{member.name!r} ends early")
+        return content
+
+
+def _of_zip(path: Path) -> Iterator[Member]:
+    with ZipSource(path) as file, zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            problem = None
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                problem = "is a link or special file; only folders and files are allowed"
+            elif info.flag_bits & 1:
+                problem = "is encrypted; pack it without a password"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack without a bound
+                problem = f"is compressed by method {info.compress_type}; stored and deflate are allowed"
+            name = info.filename.replace("\\", "/")  # as some Windows programs write it
+            yield Member(name, info.is_dir(), info.file_size, problem, partial(_of_zip_member, archive, info))
+
+
+def _of_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    data = bytearray()
+    with archive.open(info) as file:
+        while len(data) < info.file_size and (piece := file.read(min(PIECE, info.file_size - len(data)))):
+            data += piece
+    return bytes(data)
+
+
+class _Xz(io.RawIOBase):
+    """The content of an .xz file, all its streams, decoded with bounded memory; lzma.open knows no bound."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.waiting = file, b""
+        self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self.decoder.eof:
+                rest = self.decoder.unused_data.lstrip(b"\0")  # zeros may stand between streams
+                while not rest:
+                    if not (piece := self.file.read(PIECE)):
+                        return 0
+                    rest = piece.lstrip(b"\0")
+                self.decoder, self.waiting = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY), rest
+            if self.decoder.needs_input and not self.waiting:
+                self.waiting = self.file.read(PIECE)
+                if not self.waiting:
+                    raise EOFError("a stream ends early")
+            data = self.decoder.decompress(self.waiting, len(buffer))
+            self.waiting = b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    """What a tar's file unpacks to, by what it is and not by its name."""
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if start.startswith(b"BZh"):
+        return cast(BinaryIO, bz2.BZ2File(file))
+    if start == b"\xfd7zXZ\0":
+        return cast(BinaryIO, io.BufferedReader(_Xz(file), PIECE))
+    return file
+
+
+class _TarStream:
+    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all."""
+
+    def __init__(self, path: Path, source: BinaryIO) -> None:
+        self.path, self.source = path, source
+        self.at = self.headers = 0  # bytes so far; bytes of headers since the last member
+        self.last = b""  # what tarfile read last
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, at: int) -> None:
+        if at > STREAM_LIMIT:
+            raise DataError(f"{self.path}: unpacks to more than {STREAM_LIMIT:,} bytes, which is the limit")
+        while self.at < at and self.take(min(PIECE, at - self.at)):
+            pass
+        if self.at != at:
+            raise tarfile.ReadError("unexpected end of data")
+
+    def read(self, size: int) -> bytes:
+        self.headers += size
+        if self.headers > HEADER_LIMIT:
+            raise DataError(f"{self.path}: a member has more than {HEADER_LIMIT:,} bytes of names and headers, which is the limit")
+        self.last = self.take(size)
+        return self.last
+
+    def take(self, size: int) -> bytes:
+        """The next bytes; fewer only at the end."""
+        if self.at + size > STREAM_LIMIT:
+            raise DataError(f"{self.path}: unpacks to more than {STREAM_LIMIT:,} bytes, which is the limit")
+        data = bytearray()
+        while len(data) < size and (piece := self.source.read(min(PIECE, size - len(data)))):
+            data += piece
+        self.at += len(data)
+        return bytes(data)
+
+    def end(self) -> None:
+        """To the end, where a cut file is noticed and checksums are compared. tarfile stops without a word at a broken header."""
+        if not self.last or self.last.strip(b"\0"):
+            raise tarfile.ReadError("a header is broken" if self.last else "its end mark is missing")
+        while piece := self.take(PIECE):
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError("more follows after its end mark")
+
+
+def _of_tar(path: Path) -> Iterator[Member]:
+    with path.open("rb") as file, closing(_unpacked(file)) as source:
+        stream = _TarStream(path, source)
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:") as archive:
+            while (info := archive.next()) is not None:
+                stream.headers = 0
+                if info.issparse():
+                    raise DataError(f"{path}: {info.name!r} is packed as a sparse file; pack it anew without that")
+                plain = info.isdir() or info.isfile()
+                problem = None if plain else "is a link or special file; only folders and files are allowed"
+                yield Member(info.name, info.isdir(), info.size, problem, partial(stream.take, info.size))
+                info.name, info.linkname, info.pax_headers = "", "", {}  # tarfile keeps every member that it has read
+                archive.pax_headers = {}
+        stream.end()
