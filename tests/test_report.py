@@ -813,10 +813,10 @@ def test_a_spreadsheet_computes_no_text_and_numbers_stay_numbers() -> None:
 
 def test_class_names_are_drawn_as_they_stand(tmp_path: Path) -> None:
     """matplotlib takes "$" for mathematics, and refuses bad ones."""
-    names = ("$\\frac{", "$x$", "a\nb\x1b[2J", "c" * 300, "caf\udce9")
+    names = ("$\\frac{$", "$x$", "a\nb\x1b[2J", "c" * 300, "caf\udce9")
     figure = sample_grids({"p": (np.zeros((5, 1, 8, 8), np.uint8), np.arange(5))}, names, 1)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["$\\frac{", "$x$", "a\\nb\\x1b[2J", "c" * 29 + "…", "caf\\udce9"]
+    assert labels == ["$\\frac{$", "$x$", "a\\nb\\x1b[2J", "c" * 29 + "…", "caf\\udce9"]
     save(figure, tmp_path / "grid.png")
 
 
