@@ -612,9 +612,8 @@ def test_every_claim_of_the_full_profile_is_judged() -> None:
 def test_the_page_says_what_the_data_card_warns_of(profile: Profile, filled: Path) -> None:
     rows = tables.collect(profile, filled, "d1")
     found = {"duplicates": {"test_in_train": 40, "conflicting_labels": 0}, "notes": ["the folder '<b>' is the train split"]}
-    html = write_page(
-        profile, filled, rows, {**CARD, **found, "warnings": ["test images that are training images too, pixel by pixel: 40"]}
-    )
+    warning = "test images that are training images too, pixel by pixel: 40"
+    html = write_page(profile, filled, rows, {**CARD, **found, "warnings": [warning]})
     data = html[html.index('<details id="data">') : html.index("</details>", html.index('<details id="data">'))]
     assert '<span class="flag">1 warning</span>' in data
     assert f'<li class="fail">{warning}</li>' in data
