@@ -86,7 +86,10 @@ def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mappi
     )
     for row, title in enumerate(marginal):
         for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
+            groups = {name: values[np.isfinite(values)] for name, values in groups.items()}  # others are counted in energy.json
             together = np.concatenate(list(groups.values()))
+            if not len(together):
+                continue
             low, high = np.quantile(together, [0.002, 0.998])
             edges = np.linspace(low, high if high > low else low + 1, 50)
             for name, values in groups.items():

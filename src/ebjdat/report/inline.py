@@ -46,7 +46,11 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
     """Below each other, E(x) and E(x, y): clean, adversarial and generated images on one axis. groups: title -> group -> energies."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(4.4, 1.9 * len(groups)), squeeze=False, layout="constrained")
     for axis, (title, values) in zip(axes[:, 0], groups.items(), strict=True):
-        low, high = np.quantile(np.concatenate(list(values.values())), [0.002, 0.998])
+        values = {name: found[np.isfinite(found)] for name, found in values.items()}  # others are counted in energy.json
+        together = np.concatenate(list(values.values()))
+        if not len(together):
+            continue
+        low, high = np.quantile(together, [0.002, 0.998])
         edges = np.linspace(low, high if high > low else low + 1, 50)
         for name, found in values.items():
             clipped = np.clip(found, edges[0], edges[-1])

@@ -118,7 +118,7 @@ def write(
                 "curves": inline.inline(inline.training_curves(curve), f"curves{i}", f"Training curves of {name}"),
             }
         )
-    energy_lines = [[name, *(f"{d[key]:.2f}" for key in ENERGY_COLUMNS)] for name, d in details.items()]
+    energy_lines = [[name, *("–" if d[key] is None else f"{d[key]:.2f}" for key in ENERGY_COLUMNS)] for name, d in details.items()]
     text = render(
         "page.html.j2",
         run=run,
