@@ -25,12 +25,12 @@ from torch.nn.parameter import is_lazy
 from ebjdat.errors import UserError, in_a_line
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # DataParallel, SWA, compile, FSDP
-COUNTERS = frozenset({"n_averaged"})  # what SWA keeps beside the weights
+COUNTERS = ("n_averaged", "num_batches_tracked")  # last parts of names that change no output; one may lack, or be too many
 DEEPEST = 4  # wrappings of a state dict that are looked into
 WIDEST = 1000  # entries of each that are
 FEW = 4  # names in a message
-MOST_HEADER = 8 * 2**20  # bytes of a file that describe its tensors; a network with 1,000 of them takes 0.2 MB
-MOST_OLD = 2**30  # bytes of a file in torch's format before 1.6, which has to be read as a whole
+MOST_HEADER = 4 * 2**20  # bytes of a file that describe its tensors; a network with 1,000 of them takes 0.2 MB
+MOST_OLD = 2**29  # bytes of a file in torch's format before 1.6, which has to be read as a whole
 LEAST_ROOM, ROOM = 2**30, 16  # bytes of tensors that a file may hold: so many and so many times the network's own
 
 
@@ -101,7 +101,8 @@ class Candidate:
 
 def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> str:
     """Load the weights that fit; says in words which they were."""
-    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wanted = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
     content = _read(path, sum(value.nbytes for value in wanted.values()))
     found = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
     if key is not None:
@@ -146,9 +147,9 @@ def _canonical(name: str) -> tuple[str, ...]:
 def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
     """The state dicts in a mapping that fit: as it is, without wrappers, below a prefix, or with the network's own prefix put on."""
     tensors = {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    exact = tensors.keys() - wanted.keys() <= COUNTERS and _fits(tensors, wanted)
-    if exact:
-        yield Candidate(".".join(route), {name: tensors[name] for name in wanted}, tuple(tensors.keys() - wanted.keys()))
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(COUNTERS)}
+    if tensors.keys() == wanted.keys() and _fits(tensors, wanted):
+        yield Candidate(".".join(route), tensors, ())
         return
     names: dict[tuple[str, ...], list[str]] = {}
     for name in tensors:
@@ -161,7 +162,7 @@ def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapp
     for prefix in sorted({name[: len(name) - len(last)] for name in names if name[len(name) - len(last) :] == last}):
         under = {name[len(prefix) :]: kept for name, kept in names.items() if name[: len(prefix)] == prefix}
         core = {name[len(shared) :]: own for name, own in ours.items()}
-        if under.keys() - core.keys() - {(counter,) for counter in COUNTERS} or core.keys() - under.keys():
+        if under.keys() != core.keys():
             continue
         # one that is there twice, wrapped and not, is told apart by its whole name
         for which in range(max(len(under[name]) for name in core)):
@@ -212,7 +213,7 @@ def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
     best, text = -1, ""
     core = {_canonical(name): name for name in wanted}
     for route, mapping in _mappings(content):
-        theirs = {_canonical(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        theirs = {_canonical(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor) and not k.endswith(COUNTERS)}
         prefix = _shared_prefix(list(theirs)) if len({name[:1] for name in theirs}) == 1 else ()
         if not any(name[:1] == prefix[:1] for name in core):
             theirs = {name[len(prefix) :]: value for name, value in theirs.items()}
@@ -323,8 +324,11 @@ def _unpickled(path: Path, mmap: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         named = _pickled_objects(path)
-        what = f"holds pickled objects ({_few(named)})" if named else "is no file of torch.save with tensors alone"
-        raise ModelError(f"{path}: {what}; they would be run, and are not read; save model.state_dict() alone") from error
+        if not named:
+            raise ModelError(
+                f"{path}: not a file of weights, or one with more in it than tensors; save model.state_dict() alone"
+            ) from error
+        raise ModelError(f"{path}: holds pickled objects ({_few(named)}), which could run code; save model.state_dict() alone") from error
     except Exception as error:  # a damaged pickle can fail in any way
         raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
 
