@@ -29,6 +29,7 @@ from ebjdat.pixels import internal_distance, internal_from_unit, unit_from_inter
 PIXELS_AT_ONCE = 65_536  # on a CPU; more images in one pass leave its caches
 CLEAR = 4.0  # a decision of bf16 stands where its margin exceeds so many times the largest error that was seen
 TIE = 1e-6  # of the largest logit; nearer ones are no decision
+SLACK = 1e-5  # float rounding of distances
 TARGETED = ("apgd_t", "fab_t")
 LOG = logging.getLogger("ebjdat.autoattack")
 
@@ -160,7 +161,7 @@ class _Noting(nn.Module):
             if len(self.found) < len(self.x) and point.amin() >= 0 and point.amax() <= 1:
                 delta = (self.x - point).flatten(1)
                 size = delta.abs().amax(1) if self.protocol.norm == "Linf" else delta.norm(dim=1)
-                for row in (size <= self.protocol.radius).nonzero().flatten().tolist():
+                for row in (size <= self.protocol.radius + SLACK).nonzero().flatten().tolist():
                     self.found.setdefault(row, point)
         return logits.where(finite[:, None], 0)
 

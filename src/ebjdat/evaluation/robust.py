@@ -30,7 +30,7 @@ from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
 from ebjdat.statistics import wilson
 
-SLACK = 1e-5  # float rounding of distances
+SLACK = ensemble.SLACK
 NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
 MOST_NOT_FINITE = 0.1  # share of clean images without finite logits, beyond which a network is broken and has no accuracy
 
