@@ -62,10 +62,13 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.params import load, named_files, require_files
+    from ebjdat.params import load, named_files, require_files, too_few_classes
 
     profile = load(params, override)
     require_files(profile)
+    folders = [item for item in Path(profile.data.path or "").glob("train/*") if item.is_dir()] if profile.data.path else []
+    if folders and (problem := too_few_classes(profile.evaluation.attack, len(folders))):  # an archive is counted by `prepare`
+        raise ParamsError(f"evaluation.attack: {problem}")
     seeds = f"{len(profile.experiments)} experiments x {len(profile.seeds)} seeds"
     typer.echo(printable(f"{params}: fine; {seeds} on {profile.data.name}"))
     for named in named_files(profile):
@@ -158,6 +161,12 @@ def attack(
     model: Annotated[str | None, typer.Option(help="Any network: package.module:function that makes one for images in [0, 1].")] = None,
     n: Annotated[int | None, typer.Option(help="With --model and no profile: images for each ensemble (default 1000).", min=1)] = None,
     size: Annotated[int | None, typer.Option(help="With --model: scale and crop images of a folder to this size.", min=8)] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="With --model and class folders: a text file with a class name per line, in the network's order.")
+    ] = None,
+    weights_key: Annotated[
+        str | None, typer.Option(help="With --model: which of several weights in the file, e.g. state_dict_ema; a message lists them.")
+    ] = None,
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
 ) -> None:
@@ -173,8 +182,11 @@ def attack(
         context = Context.load(params, override) if params else None
         settings = context.profile.evaluation.attack if context else usual_protocols(n or 1000, override)
         device = context.device(threads) if context else device_for("auto", threads or os.cpu_count() or 1)
-        stage.run_any(model, weights, source, data, size, settings, device, out, verdicts)
+        network = stage.Foreign(model, weights, weights_key, source)
+        stage.run_any(network, stage.Images(data, size, classes), settings, device, out, verdicts)
         return
+    if classes is not None or weights_key is not None or size is not None:
+        raise ParamsError("--classes, --weights-key and --size are for networks from elsewhere, with --model")
     if params is None or experiment is None or weights is None:
         raise ParamsError("--params, --experiment and --weights are needed, or --model for a network from elsewhere")
     context = Context.load(params, override)

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Shown by the commands as a message, without a traceback."""
 
 
+class AttackError(UserError):
+    """An attack cannot be run on this network."""
+
+
 class TrackingError(UserError):
     """The tracking store cannot be reached or used."""
 
@@ -45,3 +49,8 @@ def message(text: object) -> str:
     lines = str(text).split("\n")
     left = len(lines) - LINES
     return "\n".join([brief(line) for line in lines[:LINES]] + ([f"… ({left:,} more lines)"] if left > 0 else []))
+
+
+def in_a_line(error: BaseException, length: int = 300) -> str:
+    """Another program's error by its type and text, in one line."""
+    return f"{type(error).__name__}: {brief(' '.join(str(error).split()), length)}".removesuffix(": ")

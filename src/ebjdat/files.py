@@ -33,6 +33,9 @@ class FileError(UserError):
     """A file cannot be read; says which, why, and what to do."""
 
 
+NOT_FINITE = "not_finite"  # in a JSON object: the names beside it whose value was NaN or infinite
+
+
 def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path in the same folder)`, flush it to disk and move it onto `path`.
 
@@ -56,7 +59,24 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    """JSON, which knows no NaN or infinity: they become null, and their names are listed under "not_finite" beside them."""
+    write_text(path, json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        lost = sorted(str(name) for name, part in value.items() if not _is_finite(part))
+        return {name: _plain(part) for name, part in value.items()} | ({NOT_FINITE: lost} if lost else {})
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if _is_finite(value) else None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number is, and every number in a list."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def write_npz(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:

@@ -26,6 +26,7 @@ RUN_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
 STANDARD = "standard"  # the protocol whose figures stand first
+BINARY = "standard_binary"  # what stands for it where there are two or three classes
 RELEASED = "released"  # the paper's own evaluation
 LONGEST = 100  # characters of a name: of folders, with more added to it (a file system takes 255 bytes), and in MLflow
 LONGEST_RUN = 150  # characters of a run's name: the profile's, and that of every override
@@ -456,6 +457,21 @@ def usual_protocols(n: int, overrides: Sequence[str] = ()) -> AttackSettings:
     return AttackSettings.model_validate(raw)
 
 
+def too_few_classes(settings: AttackSettings, classes: int) -> str | None:
+    """Which protocols' ensembles cannot be run on so few classes, and what works; None where all can."""
+    wrong = [
+        f"protocol {name!r}: {attack} needs at least {registry.FEWEST_CLASSES[attack]} classes, here are {classes}; set its n to 0"
+        for name, protocol in settings.protocols.items()
+        for attack in (protocol.attacks if protocol.n else ())
+        if classes < registry.FEWEST_CLASSES.get(attack, 0)
+    ]
+    if not wrong:
+        return None
+    eps, step = settings.standard.radius, settings.standard.pgd_step
+    works = f"protocols.{BINARY}={{eps: {eps:.6g}, pgd: {{step_size: {step:.6g}}}, n: {settings.standard.n or 1000}}}"
+    return f"{'; '.join(wrong)}; in their place works {works} (APGD-CE, FAB, Square)"
+
+
 def with_rows(protocols: Any) -> Any:
     """Protocols as they stand in a profile, each merged over the row that it stands on; null leaves a protocol or an attack out."""
     if not isinstance(protocols, Mapping):
@@ -514,7 +530,7 @@ class AttackSettings(Settings):
     def has_standard(self) -> Self:
         if STANDARD not in self.protocols:
             raise ValueError(f"protocols: {STANDARD!r} is missing; every result is reported under it")
-        for name in (STANDARD, RELEASED):
+        for name in registry.PROTOCOLS:
             row, found = registry.PROTOCOLS[name].defaults, self.protocols.get(name)
             kept = {k: EnsembleSettings.model_validate(attack) for k, attack in row["attacks"].items()}
             meant = (row["norm"], row["range"], row["noise"], row["pgd"]["steps"], 1, kept)

@@ -196,6 +196,7 @@ ATTACKS: Mapping[str, Entry] = {
     ),
     "square": Entry("ebjdat.evaluation.ensemble:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
 }
+FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # below, the attack's loss is not defined
 
 # Evaluation protocols: values alone. A profile's protocol of the same name, or one that is `like` it, stands on these.
 PROTOCOLS: Mapping[str, Row] = {
@@ -212,6 +213,16 @@ PROTOCOLS: Mapping[str, Row] = {
                 "fab_t": {"steps": 100, "targets": 9},
                 "square": {"queries": 5000},
             },
+        },
+    ),
+    "standard_binary": Row(
+        "for two or three classes: as `standard`, with the attacks of AutoAttack, arXiv 2003.01690, whose losses are defined there",
+        {
+            "norm": "Linf",
+            "range": "unit",
+            "noise": 0.0,
+            "pgd": {"steps": 20},
+            "attacks": {"apgd_ce": {"steps": 100}, "fab": {"steps": 100}, "square": {"queries": 5000}},
         },
     ),
     "released": Row(

@@ -117,6 +117,7 @@ VOCABULARY: tuple[Quantity, ...] = (
         ),
         Q("version", "text", "", "version of this package"),
         Q("settings", "settings", "", "what robustness was measured with (`evaluation.attack`, resolved)"),
+        Q("not_finite", "list of names", "", "names beside it whose value was NaN or infinite, and is null", "there was one"),
         Q("(model|weights|data)", "text", "", "factory, hash of the tensors, name of the data", "`ebjdat attack --model`"),
     ),
     *_of(
@@ -188,6 +189,19 @@ VOCABULARY: tuple[Quantity, ...] = (
         Q("[<protocol>_]radius", "pixels of [0, 1]", "", "its radius (half of `eps` for `released`)"),
         Q("[<protocol>_]n_test", "count", "", "test examples behind `clean_…` and `pgd…`"),
         Q("[<protocol>_]n_attack", "count", "", "the first so many test examples, behind `autoattack_…` and `after_…`"),
+        Q(
+            "[ema_][<protocol>_]n_not_finite",
+            "count",
+            "lower",
+            "test examples whose logits are not all finite: no class is predicted, so they are wrong; beyond a tenth of `n_test` there is "
+            "no evaluation",
+        ),
+        Q(
+            "[ema_][<protocol>_]n_not_finite_adversarial",
+            "count",
+            "lower",
+            "test examples of which an attack returned an image with such logits: that is broken",
+        ),
         Q("[ema_][<protocol>_]clean_correct", "count", "higher", "right without an attack, of `n_test`"),
         Q(
             "[ema_][<protocol>_]clean_acc",
@@ -218,6 +232,7 @@ VOCABULARY: tuple[Quantity, ...] = (
         ),
         Q("[ema_][<protocol>_]autoattack_(low|high)", "fraction", "", "95 % Wilson interval of `autoattack_acc`", ENSEMBLE),
         Q("[ema_][<protocol>_]after_<attack>_correct", "count", "higher", "right after this attack and those before it", ENSEMBLE),
+        Q("[<protocol>_]n_targets", "mapping", "", "targeted attack → classes it aims at: what is asked, at most all others", ENSEMBLE),
         Q("[<protocol>_]autoattack_warnings", "list of text", "", "what AutoAttack's own checks warned of", ENSEMBLE),
         Q(
             "[<protocol>_]attack_seconds",
@@ -306,6 +321,7 @@ VOCABULARY: tuple[Quantity, ...] = (
             "whose features: `inception` (then distances are FID and KID) or `reference` (the profile's classifier)",
         ),
         Q("n_conditional", "count", "", "class-conditional chains"),
+        Q("n_chains_not_finite", "count", "lower", "fresh chains that ended in images that are not finite; their set has no distance"),
         Q("n_buffer", "count", "", "chains of the replay buffer; 0: the method keeps none"),
         Q("class_agreement[_conditional]", "fraction", "higher", "share of chains that the network itself gives the class they began at"),
         Q(
@@ -328,6 +344,7 @@ VOCABULARY: tuple[Quantity, ...] = (
         Q("energy_shift_(adversarial|generated)", "nats", "", "mean energy of these less that of test images, signed"),
         Q("energy_overlap_(adversarial|generated)", "fraction", "higher", "common area of both histograms (50 bins over both)"),
         Q("energy_wasserstein_(adversarial|generated)", "nats", "lower", "Wasserstein-1 distance of both sets of energies"),
+        Q("n_energy_not_finite", "count", "lower", "energies E that are not finite; what they take part in is null"),
         Q("n_energy_clean", "count", "", "test images, and as many PGD neighbours"),
         Q("n_energy_generated", "count", "", "fresh chains"),
     ),
@@ -354,6 +371,7 @@ VOCABULARY: tuple[Quantity, ...] = (
             "false: there is no such minimum (no error on validation: colder is always better), `temperature` is 1 and nothing is scaled",
         ),
         Q("n_calibration", "count", "", "test images behind `ece`, `nll`, `brier`"),
+        Q("n_calibration_not_finite", "count", "lower", "test images whose logits are not finite; no figure of this stage is of them"),
         Q("n_temperature", "count", "", "validation images behind `temperature`"),
         Q(
             "ood_auroc_<score>_<set>",

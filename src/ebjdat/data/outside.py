@@ -12,19 +12,23 @@ from ebjdat.data import prepared
 from ebjdat.data.sources import DataError, folder
 from ebjdat.params import DataSettings
 
+LONGEST_NAMES = 2**20  # bytes of a file of class names
+HIGHEST_LABEL = 2**31 - 1
 
-def images_of(path: Path, size: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+
+def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """uint8 images (N, C, H, W) and labels (N,) of a data file of this project (its test split), of an .npz with arrays `images`
     and `labels`, or of a folder or archive with test/<class>/<image> (and train/<class>/...), shuffled by a fixed seed.
 
-    size: for folders, scale the shorter side to it and crop the centre. Raises DataError.
+    size: for folders, scale the shorter side to it and crop the centre. classes: for folders, their names in the network's
+    order, which the labels then have; it may hold more. Raises DataError.
     """
     if path.suffix != ".npz":
         raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
-        return np.ascontiguousarray(raw.images[order]), raw.labels[order]
-    if size is not None:
-        raise DataError(f"{path}: --size is for folders and archives; images of an .npz stay as they are")
+        return np.ascontiguousarray(raw.images[order]), _reordered(path, raw.classes, raw.labels[order], classes)
+    if size is not None or classes is not None:
+        raise DataError(f"{path}: --size and --classes are for folders and archives; images and labels of an .npz stay as they are")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
@@ -37,8 +41,71 @@ def images_of(path: Path, size: int | None = None) -> tuple[NDArray[np.uint8], N
         return prepared.load(path).split("test")
     if images is None or labels is None:
         raise DataError(f"{path}: arrays `images` and `labels` are needed, found {', '.join(sorted(names)) or 'none'}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise DataError(f"{path}: images are {images.dtype} {images.shape}; uint8 (N, 1 or 3, H, W) is needed")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or not len(images) or labels.min() < 0:
-        raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; one non-negative integer per image is needed")
+    if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
+        raise DataError(f"{path}: {problem}")
     return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+def _wrong_images(images: NDArray[np.generic]) -> str | None:
+    """What is wrong, with what would mend it; None where nothing is."""
+    found = f"images are {images.dtype} {images.shape}; uint8 (N, 1 or 3, H, W) is needed"
+    if images.dtype != np.uint8:
+        mended = " (of pixels in [0, 1]: np.rint(images * 255).astype(np.uint8))" if images.dtype.kind == "f" else ""
+        return found + mended
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        mended = " (images[:, None])" if images.ndim == 3 else ""
+        mended = " (images.transpose(0, 3, 1, 2))" if images.ndim == 4 and images.shape[3] in (1, 3) else mended
+        return found + mended
+    if not images.size:
+        return found
+    if images.max() <= 1:
+        return f"images hold no value above {images.max()}: as uint8 they go up to 255 (of 0 and 1: images * 255)"
+    return None
+
+
+def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
+    found = f"labels are {labels.dtype} {labels.shape}; one non-negative integer per image is needed, {n} of them"
+    if labels.shape != (n,):
+        mended = " (of one-hot rows: labels.argmax(1))" if labels.ndim == 2 and labels.shape[1:] != (1,) else ""
+        mended = " (labels[:, 0])" if labels.shape == (n, 1) else mended
+        return found + mended
+    if not np.issubdtype(labels.dtype, np.integer):
+        return found
+    if labels.min() < 0 or labels.max() > HIGHEST_LABEL:
+        return f"{found}; they go from {labels.min()} to {labels.max()}"
+    return None
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """The classes of a text file, one a line. Raises DataError when it is not one, or a name stands twice."""
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
+        if path.stat().st_size > LONGEST_NAMES:
+            raise DataError(f"{path}: has {path.stat().st_size:,} bytes; class names, one a line, take at most {LONGEST_NAMES:,}")
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text file of class names ({error})") from error
+    while names and not names[-1]:
+        names = names[:-1]
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name or first.setdefault(name, number) != number:
+            raise DataError(
+                f"{path}, line {number}: {'is empty' if not name else f'{name!r} stands there already'}; one class a line is needed"
+            )
+    if not names:
+        raise DataError(f"{path}: is empty; one class a line is needed")
+    return names
+
+
+def _reordered(path: Path, folders: tuple[str, ...], labels: NDArray[np.int64], classes: tuple[str, ...] | None) -> NDArray[np.int64]:
+    """Labels (N,), places in `folders`, as places in `classes`."""
+    if classes is None:
+        return labels
+    place = {name: k for k, name in enumerate(classes)}
+    if missing := [name for name in folders if name not in place]:
+        raise DataError(
+            f"{path}: the class {missing[0]!r} is not in --classes{f', nor are {len(missing) - 1} others' if missing[1:] else ''}"
+        )
+    return np.array([place[name] for name in folders], dtype=np.int64)[labels]

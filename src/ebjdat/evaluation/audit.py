@@ -40,9 +40,15 @@ def audit(
     model: images (N, C, H, W) in [0, 1] -> logits (N, K); its own preprocessing inside. It is copied, and left as it is.
     x: such images; y: labels (N,) int64, on the model's device. source: a network whose adversarial examples are tried on the
     model. state: folder of finished batches, from which an interrupted evaluation goes on. workers: as for robust.evaluate.
-    Raises AttackError when the network does not return finite logits or has too few classes for an attack.
+    Raises AttackError as robust.fit does.
     """
     settings = limited(settings, len(x))
+    with robust.judging(model) as judge:  # under every protocol, before the first one takes hours
+        for name in settings.protocols:
+            robust.fit(judge, x, y, name, settings)
+    if source is not None:
+        with robust.judging(source) as judge:
+            robust.classes_of(judge, x, y)
     verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers) for name in settings.protocols}
     metrics: dict[str, Any] = {}
     for name, protocol in settings.protocols.items():

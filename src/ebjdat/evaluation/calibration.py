@@ -1,4 +1,4 @@
-"""Calibration: whether what is predicted with confidence p is right in a share p of cases. Logits are (N, K), labels (N,)."""
+"""Calibration: whether what is predicted with confidence p is right in a share p of cases. Logits are (N, K) and finite, labels (N,)."""
 
 from __future__ import annotations
 

@@ -7,19 +7,30 @@ figure: it says that the figure must not be believed as it is. Most follow Carli
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom, binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.evaluation.robust import SLACK, Verdicts, batches, judging, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.params import STANDARD, AttackSettings, PGDSettings, ProtocolSettings
+from ebjdat.pixels import internal_from_unit
+from ebjdat.statistics import mcnemar
 
 POINT = 0.01  # one point of accuracy
 DIFFERENCE = 1e-4  # of logits over their length; what another order of summation may change
+CHANCE = 0.05  # p above which an accuracy is not told from that of a guess
+SURE = 0.001  # p below which another reading of images or labels is better; there are several, and each is tried
+READ_ANEW = 1000  # images on which that is asked at most
+NAMED = 4  # classes in a message
 LARGE = 0.5  # L-infinity radius at which every image can become the same grey one
 
 
@@ -42,8 +53,8 @@ class Check:
 def deterministic(model: nn.Module, x: Tensor) -> Check:
     """The same image gives the same logits, again and in another batch. x: (N, C, H, W)."""
     with torch.no_grad():
-        first = model(x)
-        again = [model(x) for _ in range(4)] + [torch.cat([model(image[None]) for image in x])]
+        first, *again = (model(x).nan_to_num(0, 0, 0) for _ in range(5))  # what is not finite has a check of its own
+        again.append(torch.cat([model(image[None]) for image in x]).nan_to_num(0, 0, 0))
     length = first.norm(dim=1).clamp_min(1e-12)
     value = max(float(((other - first).norm(dim=1) / length).max()) for other in again)
     return Check.at_most("deterministic output", value, DIFFERENCE, "largest change of the logits between repeats, of their length")
@@ -64,7 +75,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings
     with torch.enable_grad():
         logits = model(moved)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), moved, allow_unused=False)
-    right = logits.argmax(1) == y
+    right = predicted(logits) == y
     name, says = "gradients do not vanish", "share of correct images whose gradient is zero or not finite"
     if not right.any():
         return Check(name, None, None, POINT, "no image is classified right")
@@ -86,6 +97,114 @@ def black_box(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
 def inside(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
     """Adversarial images, as tensors, against the ball and [0, 1]."""
     return Check.at_most("adversarial images lie in the ball and in [0, 1]", verdicts.excess, SLACK, "farthest outside")
+
+
+def finite(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
+    """Every logit is, on the images as they are and on those that attacks returned; else they are wrong."""
+    value = _share((verdicts.prediction == NO_CLASS) | verdicts.lost)
+    return Check.at_most("logits are finite", value, 0.0, "share of images for which they are not, as they are or attacked")
+
+
+def above_chance(verdicts: Verdicts) -> Check:
+    """Clean accuracy against that of the same predictions without a look at the image, by a binomial test.
+
+    Not asked where so few images, or so few classes among them, leave open whether a network half-way between chance and
+    1 would pass; below chance it fails all the same.
+    """
+    name = "above chance"
+    y, prediction = verdicts.y.cpu().numpy(), verdicts.prediction.cpu().numpy()
+    n, right = len(y), int((y == prediction).sum())
+    chance = _chance(y, prediction)
+    p = float(binomtest(right, n, chance, alternative="greater").pvalue)
+    says = f"p of the binomial test that {right} of {n} right are a guess's {chance:.1%}"
+    below = binomtest(right, n, chance, alternative="less").pvalue < CHANCE
+    needed = binom.isf(CHANCE, n, chance) + 1
+    if p > CHANCE and not below and binom.sf(needed - 1, n, (1 + chance) / 2) < 0.9:
+        return Check(name, None, None, CHANCE, "too few images, or classes among them, to tell it from a guess")
+    return Check.at_most(name, p, CHANCE, says)
+
+
+def _chance(y: NDArray[Any], prediction: NDArray[Any]) -> float:
+    """Expected accuracy of predictions that are dealt to the images at random."""
+    return float(sum((y == k).mean() * (prediction == k).mean() for k in np.unique(y)))
+
+
+def classes_in_order(verdicts: Verdicts) -> Check:
+    """The labels count the classes as the network does: no other order of them makes more images right.
+
+    For each half of the images the order is the one that fits the other half best, so that it is not fitted to itself.
+    """
+    says = "share of images that another order of the classes makes right"
+    y, prediction = verdicts.y.cpu().numpy(), verdicts.prediction.cpu().numpy()
+    half = np.zeros(len(y), dtype=bool)
+    for k in np.unique(y):
+        half[np.flatnonzero(y == k)[::2]] = True
+    expected = np.empty_like(y)
+    for mine in (half, ~half):
+        expected[mine] = _best_order(y[~mine], prediction[~mine], verdicts.classes)[y[mine]]
+    right, mapped = y == prediction, expected == prediction
+    only_mapped, only_right, p = mcnemar(mapped.tolist(), right.tolist())
+    gain = (only_mapped - only_right) / len(y)
+    if gain <= 0 or p > SURE or mapped[expected != y].mean() < 0.5:  # classes that are confused are no other order
+        return Check.at_most("classes in the network's order", 0.0, 0.0, says)
+    order = _best_order(y, prediction, verdicts.classes)
+    named = [text for text, other in _orders(verdicts.classes).items() if (other[y] == prediction).mean() >= mapped.mean() - POINT]
+    moved = [f"{k} is its {order[k]}" for k in np.unique(y) if order[k] != k]
+    more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
+    told = f"{says}: it looks as if {named[0] if named else 'label ' + ', '.join(moved[:NAMED]) + more}"
+    return Check.at_most("classes in the network's order", gain, 0.0, told)
+
+
+def _best_order(y: NDArray[Any], prediction: NDArray[Any], classes: int) -> NDArray[Any]:
+    """The network's class for each label, so that as many predictions as possible are right; a label that is not seen keeps its own."""
+    seen = prediction != NO_CLASS
+    confusion = np.zeros((classes, classes))
+    np.add.at(confusion, (y[seen], prediction[seen]), 1)
+    order: NDArray[Any] = linear_sum_assignment(confusion + np.eye(classes) / 2, maximize=True)[1]  # ties: as it is
+    return order
+
+
+def _orders(classes: int) -> dict[str, NDArray[Any]]:
+    """Orders that people have, in words: the network's class for each label."""
+    here = np.arange(classes)
+    found: dict[str, NDArray[Any]] = {}
+    for first in (0, 1):
+        text = np.array(sorted(range(first, classes + first), key=str)) - first  # 0, 1, 10, 11, 2, ...
+        counted = f'numbers from {first} were sorted as text ("10" before "2")'
+        found |= {f"{counted} for the labels": text, f"{counted} for the network": text.argsort()}
+    return found | {
+        "labels are counted from 1, the network's classes from 0": here - 1,
+        "labels are counted from 0, the network's classes from 1": here + 1,
+        "labels are in the reverse order": here[::-1],
+    }
+
+
+READINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pixels in [-1, 1]": internal_from_unit,
+    "pixels in [0, 255]": lambda x: x * 255,
+    "each channel standardised": lambda x: (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True).clamp_min(1e-6),
+    "channels in the reverse order (BGR)": lambda x: x.flip(1),
+    "inverted pixels": lambda x: 1 - x,
+    "rows as columns": lambda x: x.transpose(2, 3),
+}
+
+
+def usual_images(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> Check:
+    """The network reads RGB in [0, 1]: no other convention makes surely more images right. Shapes as for `run`."""
+    name, says = "images as the network reads them", "points of accuracy that another reading of the images adds"
+    x, y = x[:READ_ANEW], y[:READ_ANEW]
+    right = predictions(model, x, settings.batch_size) == y
+    best, told = 0.0, ""
+    for reading, read in READINGS.items():
+        if x.shape[2] != x.shape[3] and reading == "rows as columns":
+            continue
+        prediction = predictions(model, read(x), settings.batch_size)
+        only_other, only_right, p = mcnemar((prediction == y).tolist(), right.tolist())
+        gain, truth = (only_other - only_right) / len(y), y.cpu().numpy()
+        guess = _chance(truth, prediction.cpu().numpy())
+        if gain > best and p < SURE and binomtest(int((prediction == y).sum()), len(y), guess, alternative="greater").pvalue < CHANCE:
+            best, told = gain, f": {reading}"
+    return Check.at_most(name, best, POINT, f"{says}{told}")
 
 
 def sweep(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> list[tuple[float, float]]:
@@ -152,8 +271,10 @@ def run(
     x: images (N, C, H, W) in [0, 1]; y: labels; verdicts: protocol -> what it found on them; source: the network that a
     transferred attack is made on. Returns {"checks": [...], "checks_failed": how many, "sweep": [[radius, accuracy], ...]}.
     """
+    everything = x, y
     x, y, standard = x[: settings.checks.n], y[: settings.checks.n], settings.standard
     with judging(model) as judge:
+        anew = usual_images(judge, *everything, settings)
         curve = sweep(judge, x, y, settings)
         with torch.no_grad():
             classes = judge(x[:1]).shape[1]
@@ -167,9 +288,12 @@ def run(
             transfer(judge, source, x, y, settings, verdicts[STANDARD]),
         ]
     rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in found]
+    whole = [above_chance(verdicts[STANDARD]), classes_in_order(verdicts[STANDARD]), anew]
+    n_whole = (*[len(everything[0])] * 2, min(len(everything[0]), READ_ANEW))
+    rows += [{**asdict(check), "protocol": None, "n": n} for check, n in zip(whole, n_whole, strict=True)]
     for name, protocol in settings.protocols.items():
-        mine = [inside(protocol, verdicts[name]), black_box(protocol, verdicts[name]), own_flags(protocol, verdicts[name])]
-        n = (len(verdicts[name].y), protocol.n, protocol.n)
+        mine = [check(protocol, verdicts[name]) for check in (finite, inside, black_box, own_flags)]
+        n = (*[len(verdicts[name].y)] * 2, protocol.n, protocol.n)
         rows += [{**asdict(check), "protocol": name, "n": size} for check, size in zip(mine, n, strict=True)]
     return {"checks": rows, "checks_failed": sum(row["passed"] is False for row in rows), "sweep": [list(point) for point in curve]}
 

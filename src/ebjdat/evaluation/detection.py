@@ -5,6 +5,8 @@ Every score is higher, the more an image is like those of the data.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,6 +28,11 @@ Values = NDArray[np.float64]
 def logits_of(model: nn.Module, x: Tensor, batch_size: int) -> Values:
     """Logits (N, K) of images in [0, 1]."""
     return torch.cat([model(x[part]).double().cpu() for part in batches(len(x), batch_size)]).numpy()
+
+
+def finite_rows(*logits: Values) -> NDArray[np.bool_]:
+    """Which images (N,) have finite logits, in each of these (N, K). Of the others there is no confidence and no energy."""
+    return np.logical_and.reduce([np.isfinite(each).all(1) for each in logits])
 
 
 def logit_scores(logits: Values) -> dict[str, Values]:
@@ -79,7 +86,9 @@ def _lower_end(area: float, n_inside: int, n_outside: int) -> float:
 
 
 def separation(inside: Values, outside: Values, name: str) -> dict[str, float]:
-    """AUROC as `name`, its interval as `name`_low and `name`_high."""
+    """AUROC as `name`, its interval as `name`_low and `name`_high; all nan where a score is not finite, since then there is no order."""
+    if not (np.isfinite(inside).all() and np.isfinite(outside).all() and len(inside) and len(outside)):
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), math.nan)
     area = auroc(inside, outside)
     low, high = auroc_interval(area, len(inside), len(outside))
     return {name: area, f"{name}_low": low, f"{name}_high": high}

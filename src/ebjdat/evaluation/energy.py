@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,6 +29,8 @@ def energies(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> tuple[V
 
 def overlap(a: Values, b: Values, bins: int = 50) -> float:
     """Overlap coefficient in [0, 1]: the common area of two histograms over one set of bins."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
     edges = np.histogram_bin_edges(np.concatenate([a, b]), bins)
     if edges[0] == edges[-1]:
         return 1.0
@@ -42,8 +46,11 @@ def landscape(clean: Values, adversarial: Values, generated: Values) -> dict[str
     """Gaps between the energies of clean images, their adversarial examples (row by row) and generated images.
 
     energy_gap_adversarial: mean |E(x) - E(x~)| over pairs, as in the paper's figure. energy_gap_generated: |mean E(x) -
-    mean E(generated)|, since these have no pairs. `*_se`: standard errors. `*_shift`: signed differences of means.
+    mean E(generated)|, since these have no pairs. `*_se`: standard errors. `*_shift`: signed differences of means. An energy
+    that is not finite is counted, and makes everything nan that it takes part in.
     """
+    lost = [int((~np.isfinite(values)).sum()) for values in (clean, adversarial, generated)]
+    clean, adversarial, generated = (np.where(np.isfinite(values), values, math.nan) for values in (clean, adversarial, generated))
     paired = adversarial - clean
     gap = np.abs(paired)
     spread = (clean.var(ddof=1) / len(clean) + generated.var(ddof=1) / len(generated)) ** 0.5
@@ -59,8 +66,9 @@ def landscape(clean: Values, adversarial: Values, generated: Values) -> dict[str
         "energy_shift_generated": float(generated.mean() - clean.mean()),
         "energy_overlap_adversarial": overlap(clean, adversarial),
         "energy_overlap_generated": overlap(clean, generated),
-        "energy_wasserstein_adversarial": float(wasserstein_distance(clean, adversarial)),
-        "energy_wasserstein_generated": float(wasserstein_distance(clean, generated)),
+        "energy_wasserstein_adversarial": math.nan if lost[0] or lost[1] else float(wasserstein_distance(clean, adversarial)),
+        "energy_wasserstein_generated": math.nan if lost[0] or lost[2] else float(wasserstein_distance(clean, generated)),
+        "n_energy_not_finite": sum(lost),
         "n_energy_clean": len(clean),
         "n_energy_generated": len(generated),
     }

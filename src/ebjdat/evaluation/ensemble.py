@@ -8,7 +8,6 @@ Attacks draw from the same generator in the same order as in pyautoattack, so th
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import sys
 import warnings
@@ -22,12 +21,16 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from ebjdat.errors import AttackError
+from ebjdat.models.modes import copied
 from ebjdat.params import EnsembleSettings, ProtocolSettings
 from ebjdat.pixels import internal_distance, internal_from_unit, unit_from_internal
 
 PIXELS_AT_ONCE = 65_536  # on a CPU; more images in one pass leave its caches
 CLEAR = 4.0  # a decision of bf16 stands where its margin exceeds so many times the largest error that was seen
 TIE = 1e-6  # of the largest logit; nearer ones are no decision
+SLACK = 1e-5  # float rounding of distances
+TARGETED = ("apgd_t", "fab_t")
 LOG = logging.getLogger("ebjdat.autoattack")
 
 
@@ -41,13 +44,16 @@ class FastNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor, bf16: bool = False) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layout = torch.contiguous_format
+        try:
+            self.model, own = copied(model).eval().requires_grad_(False), True
+        except Exception:  # a part that cannot be copied: the judge itself is used, as it is
+            self.model, own = model, False
         self.at_once = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1])) if x.device.type == "cpu" else 1 << 30
         self.bf16 = bf16
         self.count: Callable[[int], None] | None = None  # told how many images each pass was asked for
         self.clear = 0.0
-        if self._allows_channels_last(model, x[:2]):
+        if own and self._allows_channels_last(model, x[:2]):
             self.model, self.layout = self.model.to(memory_format=torch.channels_last), torch.channels_last
         if bf16:
             with torch.no_grad():
@@ -58,13 +64,13 @@ class FastNetwork(nn.Module):
         """Whether the network gives the same logits and a gradient in that layout; some use views that it has not."""
         points = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(True)
         try:
-            probe = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+            probe = copied(self.model).to(memory_format=torch.channels_last)
             with torch.enable_grad():
                 logits = probe(points)
                 torch.autograd.grad(logits.sum(), points, allow_unused=True)
             with torch.no_grad():
                 return torch.allclose(logits, model(x), rtol=1e-3, atol=1e-4)
-        except RuntimeError:
+        except (RuntimeError, AttackError):
             return False
 
     def _logits(self, x: Tensor, bf16: bool) -> Tensor:
@@ -126,12 +132,45 @@ class _Watched(nn.Module):
             decided = self.network.decided(x[rows], fresh)
             true = decided.gather(1, self.y[rows, None]).squeeze(1)
             # by more than another layout or batch may change: the judge is to see it broken too
-            broken = rows[decided.amax(1) - true > TIE * decided.abs().amax(1)]
+            wrong = decided.amax(1) - true > TIE * decided.abs().amax(1)
+            broken = rows[wrong | ~torch.isfinite(decided).all(1)]
             self.found[broken] = x[broken].detach()
             self.standing[broken] = False
         if not self.standing.any():
             raise _AllBrokenError
         return logits
+
+
+class _Noting(nn.Module):
+    """What an attack queries that cannot go on with logits that are not finite: it sees zeros instead of them.
+
+    Zeros would be a class, perhaps the right one. So the points in whose ball they were seen are noted: they are broken.
+    """
+
+    def __init__(self, query: Callable[[Tensor], Tensor], x: Tensor, protocol: ProtocolSettings) -> None:
+        super().__init__()
+        self.query, self.x, self.protocol = query, x, protocol
+        self.found: dict[int, Tensor] = {}  # row of x -> a point in its ball and in [0, 1]
+
+    def forward(self, points: Tensor) -> Tensor:
+        logits = self.query(points)
+        finite = torch.isfinite(logits).all(1)
+        if finite.all():
+            return logits
+        for point in points.detach()[~finite]:
+            if len(self.found) < len(self.x) and point.amin() >= 0 and point.amax() <= 1:
+                delta = (self.x - point).flatten(1)
+                size = delta.abs().amax(1) if self.protocol.norm == "Linf" else delta.norm(dim=1)
+                for row in (size <= self.protocol.radius + SLACK).nonzero().flatten().tolist():
+                    self.found.setdefault(row, point)
+        return logits.where(finite[:, None], 0)
+
+    def merged(self, found: Tensor) -> Tensor:
+        """The images that the attack returned, with those that were noted."""
+        found = found.clone()
+        for row, point in self.found.items():
+            found[row] = point
+        return found
 
 
 class _Settling:
@@ -179,7 +218,7 @@ def _apgd(
 
 def apgd_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """APGD on the targeted difference-of-logits ratio, a run per target class; at least 4 classes."""
-    targets = min(settings.targets, _classes(network, x) - 1)
+    targets = aimed_at(settings, _classes(network, x))
     attack = _SettlingTargetedAPGD(network, n_iter=settings.steps, n_target_classes=targets, **_common(x, protocol, seed), logger=LOG)
     with _own_randomness():
         return attack.perturb(x, y)
@@ -199,28 +238,30 @@ def _fab(
     network: FastNetwork, x: Tensor, y: Tensor, targeted: bool, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
 ) -> Tensor:
     common = _common(x, protocol, seed)
-    common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": min(settings.targets, _classes(network, x) - 1)}
+    common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": aimed_at(settings, _classes(network, x))}
+    noting = _Noting(network.along_boundaries, x, protocol)
     if settings.range == "unit":
         with _own_randomness():
-            return FABAttack_PT(network.along_boundaries, **common).perturb(x, y)
+            return noting.merged(FABAttack_PT(noting, **common).perturb(x, y))
     common["eps"] = internal_distance(protocol.radius)
     start = internal_from_unit(x)
     with _own_randomness():
-        found = FABAttack_PT(lambda z: network.along_boundaries(unit_from_internal(z)), **common).perturb(start, y)
+        found = FABAttack_PT(lambda z: noting(unit_from_internal(z)), **common).perturb(start, y)
     changed = (found != start).flatten(1).any(1).view(-1, 1, 1, 1)
-    return torch.where(changed, unit_from_internal(found), x)  # what was not found stays bit for bit what it was
+    return noting.merged(torch.where(changed, unit_from_internal(found), x))  # what was not found stays bit for bit what it was
 
 
 def square(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """Square: random search without gradients."""
-    attack = SquareAttack(network, p_init=0.8, n_queries=settings.queries, resc_schedule=False, **_common(x, protocol, seed))
+    noting = _Noting(network, x, protocol)
+    attack = SquareAttack(noting, p_init=0.8, n_queries=settings.queries, resc_schedule=False, **_common(x, protocol, seed))
     with _own_randomness():
-        return attack.perturb(x, y)
+        return noting.merged(attack.perturb(x, y))
 
 
 def queries(name: str, settings: EnsembleSettings, classes: int) -> int:
     """At most how many images an attack shows the network per example; for progress."""
-    targets = min(settings.targets, classes - 1)
+    targets = aimed_at(settings, classes)
     steps = settings.steps + 3
     return {
         "apgd_ce": steps,
@@ -230,6 +271,11 @@ def queries(name: str, settings: EnsembleSettings, classes: int) -> int:
         "fab_t": targets * 2 * steps + 2,
         "square": settings.queries + 2,
     }[name]
+
+
+def aimed_at(settings: EnsembleSettings, classes: int) -> int:
+    """How many classes a targeted attack aims at."""
+    return min(settings.targets, classes - 1)
 
 
 def _common(x: Tensor, protocol: ProtocolSettings, seed: int) -> dict[str, Any]:
@@ -255,7 +301,7 @@ def flags(network: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings) 
         checks.check_randomized(network, x, y, bs=len(x), logger=LOG)
         classes = checks.check_range_output(network, x, logger=LOG)
         _check_dynamic(network, x)
-        targets = {name: min(a.targets, classes - 1) for name, a in protocol.attacks.items()}
+        targets = {name: aimed_at(a, classes) for name, a in protocol.attacks.items()}
         theirs = [name.replace("_", "-") for name in protocol.attacks]  # as pyautoattack calls them
         checks.check_n_classes(classes, theirs, targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG)
     return told

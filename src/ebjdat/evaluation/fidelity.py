@@ -6,6 +6,9 @@ of it is computed on the CPU, wherever the features were.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from ebjdat.evaluation.frechet import Array, Features, frechet_distance
@@ -72,11 +75,15 @@ def compare(samples: Array | None, real: Array, extractor: str, features: Featur
     """Every measure of samples (N, F) against real images (M, F) under a named extractor; None where it cannot be had.
 
     frechet (lower is better, biased upward in N), kid, kid_std, kid_subset_size, precision, recall, and the class score under
-    its extractor's name: inception_score or reference_score, the other is None. Below two samples everything is None.
+    its extractor's name: inception_score or reference_score, the other is None. Below two samples everything is None; nan
+    where a feature is not finite.
     """
     found: dict[str, float | int | None] = dict.fromkeys(MEASURES)
     if samples is None or len(samples) < FEWEST:
         return found
+    if not (np.isfinite(samples).all() and np.isfinite(real).all()):
+        own = {f"{extractor}_score", f"{extractor}_score_std"}
+        return {name: math.nan if name in own or not name.endswith(("_score", "_score_std")) else None for name in found}
     found["frechet"] = frechet_distance(samples, real)
     found["kid"], found["kid_std"], found["kid_subset_size"] = kernel_distance(samples, real)
     found["precision"], found["recall"] = precision_recall(samples, real) or (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +114,11 @@ def choose_extractor(network: WideResNet, settings: GenerateSettings, device: to
 def frechet_distance(a: Array, b: Array) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, F), at least 2 rows each.
 
-    Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6; torch-fidelity's implementation. Biased upward for small N: only
-    compare distances of the same N.
+    nan where a feature is not finite. Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6; torch-fidelity's implementation.
+    Biased upward for small N: only compare distances of the same N.
     """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics: list[Any] = [fid_features_to_statistics(torch.from_numpy(part)) for part in (a, b)]

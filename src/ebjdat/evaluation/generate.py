@@ -15,10 +15,11 @@ from ebjdat.data.batches import generator
 from ebjdat.evaluation.fidelity import compare
 from ebjdat.evaluation.frechet import Array, Features, frechet_distance
 from ebjdat.evaluation.robust import batches, predictions
+from ebjdat.models.logits import predicted
 from ebjdat.models.modes import UnitRange, moving_images
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import STANDARD, ChainSettings, GenerateSettings
-from ebjdat.pixels import uint8_from_unit, unit_from_internal, unit_from_uint8
+from ebjdat.pixels import INTERNAL, uint8_from_unit, unit_from_internal, unit_from_uint8
 from ebjdat.progress import Bar
 from ebjdat.samplers.chains import strides, walk
 from ebjdat.samplers.starts import StartPool
@@ -29,10 +30,14 @@ COUNTS = ("frechet_against", "n_samples", "n_reference")  # beside every protoco
 
 @dataclass(frozen=True)
 class Samples:
-    """images: uint8 (N, C, H, W); labels: (N,), the class whose start began each chain."""
+    """images: uint8 (N, C, H, W); labels: (N,), the class whose start began each chain.
+
+    lost: how many of them left the numbers: a pixel was not finite, and is black here.
+    """
 
     images: Tensor
     labels: Tensor
+    lost: int = 0
 
 
 def fresh_chains(
@@ -51,15 +56,17 @@ def fresh_chains(
     device = pool.mean.device
     spec = _spec(chain, settings, conditional)
     labels = _classes_in_turn(pool, settings)
-    starts, ends = [], []
+    starts, ends, lost = [], [], 0
     with Bar(f"{title}: fresh chains", settings.n) as bar, moving_images(model, spec.mode):
         for part in batches(settings.n, settings.batch_size):
             noise = generator(device, "generate", settings.seed, part.start)
             x = registry.load(registry.STARTS, spec.start)(pool, labels[part], noise)
             starts.append(_uint8(x))
-            ends.append(_uint8(walk(model, x, labels[part], spec, noise)))
+            x = walk(model, x, labels[part], spec, noise)
+            lost += int((~torch.isfinite(x).flatten(1).all(1)).sum())
+            ends.append(_uint8(x))
             bar.advance(part.stop - part.start)
-    return Samples(torch.cat(ends), labels), Samples(torch.cat(starts), labels)
+    return Samples(torch.cat(ends), labels, lost), Samples(torch.cat(starts), labels)
 
 
 def watched_chains(
@@ -90,7 +97,8 @@ def _classes_in_turn(pool: StartPool, settings: GenerateSettings) -> Tensor:
 
 
 def _uint8(x: Tensor) -> Tensor:
-    return uint8_from_unit(unit_from_internal(x))
+    """What is not finite becomes black; `fresh_chains` counts it."""
+    return uint8_from_unit(unit_from_internal(x.nan_to_num(*[INTERNAL[0]] * 3)))
 
 
 @torch.no_grad()
@@ -99,11 +107,11 @@ def most_confident(model: nn.Module, images: Tensor, fraction: float, batch_size
 
     Of the n images predicted as a class, the int(n * fraction) with the highest softmax probability; the earlier of equals.
     """
-    p = torch.cat([model(unit_from_uint8(images[part])).softmax(1) for part in batches(len(images), batch_size)])
-    confidence, predicted = p.max(1)
+    logits = torch.cat([model(unit_from_uint8(images[part])) for part in batches(len(images), batch_size)])
+    confidence, classes = logits.softmax(1).amax(1), predicted(logits)
     kept = []
-    for k in range(p.shape[1]):
-        members = torch.nonzero(predicted == k).flatten()
+    for k in range(logits.shape[1]):
+        members = torch.nonzero(classes == k).flatten()
         surest = confidence[members].argsort(descending=True, stable=True)
         kept.append(members[surest[: int(len(members) * fraction)]])
     return torch.cat(kept)
@@ -125,6 +133,7 @@ def measure(
     """
     judge = UnitRange(model).eval()
     seen = {name: None if of is None else features(of.images) for name, of in samples.items()}
+    seen |= {name: np.full_like(seen[name], np.nan) for name, of in samples.items() if of is not None and of.lost}  # no distance of these
     result: dict[str, Any] = {"frechet_extractor": extractor}
     for name, protocol in settings.protocols.items():
         points, against = seen[protocol.source], real[protocol.against]
@@ -140,6 +149,7 @@ def measure(
         points = seen[name]
         result |= {f"{key}_{name}": value for key, value in compare(points, real["train"], extractor, features).items()}
         result[f"n_{name}"] = 0 if points is None else len(points)
+    result["n_chains_not_finite"] = sum(of.lost for of in samples.values() if of is not None)
     for key, name in (("class_agreement", "fresh"), ("class_agreement_conditional", "conditional")):
         of = samples[name]
         assert of is not None

@@ -7,7 +7,6 @@ decided here, by the network itself on the images that an attack returned; attac
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,43 +19,43 @@ from torch import Tensor, nn
 
 from ebjdat import registry
 from ebjdat.data.batches import generator
-from ebjdat.errors import UserError
+from ebjdat.errors import AttackError, UserError, in_a_line
 from ebjdat.evaluation import ensemble
 from ebjdat.files import digest, read_npz, reading, write_npz
-from ebjdat.models.modes import moving_images
-from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of
+from ebjdat.models.logits import NO_CLASS, predicted
+from ebjdat.models.modes import Guarded, copied, moving_images
+from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of, too_few_classes
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
 from ebjdat.statistics import wilson
 
-SLACK = 1e-5  # float rounding of distances
-FEWEST_CLASSES = {"apgd_t": 4, "apgd_dlr": 3}  # below, the loss is not defined
+SLACK = ensemble.SLACK
 NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
-
-
-class AttackError(UserError):
-    """An attack cannot be run on this network."""
+MOST_NOT_FINITE = 0.1  # share of clean images without finite logits, beyond which a network is broken and has no accuracy
 
 
 @dataclass
 class Verdicts:
     """What one protocol found, for N examples in the order of the test split.
 
-    prediction: class (N,) of each image as the protocol shows it. key: digest of network, images, protocol and batch size.
-    stands: attack -> int8 (N,): 1 correct after the attack, 0 broken by it, NOT_ATTACKED. done: finished batches of each
-    attack. excess: how far the farthest image that an attack returned lies outside the ball or [0, 1]; such images break
-    nothing. seconds, flags: per attack; AutoAttack's own warnings.
+    prediction: class (N,) of each image as the protocol shows it; NO_CLASS where its logits are not finite. key: digest of
+    network, images, protocol and batch size. stands: attack -> int8 (N,): 1 correct after the attack, 0 broken by it,
+    NOT_ATTACKED. lost: bool (N,), whether an attack returned an image whose logits are not finite; that is broken. done:
+    finished batches of each attack. excess: how far the farthest image that an attack returned lies outside the ball or
+    [0, 1]; such images break nothing. seconds, flags: per attack; AutoAttack's own warnings. classes: of the network.
     """
 
     y: Tensor
     prediction: Tensor
     key: str = ""
     stands: dict[str, Tensor] = field(default_factory=dict)
+    lost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     done: dict[str, int] = field(default_factory=dict)
     excess: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    classes: int = 0
 
     @property
     def clean(self) -> Tensor:
@@ -71,7 +70,8 @@ class Verdicts:
 
     def save(self, path: Path) -> None:
         arrays = {f"stands.{name}": value.cpu().numpy() for name, value in self.stands.items()}
-        arrays |= {"y": self.y.cpu().numpy(), "prediction": self.prediction.cpu().numpy(), "key": np.array(self.key)}
+        arrays |= {name: getattr(self, name).cpu().numpy() for name in ("y", "prediction", "lost")} | {"key": np.array(self.key)}
+        arrays |= {"classes": np.array(self.classes)}
         arrays |= {"attacks": np.array(list(self.done), dtype=str), "done": np.array(list(self.done.values()), dtype=np.int64)}
         arrays |= {"seconds": np.array([self.seconds.get(name, 0.0) for name in self.done]), "excess": np.array(self.excess)}
         write_npz(path, {**arrays, "flags": np.array(self.flags, dtype=str)})
@@ -85,6 +85,8 @@ class Verdicts:
             found = cls(
                 y=torch.from_numpy(file["y"]).to(device),
                 prediction=torch.from_numpy(file["prediction"]).to(device),
+                lost=torch.from_numpy(file["lost"]).to(device),
+                classes=int(file["classes"]),
                 key=str(file["key"]),
                 stands={name: torch.from_numpy(file[f"stands.{name}"]).to(device) for name in names},
                 done=dict(zip(names, map(int, file["done"].tolist()), strict=True)),
@@ -105,8 +107,8 @@ def batches(n: int, size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Predicted classes (N,) of images (N, C, H, W) in [0, 1]."""
-    return torch.cat([model(x[part]).argmax(1) for part in batches(len(x), batch_size)])
+    """Predicted classes (N,) of images (N, C, H, W) in [0, 1]; NO_CLASS where the logits are not finite."""
+    return torch.cat([predicted(model(x[part])) for part in batches(len(x), batch_size)])
 
 
 def pgd_batch(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, start: Tensor) -> Tensor:
@@ -160,36 +162,84 @@ def outside(adversarial: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def judging(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the network as verdicts see it: eval mode, fp32 weights and arithmetic (no autocast, no TF32), no parameter gradients."""
-    judge = copy.deepcopy(model).eval().float().requires_grad_(False)
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    device = next((p.device.type for p in judge.parameters()), "cpu")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield judge
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+def judging(model: nn.Module) -> Iterator[Guarded]:
+    """A copy of the network as verdicts see it: eval mode, fp32 weights and arithmetic (no autocast, no TF32), no parameter gradients.
+
+    One that cannot be copied is used itself, and put back. Raises AttackError where its weights would have to be changed for that.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            network = copied(model).eval().float().requires_grad_(False)
+        except Exception as error:  # a part of it that nobody foresaw: a lock, a stream, a generator
+            if any(p.is_floating_point() and p.dtype != torch.float32 for p in (*model.parameters(), *model.buffers())):
+                raise AttackError(f"the network cannot be copied ({in_a_line(error)}); then its weights must be float32") from error
+            held.enter_context(moving_images(model, "eval"))
+            network = model
+        judge = Guarded(network)
+        matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        device = next((p.device.type for p in judge.parameters()), "cpu")
+        try:
+            with torch.autocast(device, enabled=False):
+                yield judge
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
 def classes_of(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """How many classes the network tells apart.
 
-    Raises AttackError when it returns no finite logits for these labels, or passes no gradient on to the image.
+    Raises AttackError when it returns no logits for these labels, or passes no gradient on to the image.
     """
+    image = x[:1].detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = model(x[:1].detach().requires_grad_(True))
+        logits = model(image)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise AttackError(f"the network returned {found} for one image; logits of shape (1, classes) are needed")
-    if not torch.isfinite(logits).all():
-        raise AttackError("the network returned logits that are not finite; check its weights and its input range, [0, 1]")
-    if int(y.max()) >= logits.shape[1]:
-        raise AttackError(f"labels go up to {int(y.max())}, but the network tells {logits.shape[1]} classes apart")
-    if not logits.requires_grad:
+    classes = int(logits.shape[1])
+    if classes < 2:
+        raise AttackError("the network returned one logit; of two classes two are needed, e.g. torch.cat([torch.zeros_like(z), z], 1)")
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= classes:
+        counted = "; they seem to be counted from 1, and must be from 0" if (lowest, highest) == (1, classes) else ""
+        raise AttackError(
+            f"labels go {f'down to {lowest}' if lowest < 0 else f'up to {highest}'}, but the network tells {classes} classes apart{counted}"
+        )
+    try:
+        (gradient,) = torch.autograd.grad(logits.sum(), image, allow_unused=True) if logits.requires_grad else (None,)
+    except RuntimeError as error:
+        raise AttackError(f"no gradient can be taken through the network: {in_a_line(error)}") from error
+    if gradient is None:
         raise AttackError("the network passes no gradient on to its input (detach, no_grad or NumPy inside); gradient attacks cannot run")
-    return int(logits.shape[1])
+    return classes
+
+
+def fit(judge: Guarded, x: Tensor, y: Tensor, name: str, settings: AttackSettings) -> tuple[int, Tensor, Tensor]:
+    """What the protocol `name` needs to know of a network: its classes, the images it is shown, what it makes of them (N,).
+
+    Raises AttackError when it does not return logits with a gradient, has too few classes for an attack, changes the images
+    that it is given, or returns logits that are not finite for more than MOST_NOT_FINITE of them.
+    """
+    protocol = settings.protocols[name]
+    classes = classes_of(judge, x, y)
+    if problem := too_few_classes(settings, classes):
+        raise AttackError(problem)
+    shown = seen_under(protocol, x.contiguous(), settings.seed)
+    prediction = predictions(judge, shown, settings.batch_size)
+    with torch.no_grad():
+        for part in batches(len(shown), settings.batch_size):
+            given = shown[part].clone()
+            judge.network(given)
+            if not torch.equal(given, shown[part]):
+                raise AttackError("the network changes the images it is given; let its forward begin with x = x.clone()")
+    lost = int((prediction == NO_CLASS).sum())
+    if lost > MOST_NOT_FINITE * len(x):
+        raise AttackError(
+            f"the network's logits are not finite for {lost} of {len(x)} images (protocol {name!r}); with more than "
+            f"{MOST_NOT_FINITE:.0%} it is not evaluated; check its weights, its precision and its input range, [0, 1]"
+        )
+    return classes, shown, prediction
 
 
 def pgd_name(protocol: ProtocolSettings) -> str:
@@ -211,15 +261,11 @@ def evaluate(
     state: a folder in which finished batches are kept; called again after an interruption, with the same network, images and
     settings, it goes on there and ends with the same verdicts. workers: processes of one thread each that share the ensemble's
     batches, on a CPU; small networks gain more from them than from threads, and batches, so verdicts, are the same. Raises
-    AttackError when the network does not return logits with a gradient, or has too few classes for an attack.
+    AttackError as `fit` does.
     """
     protocol = settings.protocols[name]
     with judging(model) as judge:
-        classes = classes_of(judge, x, y)
-        for attack, fewest in FEWEST_CLASSES.items():
-            if attack in protocol.attacks and classes < fewest and protocol.n:
-                raise AttackError(f"protocol {name!r}: {attack} needs at least {fewest} classes, here are {classes}; set its n to 0")
-        x = seen_under(protocol, x.contiguous(), settings.seed)
+        classes, x, prediction = fit(judge, x, y, name, settings)
         file = state / f"{name}.npz" if state else None
         with torch.no_grad():
             network = judge(x[:8])
@@ -227,7 +273,7 @@ def evaluate(
         key = digest(protocol.model_dump(), settings.seed, settings.batch_size, settings.search, *about)
         verdicts = Verdicts.load(file, x.device) if file and file.exists() else None
         if verdicts is None or verdicts.key != key:
-            verdicts = Verdicts(y, predictions(judge, x, settings.batch_size), key)
+            verdicts = Verdicts(y, prediction, key, lost=torch.zeros_like(y, dtype=torch.bool), classes=classes)
         run = _Run(judge, x, y, protocol, settings, verdicts, file, f"{title}: {name}", workers if x.device.type == "cpu" else 1)
         run.pgd()
         if protocol.n:
@@ -253,13 +299,19 @@ def _attack_on_one_thread(job: Job) -> tuple[Tensor, list[str], float]:
 
 
 def _shared(jobs: list[Job], workers: int) -> Iterator[tuple[Tensor, list[str], float]]:
-    """The jobs' results in their order, made by processes of one thread each."""
+    """The jobs' results in their order, made by processes of one thread each; by this one where they cannot be handed the network."""
     from joblib import Parallel, delayed
 
-    found: Iterator[tuple[Tensor, list[str], float]] = Parallel(min(workers, len(jobs)), backend="loky", return_as="generator")(
-        delayed(_attack_on_one_thread)(job) for job in jobs
-    )
-    return found
+    done = 0
+    try:
+        shared = Parallel(min(workers, len(jobs)), backend="loky", return_as="generator")
+        for found in shared(delayed(_attack_on_one_thread)(job) for job in jobs):
+            done += 1
+            yield found
+    except UserError:
+        raise
+    except Exception:  # pickle, or whoever wrote the network, refuses in many ways; an error of an attack comes again below
+        yield from map(_attack, jobs[done:])
 
 
 @dataclass
@@ -298,7 +350,9 @@ class _Run:
         """The first n examples; each attack meets those that the ones before it left standing, in batches of their own order."""
         n, size = self.protocol.n, self.settings.batch_size
         network = ensemble.FastNetwork(self.judge, self.x[:size], self.settings.search == "bf16")
-        self._heard(ensemble.flags(self.judge, self.x[: min(n, size)], self.y[: min(n, size)], self.protocol))
+        finite = (self.verdicts.prediction[: min(n, size)] != NO_CLASS).nonzero().squeeze(1)  # comparisons with NaN say nothing
+        if len(finite):
+            self._heard(ensemble.flags(self.judge, self.x[finite], self.y[finite], self.protocol))
         before: list[str] = []
         for name, settings in self.protocol.attacks.items():
             standing = self.verdicts.survivors(before)[:n].nonzero().squeeze(1)
@@ -337,7 +391,9 @@ class _Run:
         beyond = outside(moved, self.x[rows], self.protocol.norm, self.protocol.radius)
         beyond *= (moved != self.x[rows]).flatten(1).any(1)  # an attack that found nothing returns the image as it was
         self.verdicts.excess = max(self.verdicts.excess, float(beyond.max()))
-        return (predictions(self.judge, moved, self.settings.batch_size) == self.y[rows]) | (beyond > SLACK)
+        prediction = predictions(self.judge, moved, self.settings.batch_size)
+        self.verdicts.lost[rows] |= (prediction == NO_CLASS) & (beyond <= SLACK)
+        return (prediction == self.y[rows]) | (beyond > SLACK)
 
     def _finish(self, name: str, batch: int, rows: Tensor, stands: Tensor, seconds: float) -> None:
         self.verdicts.stands[name][rows] = stands.to(torch.int8)
@@ -363,6 +419,8 @@ def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
         "eps": protocol.eps,
         "radius": protocol.radius,
         "n_test": len(clean),
+        "n_not_finite": int((verdicts.prediction == NO_CLASS).sum()),
+        "n_not_finite_adversarial": int(verdicts.lost.sum()),
         **_counted("clean", clean),
         **_counted(pgd, after_pgd),
         "n_attack": n,
@@ -374,6 +432,7 @@ def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
             found[f"after_{attack}_correct"] = int(verdicts.survivors(names[: i + 1])[:n].sum())
         found |= {f"{pgd}_acc_first_n": int(after_pgd[:n].sum()) / n, "autoattack_warnings": verdicts.flags}
         found["attack_seconds"] = round(sum(verdicts.seconds.values()), 3)
+        found["n_targets"] = {a: ensemble.aimed_at(s, verdicts.classes) for a, s in protocol.attacks.items() if a in ensemble.TARGETED}
     return {f"{prefix_of(name)}{key}": value for key, value in found.items()}
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ebjdat.errors import AttackError, UserError, in_a_line
 from ebjdat.pixels import internal_from_unit
 
 
@@ -101,3 +104,50 @@ class UnitRange(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(internal_from_unit(x))
         return logits
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that keeps results of its last pass (weight_norm, spectral_norm), which deepcopy refuses.
+
+    Raises whatever a part raises that cannot be copied.
+    """
+    kept = [value for module in model.modules() for value in _tensors(vars(module)) if not value.is_leaf]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept}
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+class Guarded(nn.Module):
+    """Any network, as attacks call it: images -> its logits.
+
+    It gets images of its own, so that one that works in place changes nobody's. An image whose gradient is not finite gets
+    a zero one, so that attacks leave it where it is instead of at NaN. What is raised inside becomes an AttackError.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        if x.requires_grad:
+            x.register_hook(_zero_unless_finite)
+        try:
+            logits: Tensor = self.network(x)
+        except UserError:
+            raise
+        except Exception as error:
+            raise AttackError(f"the network failed on images of shape {tuple(x.shape)}, in [0, 1]: {in_a_line(error)}") from error
+        return logits
+
+
+def _zero_unless_finite(gradient: Tensor) -> Tensor:
+    finite = torch.isfinite(gradient).flatten(1).all(1)
+    return gradient.where(finite.view(-1, *[1] * (gradient.ndim - 1)), 0)

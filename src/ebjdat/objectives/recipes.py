@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
+from ebjdat.models.logits import predicted
 from ebjdat.params import WeightSettings
 
 Draws = Mapping[str, Tensor]
@@ -20,7 +21,7 @@ Terms = dict[str, Tensor]
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(1) == y).float().mean()
+    return (predicted(logits) == y).float().mean()
 
 
 def _classified(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor, Terms]:

@@ -183,7 +183,7 @@ def write_audit(
     for check in tables.checks_of(rows):
         name = check["name"] + (f" [{check['protocol']}]" if check["protocol"] else "")
         checks.setdefault(name, {})[check["experiment"], check["seed"]] = check
-        if name not in says or check["passed"] is not None:  # one that was not asked says why, not what it measures
+        if name not in says or check["passed"]:  # one that was not asked, or failed, says why, not what it measures
             says[name] = "warnings, each once" if check["name"] == "AutoAttack's own checks" else check["says"]
     seed = profile.seeds[0]
     pairs = {"PGD-20, all test examples": tables.pairwise(profile, results, seed, "pgd20")}

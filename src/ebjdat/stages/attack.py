@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import shutil
-import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebjdat import __version__
 from ebjdat.data import outside, prepared
 from ebjdat.data.batches import DeviceData
-from ebjdat.errors import UserError
+from ebjdat.errors import AttackError
 from ebjdat.evaluation.audit import Audit, audit, write_table
+from ebjdat.evaluation.robust import classes_of, judging
 from ebjdat.files import digest, git_commit, write_json
 from ebjdat.models.modes import UnitRange
+from ebjdat.models.outside import outside_model
 from ebjdat.params import AttackSettings, prefix_of
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.stages.context import Context, alone, source_files
 from ebjdat.training import checkpoint
+
+AVERAGED = ("_correct", "_acc", "_low", "_high", "n_not_finite", "n_not_finite_adversarial")  # ends of names that averaged weights have too
 
 # What finished batches depend on beside their inputs; an edit there starts an evaluation again.
 CODE = (
@@ -36,8 +36,25 @@ CODE = (
 )
 
 
-class ModelError(UserError):
-    """The network of --model cannot be had; says what is wrong."""
+@dataclass(frozen=True)
+class Foreign:
+    """A network from elsewhere: its factory "package.module:function", a file of weights where they are not in it, and which of
+    several weights of the file. source: the factory of the network that a transferred attack is made on.
+    """
+
+    factory: str
+    weights: Path | None = None
+    key: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Test images as data.outside.images_of takes them. classes: a file of class names in the network's order."""
+
+    path: Path
+    size: int | None = None
+    classes: Path | None = None
 
 
 def run(
@@ -69,9 +86,7 @@ def run(
         if loaded.ema is not None:
             averaged = UnitRange(loaded.network(device, loaded.ema)).eval()
             again = audit(averaged, x, y, settings, None, state / "ema", f"{title}, averaged weights", with_checks=False, workers=workers)
-            metrics |= {
-                f"ema_{name}": value for name, value in again.metrics.items() if name.endswith(("_correct", "_acc", "_low", "_high"))
-            }
+            metrics |= {f"ema_{name}": value for name, value in again.metrics.items() if name.endswith(AVERAGED)}
             tables.append(_named(again, "ema"))
         about = {
             "experiment": experiment,
@@ -84,80 +99,35 @@ def run(
     shutil.rmtree(place, ignore_errors=True)  # only after every declared output is written, the journal too
 
 
-def run_any(
-    factory: str,
-    weights: Path | None,
-    source: str | None,
-    data_path: Path,
-    size: int | None,
-    settings: AttackSettings,
-    device: torch.device,
-    out: Path,
-    verdicts_out: Path,
-) -> None:
-    """Evaluate the network that `factory` ("package.module:function") makes, with weights from a file where they are not in it.
+def run_any(network: Foreign, data: Images, settings: AttackSettings, device: torch.device, out: Path, verdicts_out: Path) -> None:
+    """Evaluate a network from elsewhere. Writes the same files as for a checkpoint of this project.
 
-    Writes the same files as for a checkpoint of this project. State of an interrupted evaluation lies beside `out`.
+    State of an interrupted evaluation lies beside `out`. Raises AttackError where class folders are not as many as the network's
+    classes, and no file says which they are.
     """
-    model = outside_model(factory, weights).to(device)
-    other = outside_model(source, None).to(device) if source else None
-    images, labels = outside.images_of(data_path, size)
+    names = outside.class_names(data.classes) if data.classes else None
+    model = outside_model(network.factory, network.weights, network.key).to(device)
+    other = outside_model(network.source).to(device) if network.source else None
+    images, labels = outside.images_of(data.path, data.size, names)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
+    if data.path.suffix != ".npz":
+        with judging(model) as judge:
+            theirs, ours = classes_of(judge, x, y), len(names) if names else int(labels.max()) + 1
+        if theirs != ours:
+            what = f"{data.classes} names" if names else "the folders are"
+            raise AttackError(
+                f"{what} {ours} classes, the network tells {theirs} apart; --classes FILE names its classes, one a line, in its order"
+            )
     parts = ((name, checkpoint.content(value).tobytes()) for name, value in model.state_dict().items() if isinstance(value, Tensor))
     tensors = digest(*itertools.chain.from_iterable(parts))
     data_hash = digest(images.tobytes(), labels.tobytes())[:16]
     place = out.parent / f".{out.name}.state"
     with alone(place):
-        state = place / _made_from(settings, device, data_hash, tensors, factory)
-        found = audit(model, x, y, settings, other, state, factory, workers=torch.get_num_threads())
-        about = {"model": factory, "weights": tensors[:16], "data": data_path.name, "data_hash": data_hash}
+        state = place / _made_from(settings, device, data_hash, tensors, network.factory)
+        found = audit(model, x, y, settings, other, state, network.factory, workers=torch.get_num_threads())
+        about = {"model": network.factory, "weights": tensors[:16], "data": data.path.name, "data_hash": data_hash}
         _write(found.metrics, _named(found, "raw"), settings, about, out, verdicts_out)
         shutil.rmtree(place, ignore_errors=True)
-
-
-def outside_model(factory: str, weights: Path | None) -> nn.Module:
-    """Call "package.module:function" without arguments and load the weights, if given. The folder one works in can be imported from.
-
-    weights: safetensors, or a file of torch.save with tensors alone (a state dict, or a mapping that holds one under
-    "state_dict", "model_state_dict" or "model"). Raises ModelError when something is missing or does not fit.
-    """
-    module, _, function = factory.partition(":")
-    if not module or not function:
-        raise ModelError(f"--model {factory!r}: package.module:function is allowed")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise ModelError(f"--model {factory!r}: {error}; run this where {module.split('.')[0]!r} can be imported") from error
-    except AttributeError as error:
-        raise ModelError(f"--model {factory!r}: the module {module} has no {function!r}") from error
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"--model {factory!r} made {type(model).__name__}; a torch.nn.Module is needed")
-    if weights is not None:
-        try:
-            model.load_state_dict(_state_dict(weights))
-        except RuntimeError as error:  # torch names every missing, unexpected and misshapen tensor
-            raise ModelError(f"{weights}: does not fit {factory}: {error}") from error
-    return model.eval()
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: not a file of weights ({error})") from error
-    except Exception as error:  # pickle.UnpicklingError: weights_only refused what else is in it
-        raise ModelError(f"{path}: holds more than tensors, which is not read; save model.state_dict() alone ({error})") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ModelError(f"{path}: a state dict is needed, found {type(found).__name__}")
-    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _made_from(settings: AttackSettings, device: torch.device, *inputs: Any) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ebjdat.data import prepared
-from ebjdat.params import Profile, require_files
+from ebjdat.params import ParamsError, Profile, require_files, too_few_classes
 
 
 def run(profile: Profile, out: Path, card_out: Path) -> None:
-    """Raises DataError for the images, ParamsError or ExtractorError for files that only later stages read."""
+    """Raises DataError for the images; ParamsError or ExtractorError for what only later stages would meet: files that they read,
+    and too few classes for a protocol's ensemble."""
     require_files(profile)
     generate = profile.evaluation.generate
     if generate.extractor == "inception":  # fetched and read now, since `generate` comes after hours of training
@@ -19,6 +20,8 @@ def run(profile: Profile, out: Path, card_out: Path) -> None:
 
         inception_features(None, generate, torch.device("cpu"))
     data, card = prepared.prepare(profile.data)
+    if problem := too_few_classes(profile.evaluation.attack, len(data.classes)):
+        raise ParamsError(f"evaluation.attack: {problem}")
     prepared.save(data, card, out, card_out)
     sizes = ", ".join(f"{n} {split}" for split, n in card["sizes"].items())
     print(f"{card['name']}: {sizes}; {card['image_shape']} uint8, {len(card['classes'])} classes, data {card['data_hash']}")

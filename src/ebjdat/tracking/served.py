@@ -17,6 +17,7 @@ from mlflow.models import ModelSignature, set_model
 from mlflow.types.schema import ColSpec, Schema, TensorSpec
 
 from ebjdat.models.energy import marginal_energy
+from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.models.modes import UnitRange
 from ebjdat.training import checkpoint
 
@@ -25,7 +26,10 @@ BATCH = 500
 
 
 class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    """Images (B, C, H, W), float32 in [0, 1] -> a row per image: class index, its name, its probability, E(x)."""
+    """Images (B, C, H, W), float32 in [0, 1] -> a row per image: class index, its name, its probability, E(x).
+
+    Where the logits are not finite: class -1, no name, no probability.
+    """
 
     def load_context(self, context: Any) -> None:
         loaded = checkpoint.load(Path(context.artifacts["checkpoint"]))
@@ -38,11 +42,11 @@ class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
             raise ValueError(f"pixels in [0, 1] are needed, found {images.min():.4g} to {images.max():.4g}")
         with torch.no_grad():
             logits = torch.cat([self._model(part) for part in torch.from_numpy(images).split(BATCH)])
-        probability, index = logits.softmax(1).max(1)
+        probability, index = logits.softmax(1).amax(1), predicted(logits)
         return pd.DataFrame(
             {
                 "class": index.numpy(),
-                "name": [self._classes[i] for i in index],
+                "name": [self._classes[i] if i != NO_CLASS else "" for i in index],
                 "probability": probability.numpy().astype(np.float64),
                 "energy": marginal_energy(logits).numpy().astype(np.float64),
             }

@@ -22,6 +22,7 @@ from ebjdat.data.sources import DataError
 from ebjdat.errors import UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.energy import marginal_energy
+from ebjdat.models.logits import predicted
 from ebjdat.models.modes import evaluating, moving_images
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.draws import DrawState, neighbours
@@ -383,12 +384,12 @@ def validation_scores(model: nn.Module, settings: TrainingSettings, validation: 
         x, y = validation.internal(index), validation.labels[index]
         with evaluating(model):
             logits = model(x)
-            correct["clean_acc"] += int((logits.argmax(1) == y).sum())
+            correct["clean_acc"] += int((predicted(logits) == y).sum())
             energy += float(marginal_energy(logits).sum())
         if robust:
             x = neighbours(model, x, y, attack, generator(validation.device, "validation", start))
             with evaluating(model):
-                correct["robust_acc"] += int((model(x).argmax(1) == y).sum())
+                correct["robust_acc"] += int((predicted(model(x)) == y).sum())
     found = {name: n / len(validation) for name, n in correct.items() if name == "clean_acc" or robust}
     return {**found, "energy": energy / len(validation)}
 

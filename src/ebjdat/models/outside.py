@@ -1,0 +1,342 @@
+"""Networks that this project did not make: from somebody's function, with weights from somebody's file.
+
+A file of weights is never run: torch reads it with weights_only, and not before its records were checked, so that neither code
+in it nor a size that it claims does any harm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ebjdat.errors import UserError, in_a_line
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # DataParallel, SWA, compile, FSDP
+COUNTERS = ("n_averaged", "num_batches_tracked")  # last parts of names that change no output; one may lack, or be too many
+DEEPEST = 4  # wrappings of a state dict that are looked into
+WIDEST = 1000  # entries of each that are
+FEW = 4  # names in a message
+MOST_HEADER = 4 * 2**20  # bytes of a file that describe its tensors; a network with 1,000 of them takes 0.2 MB
+MOST_OLD = 2**29  # bytes of a file in torch's format before 1.6, which has to be read as a whole
+LEAST_ROOM, ROOM = 2**30, 16  # bytes of tensors that a file may hold: so many and so many times the network's own
+
+
+class ModelError(UserError):
+    """The network of --model cannot be had; says what is wrong."""
+
+
+class NotRead:
+    """Stands for objects in a checkpoint that are no weights and are known to be harmless: nothing is made of what they say."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+# Whatever else a pickle names is refused.
+HARMLESS = (
+    *(f"{package}.multiarray.{name}" for package in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+)
+
+
+def outside_model(factory: str, weights: Path | None = None, key: str | None = None) -> nn.Module:
+    """Call "package.module:function" without arguments and load the weights, if given. The folder one works in can be imported from.
+
+    weights: safetensors, or a file of torch.save with tensors, numbers and text alone, that holds a state dict however it is
+    wrapped; what was read is said. key: which, where several fit. Raises ModelError when something is missing or does not fit.
+    """
+    module, _, function = factory.partition(":")
+    if not module or not function:
+        raise ModelError(f"--model {factory!r}: package.module:function is allowed")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        root = module.split(".")[0]
+        where = f"run this where {root!r} can be imported" if error.name in (root, module) else f"{root!r} needs it"
+        raise ModelError(f"--model {factory!r}: {error}; {where}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"--model {factory!r}: importing {module} raised {in_a_line(error)}") from error
+    if not hasattr(found, function):
+        raise ModelError(f"--model {factory!r}: the module {module} has no {function!r}")
+    try:
+        model = getattr(found, function)()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"--model {factory!r}: {function} raised {in_a_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"--model {factory!r} made {type(model).__name__}; a torch.nn.Module is needed")
+    if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
+        raise ModelError(f"--model {factory!r}: parameters without values (lazy layers, or on the device meta); make them in the function")
+    if weights is not None:
+        print(f"weights: {_load_into(model, factory, weights, key)}", flush=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A state dict in a file that fits the network. route: where it begins, "state_dict.module"; "" when it is the file itself.
+
+    tensors: by the network's own names. left: names in the same mapping that are no part of it.
+    """
+
+    route: str
+    tensors: dict[str, Tensor]
+    left: tuple[str, ...]
+
+
+def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> str:
+    """Load the weights that fit; says in words which they were."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wanted = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
+    content = _read(path, sum(value.nbytes for value in wanted.values()))
+    found = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
+    if key is not None:
+        chosen = [c for c in found if c.route == key]
+        if not chosen:
+            raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
+    else:
+        as_it_is = [c for c in found if not c.route and not c.left]
+        chosen = as_it_is or found
+        if not chosen:
+            raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
+        if any(not _equal(chosen[0], other) for other in chosen[1:]):
+            raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
+    one = chosen[0]
+    try:
+        model.load_state_dict(one.tensors, strict=False)  # every name was compared; what is no tensor (extra state) stays as it is
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{path}: cannot be loaded into {factory}: {in_a_line(error)}") from error
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in one.tensors.values() if value.is_floating_point()})
+    what = f"{path}: {len(one.tensors)} tensors ({', '.join(kinds)})" + (f" under {one.route!r}" if one.route else ", as they are")
+    what += f"; not read: {_few(one.left)}" if one.left else ""
+    same = [c.route or "the file itself" for c in chosen[1:]]
+    return what + (f"; the same are under {_few(same)}" if same else "")
+
+
+def _mappings(content: Any, route: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in a file that holds tensors by name, the outermost first, with where it lies."""
+    if isinstance(content, Mapping) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        yield route, content
+    if not isinstance(content, Mapping | list | tuple) or len(route) == DEEPEST or len(content) > WIDEST:
+        return
+    for name, part in content.items() if isinstance(content, Mapping) else enumerate(content):
+        if isinstance(part, Mapping | list | tuple):
+            yield from _mappings(part, (*route, str(name)))
+
+
+def _canonical(name: str) -> tuple[str, ...]:
+    """A tensor's name without the wrappers that DataParallel, SWA, compile and others put around modules."""
+    return tuple(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
+    """The state dicts in a mapping that fit: as it is, without wrappers, below a prefix, or with the network's own prefix put on."""
+    tensors = {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(COUNTERS)}
+    if tensors.keys() == wanted.keys() and _fits(tensors, wanted):
+        yield Candidate(".".join(route), tensors, ())
+        return
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name in tensors:
+        names.setdefault(_canonical(name), []).append(name)
+    ours = {_canonical(name): name for name in wanted}
+    if len(ours) < len(wanted) or not ours:
+        return
+    shared = _shared_prefix(list(ours))
+    last = max(ours)[len(shared) :]
+    for prefix in sorted({name[: len(name) - len(last)] for name in names if name[len(name) - len(last) :] == last}):
+        under = {name[len(prefix) :]: kept for name, kept in names.items() if name[: len(prefix)] == prefix}
+        core = {name[len(shared) :]: own for name, own in ours.items()}
+        if under.keys() != core.keys():
+            continue
+        # one that is there twice, wrapped and not, is told apart by its whole name
+        for which in range(max(len(under[name]) for name in core)):
+            chosen = {own: under[name][min(which, len(under[name]) - 1)] for name, own in core.items()}
+            picked = {own: tensors[name] for own, name in chosen.items()}
+            if _fits(picked, wanted):
+                begins = _begins(chosen[max(wanted)], max(wanted))
+                yield Candidate(".".join((*route, *begins)), picked, tuple(sorted(tensors.keys() - set(chosen.values()))))
+
+
+def _begins(theirs: str, ours: str) -> tuple[str, ...]:
+    """What stands before the network's own name in the file's."""
+    a, b = theirs.split("."), ours.split(".")
+    same = 0
+    while same < min(len(a), len(b)) and a[-1 - same] == b[-1 - same]:
+        same += 1
+    return tuple(a[: len(a) - same])
+
+
+def _shared_prefix(names: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """What all names begin with, at most all but their last part."""
+    low, high = min(names), max(names)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[: min(same, min(map(len, names)) - 1)]
+
+
+def _fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return wanted.keys() <= tensors.keys() and not any(_differs(tensors[name], value) for name, value in wanted.items())
+
+
+def _differs(theirs: Tensor, ours: Tensor) -> str:
+    """How a tensor of a file is not one that the network can take; "" where it can."""
+    if theirs.shape != ours.shape:
+        return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the network"
+    if theirs.is_quantized or theirs.layout != torch.strided or theirs.is_meta:
+        return "no plain tensor (quantised, sparse or without values)"
+    if theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex() != ours.is_complex():
+        return f"{theirs.dtype} in the file, {ours.dtype} in the network".replace("torch.", "")
+    return ""
+
+
+def _equal(a: Candidate, b: Candidate) -> bool:
+    return all(torch.equal(value, b.tensors[name]) for name, value in a.tensors.items())
+
+
+def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
+    """Why nothing fits, of the mapping that comes nearest."""
+    best, text = -1, ""
+    core = {_canonical(name): name for name in wanted}
+    for route, mapping in _mappings(content):
+        theirs = {_canonical(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor) and not k.endswith(COUNTERS)}
+        prefix = _shared_prefix(list(theirs)) if len({name[:1] for name in theirs}) == 1 else ()
+        if not any(name[:1] == prefix[:1] for name in core):
+            theirs = {name[len(prefix) :]: value for name, value in theirs.items()}
+        missing, more = sorted(core.keys() - theirs.keys()), sorted(theirs.keys() - core.keys())
+        other = {core[k]: told for k in core.keys() & theirs.keys() if (told := _differs(theirs[k], wanted[core[k]]))}
+        wrong = {
+            "Missing keys": [core[k] for k in missing],
+            "unexpected": [".".join(k) for k in more],
+            "of another kind": [f"{k} ({v})" for k, v in sorted(other.items())],
+        }
+        where = f" (under {_shown('.'.join(route))})" if route else ""
+        score = len(core.keys() & theirs.keys())
+        if score > best:
+            best = score
+            text = f"does not fit {factory}{where}: {'; '.join(f'{what}: {_few(names)}' for what, names in wrong.items() if names)}"
+    found = f" of {_few([str(name) for name in content])}" if isinstance(content, Mapping) and content else ""
+    return text or f"a state dict is needed, found {type(content).__name__}{found}"
+
+
+def _shown(name: str) -> str:
+    """A name from a stranger's file, printable and not too long."""
+    return ascii(name[:80])[1:-1] + ("…" if len(name) > 80 else "")
+
+
+def _few(names: Any) -> str:
+    listed = [_shown(name) for name in list(names)[:FEW]]
+    return ", ".join(listed) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _listed(found: list[Candidate]) -> str:
+    return f"what fits: {_few([c.route or '(the file itself)' for c in found])}" if found else "nothing in the file does"
+
+
+def _read(path: Path, room: int) -> Any:
+    """What a file of weights holds. room: bytes of the network's own. Raises ModelError for anything else."""
+    if not path.is_file():
+        raise ModelError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
+    size = path.stat().st_size
+    if not size:
+        raise ModelError(f"{path}: is empty")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if size > (most := LEAST_ROOM + ROOM * room):
+            raise ModelError(
+                f"{path}: has {size:,} bytes; for a network of {room:,} at most {most:,} are read; save model.state_dict() alone"
+            )
+        if start[:4] == b"PK\x03\x04":
+            return _read_zip(path)
+        if start[8:] == b"{" or path.suffix == ".safetensors":
+            return _read_safetensors(path, start)
+        return _read_old(path, size)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({in_a_line(error)})") from error
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+    if int.from_bytes(start[:8], "little") > MOST_HEADER:
+        raise ModelError(f"{path}: not a file of weights (its header claims {int.from_bytes(start[:8], 'little'):,} bytes)")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
+
+
+def _read_zip(path: Path) -> Any:
+    """A file of torch.save: a zip of records as they are in memory, and a pickle that describes them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            names = [record.filename for record in records]
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise ModelError(f"{path}: a TorchScript program, not weights; let the function of --model return torch.jit.load(...)")
+            if not any(name.endswith("data.pkl") for name in names):
+                raise ModelError(f"{path}: not a file of weights (a zip without data.pkl)")
+            for record in records:
+                if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size or record.flag_bits & 1:
+                    raise ModelError(
+                        f"{path}: the record {_shown(record.filename)!r} is compressed, which torch.save never does; it was not read"
+                    )
+            if len(set(names)) < len(names) or sum(record.file_size for record in records) > path.stat().st_size:
+                raise ModelError(f"{path}: its records overlap; it was not read")
+            described = sum(record.file_size for record in records if "/data/" not in record.filename)
+            if described > MOST_HEADER:
+                raise ModelError(
+                    f"{path}: {described:,} bytes describe its tensors, at most {MOST_HEADER:,} are read; save model.state_dict() alone"
+                )
+            for record in records:  # torch does not compare checksums
+                with archive.open(record) as file:
+                    while file.read(2**20):
+                        pass
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+        raise ModelError(f"{path}: damaged or cut off ({in_a_line(error)})") from error
+    return _unpickled(path, mmap=True)
+
+
+def _read_old(path: Path, size: int) -> Any:
+    if size > MOST_OLD:
+        raise ModelError(
+            f"{path}: has {size:,} bytes in torch's old format; at most {MOST_OLD:,} are read; save it again with torch 1.6 or newer"
+        )
+    return _unpickled(path, mmap=False)
+
+
+def _unpickled(path: Path, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([(NotRead, name) for name in HARMLESS]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = _pickled_objects(path)
+        if not named:
+            raise ModelError(
+                f"{path}: not a file of weights, or one with more in it than tensors; save model.state_dict() alone"
+            ) from error
+        raise ModelError(f"{path}: holds pickled objects ({_few(named)}), which could run code; save model.state_dict() alone") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
+
+
+def _pickled_objects(path: Path) -> list[str]:
+    """The classes and functions that a file names beside those that are read; found without running it."""
+    try:
+        with torch.serialization.safe_globals([(NotRead, name) for name in HARMLESS]):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        return []
