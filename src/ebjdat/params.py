@@ -8,6 +8,8 @@ the internal range [-1, 1], as the JEM family states them.
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
@@ -760,6 +762,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     """ "training.epochs=3" -> {"training": {"epochs": 3}}."""
     path, _, value = text.partition("=")
     result: Any = yaml.safe_load(value)
+    if isinstance(result, str) and not value.lstrip().startswith(("'", '"', "|", ">", "!", "&")):
+        result = value.strip()  # "images #2.zip": there are no comments in one value
     for key in reversed(path.split(".")):
         result = {key: result}
     return cast(dict[str, Any], result)
@@ -778,6 +782,30 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def split_overrides(text: str) -> list[str]:
+    """Overrides that stand in one text (make's OVERRIDES, Snakemake's `overrides=`), as a shell would part them.
+
+    A value with spaces is quoted: "data.path='my images.tar.xz' params/overrides/ci.yaml".
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ParamsError(f"overrides {text!r}: {error}; words are quoted as in a shell: data.path='my images.tar.xz'") from None
+    for word in words:
+        if "=" not in word and Path(word).suffix not in (".yaml", ".yml"):
+            raise ParamsError(
+                f"overrides {text!r}: {word!r} is neither key.path=value nor a YAML file; "
+                "a value with spaces is quoted: data.path='my images.tar.xz'"
+            )
+    return words
+
+
+def join_overrides(overrides: Sequence[str]) -> str:
+    """What Snakemake's `overrides=` takes for these: the words, or a list where one of them would have to be quoted."""
+    text = " ".join(overrides)
+    return text if text == shlex.join(overrides) else json.dumps(list(overrides), ensure_ascii=False)
 
 
 def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
