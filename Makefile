@@ -13,7 +13,7 @@ export PROFILE OVERRIDES
 export QUOTED_OVERRIDES := '$(subst ','',$(OVERRIDES))'
 SNAKEMAKE := $(BIN)/snakemake --cores all --config profile="$$PROFILE" $(if $(OVERRIDES),overrides="$$QUOTED_OVERRIDES")
 # Where HOME has no place for caches (read-only, or not set), they are kept here.
-CACHE := $(shell cache="$${XDG_CACHE_HOME:-$${HOME:-/nowhere}/.cache}"; mkdir -p "$$cache" 2> /dev/null && [ -w "$$cache" ] && echo there)
+CACHE := $(shell cache="$${XDG_CACHE_HOME:-$${HOME:-/dev/null}/.cache}"; mkdir -p "$$cache" 2> /dev/null && [ -w "$$cache" ] && echo there)
 ifndef CACHE
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export XDG_CONFIG_HOME := $(CURDIR)/.cache/config

@@ -11,7 +11,6 @@ from packaging.requirements import Requirement
 
 from .conftest import ROOT
 
-
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

@@ -88,7 +88,7 @@ def lock(path: Path | str, wait: bool = True) -> Iterator[None]:
 
 
 def git_commit() -> str:
-    """Commit of the code that runs, as `commit_of` says. EBJDAT_COMMIT says it where the code was taken to a machine without git's folder."""
+    """Commit of the code that runs (`commit_of`). EBJDAT_COMMIT says it where the code was taken to a machine without its repository."""
     return os.environ.get("EBJDAT_COMMIT") or commit_of(Path(__file__).resolve().parent)
 
 
