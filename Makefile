@@ -12,6 +12,8 @@ override OVERRIDES := $(value OVERRIDES)
 export PROFILE OVERRIDES
 export QUOTED_OVERRIDES := '$(subst ','',$(OVERRIDES))'
 SNAKEMAKE := $(BIN)/snakemake --cores all --config profile="$$PROFILE" $(if $(OVERRIDES),overrides="$$QUOTED_OVERRIDES")
+# Containers often set it: then each of a run's many processes compiles all that it imports again, two thirds of its start.
+unexport PYTHONDONTWRITEBYTECODE
 # Where HOME has no place for caches (read-only, or not set), they are kept here.
 CACHE := $(shell cache="$${XDG_CACHE_HOME:-$${HOME:-/dev/null}/.cache}"; mkdir -p "$$cache" 2> /dev/null && [ -w "$$cache" ] && echo there)
 ifndef CACHE
