@@ -4,6 +4,7 @@ min_version("9.20")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/stop.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
@@ -21,6 +22,7 @@ localrules:
 
 # DVC is told what is in use meanwhile.
 onstart:
+    hear_everything()
     if RECORD:
         dvc_results.announce(*IN_USE)
 
@@ -33,6 +35,7 @@ onsuccess:
 onerror:
     if RECORD:
         dvc_results.release(*IN_USE)
+    end_if_stopped()
     print(
         f"Some jobs failed: what each says is above and in {LOGS}/. The others are kept, and the same command goes on from there."
     )

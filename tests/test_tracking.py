@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -149,6 +150,84 @@ def test_nothing_is_sent_twice_and_a_deleted_store_is_filled_again(
     other = MlflowClient(f"sqlite:///{fresh}")
     names = {r.info.run_name for r in other.search_runs([other.get_experiment_by_name("digits").experiment_id])}
     assert names == {"eb_jdat/seed0", "eb_jdat/seed0/finetune"}
+
+
+def send_artifact(folder: Path, name: str) -> list[str]:
+    """A stage in this folder with a file of this name, sent to the folder's store; what could not be sent."""
+    (folder / name).write_text(name)
+    with track(Subject("digits", name, 0, "attack"), About({}, TAGS), Path(f"results/{name}/attack.journal.jsonl")) as tracker:
+        tracker.artifact(Path(name))
+    return Sender("sqlite:///mlflow.db").send(journal.finished()).errors
+
+
+def stored(folder: Path) -> set[str]:
+    """Artifacts of all runs in this folder's store, as MLflow finds them."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    return {file.path for run in found for file in client.list_artifacts(run.info.run_id)}
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in (folder / "mlartifacts").rglob("*")}
+
+
+def test_a_store_that_was_copied_or_moved_goes_on_with_its_own_artifacts(
+    empty_store: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, copy, moved = tmp_path / "first", tmp_path / "copy", tmp_path / "moved"
+    first.mkdir()
+    (first / "mlflow.db").write_bytes(empty_store)
+    monkeypatch.chdir(first)
+    assert send_artifact(first, "a.txt") == []
+    shutil.copytree(first, copy)
+    before = files(first)
+    monkeypatch.chdir(copy)
+    assert send_artifact(copy, "b.txt") == []
+    assert stored(copy) == {"a.txt", "b.txt"}
+    assert files(first) == before
+    copy.rename(moved)
+    monkeypatch.chdir(moved)
+    assert send_artifact(moved, "c.txt") == []
+    assert stored(moved) == {"a.txt", "b.txt", "c.txt"}
+    assert not copy.exists()
+    # From a folder below, as DVC runs its experiments, they come to the store, too.
+    below = moved / ".dvc/tmp/exps/one"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    (below / "d.txt").write_text("d")
+    with track(Subject("digits", "d", 0, "attack"), About({}, TAGS), Path("results/d/attack.journal.jsonl")) as tracker:
+        tracker.artifact(Path("d.txt"))
+    assert Sender(f"sqlite:///{moved / 'mlflow.db'}").send(journal.finished()).errors == []
+    monkeypatch.chdir(moved)
+    assert stored(moved) == {"a.txt", "b.txt", "c.txt", "d.txt"}
+
+
+def test_a_store_with_fixed_addresses_is_not_written_to_from_another_place(
+    empty_store: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions made them: they go on where they are; moved, they would write to where they were."""
+    from mlflow import MlflowClient
+
+    first, copy, third = tmp_path / "first one", tmp_path / "copy", tmp_path / "third"
+    first.mkdir()
+    (first / "mlflow.db").write_bytes(empty_store)
+    MlflowClient(f"sqlite:///{first / 'mlflow.db'}").create_experiment("digits", (first / "mlartifacts").as_uri())
+    monkeypatch.chdir(first)
+    assert send_artifact(first, "a.txt") == []
+    shutil.copytree(first, copy)
+    before = files(first)
+    monkeypatch.chdir(copy)
+    (error, *_) = send_artifact(copy, "b.txt")
+    assert f"mlflow.db has its artifacts in {first / 'mlartifacts'}, not beside it" in error
+    assert "Rename it; `ebjdat sync` fills a new one" in error
+    assert files(first) == before
+    shutil.copytree(copy, third)
+    (third / "mlflow.db").write_bytes(empty_store)  # a new one, where no store is open yet
+    monkeypatch.chdir(third)
+    assert send_artifact(third, "c.txt") == []
+    assert stored(third) == {"a.txt", "b.txt", "c.txt"}
 
 
 def test_a_rerun_updates_and_new_settings_supersede(runs: Callable[..., list[Any]], client: Any, sync: Callable[[], Outcome]) -> None:

@@ -167,7 +167,7 @@ def test_only_regular_utf8_files_are_read(tmp_path: Path) -> None:
         *[(w, "before `=` stands no key path") for w in ("=3", "a..b=1", ".a=1", "training.=1", "training .epochs=1", "params/x=1.yaml")],
         *[(w, "before `=` stands no key path") for w in ("tr\u0430ining.epochs=3", "x" * 201 + "=1", ".".join("a" * 60) + "=1")],
         *[(f"training.epochs={v}", "no value; training.epochs=null says that none is meant") for v in ("", "  ", "#3")],
-        ("data.root=/data #1", "# begins a comment, which an override has not"),
+        ("training.epochs=3 #1", "# begins a comment, which an override has not"),
         ("training.epochs=2001-13-45", "line 1: training.epochs: '2001-13-45' means different things"),
         ("training.optimizer={lr: 0.1, lr: 0.2}", "line 1: training.optimizer: the key 'lr' stands twice"),
         ("training.epochs=[", "not YAML: line 1, column 2: while parsing"),
@@ -189,6 +189,10 @@ def test_overrides_that_are_not_meant_are_refused(word: str, expected: str) -> N
     message = refusal(lambda: params.load(DIGITS, ["training.batch_size=32", word]))
     assert expected in message
     assert f"override {ascii(word)[:40]}" in message
+
+
+def test_a_hash_in_the_text_of_an_override_is_part_of_it() -> None:
+    assert yamlfile.parse_assignment("data.path=images #2.zip") == {"data": {"path": "images #2.zip"}}
 
 
 def test_empty_mappings_change_nothing_and_are_refused_over_settings_only(tmp_path: Path) -> None:

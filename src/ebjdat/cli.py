@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ebjdat.checkout import refuse_another
 from ebjdat.errors import TrackingError, UserError, brief, message, printable
 from ebjdat.params import ParamsError
 
@@ -33,11 +34,12 @@ NO_OVERRIDES: list[str] = []
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Expected errors end with their message and exit code 1; Ctrl-C says that what was done is kept."""
+    """Expected errors end with their message and exit code 1, also another checkout's code; Ctrl-C says that what was done is kept."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            refuse_another(Path.cwd())
             command(*args, **kwargs)
         except UserError as error:
             typer.secho(message(f"error: {error}"), fg="red", err=True)
@@ -292,13 +294,18 @@ def report(
 
 @app.command()
 @friendly
-def show(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
+def show(
+    params: ParamsFile,
+    override: Overrides = NO_OVERRIDES,
+    overrides: Annotated[str, typer.Option(help="All of them in one text, quoted as in a shell.")] = "",
+) -> None:
     """Print a finished profile's table, and where its report and the MLflow UI are."""
     from rich.table import Column, Table
 
-    from ebjdat.params import load, run_name
+    from ebjdat.params import load, run_name, split_overrides
     from ebjdat.report.tables import METRICS, cell_parts, header_parts, read_csv
 
+    override = [*override, *split_overrides(overrides)]
     load(params, override)
     results = Path("results") / run_name(params, override)
     if not (results / "table.csv").exists():

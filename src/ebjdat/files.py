@@ -10,8 +10,10 @@ import json
 import math
 import os
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,9 @@ class FileError(UserError):
 
 
 NOT_FINITE = "not_finite"  # in a JSON object: the names beside it whose value was NaN or infinite
+
+# What points git elsewhere than to the repository around a file; hooks set it.
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -236,18 +241,33 @@ def lock(path: Path | str, wait: bool = True) -> Iterator[None]:
 
 
 def git_commit() -> str:
-    """Commit of the working folder, with "-dirty" when tracked files other than dvc.lock differ; "unknown" outside git.
+    """Commit of the code that runs (`commit_of`). EBJDAT_COMMIT says it where the code was taken to a machine without its repository."""
+    return os.environ.get("EBJDAT_COMMIT") or commit_of(Path(__file__).resolve().parent)
 
-    EBJDAT_COMMIT says it where the code was taken to a machine without its repository.
+
+@cache
+def commit_of(package: Path) -> str:
+    """Commit of a package's files; "unknown" unless git tracks them, for instance in a source archive inside another repository.
+
+    "-dirty" is added when tracked files of its checkout, other than dvc.lock, differ, or the package has files that git does
+    not know. Where there is a repository but git does not read it, its reason is printed. Asked once per process.
     """
-    if told := os.environ.get("EBJDAT_COMMIT"):
-        return told
+    root = package.parents[1] if package.parent.name == "src" else package
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, env=environment).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "--", str(package / "__init__.py"))
+        commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)*dvc.lock")
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
+        changed = changed or git("ls-files", "--others", "--exclude-standard", "--", str(package))
+    except (OSError, subprocess.CalledProcessError) as error:
+        untracked = isinstance(error, subprocess.CalledProcessError) and error.returncode == 1
+        if not untracked and any((place / ".git").exists() for place in package.parents):
+            reason = " ".join(error.stderr.split()) if isinstance(error, subprocess.CalledProcessError) else "git is not installed"
+            print(f"WARNING: results will not say which commit made them ({reason})", file=sys.stderr)
         return "unknown"
+    return commit + ("-dirty" if changed else "")

@@ -8,7 +8,9 @@ the internal range [-1, 1], as the JEM family states them.
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -818,6 +820,30 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def split_overrides(text: str) -> list[str]:
+    """Overrides that stand in one text (make's OVERRIDES, Snakemake's `overrides=`), as a shell would part them.
+
+    A value with spaces is quoted: "data.path='my images.tar.xz' params/overrides/ci.yaml".
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ParamsError(f"overrides {text!r}: {error}; words are quoted as in a shell: data.path='my images.tar.xz'") from None
+    for word in words:
+        if "=" not in word and Path(word).suffix not in (".yaml", ".yml"):
+            raise ParamsError(
+                f"overrides {text!r}: {word!r} is neither key.path=value nor a YAML file; "
+                "a value with spaces is quoted: data.path='my images.tar.xz'"
+            )
+    return words
+
+
+def join_overrides(overrides: Sequence[str]) -> str:
+    """What Snakemake's `overrides=` takes for these: the words, or a list where one of them would have to be quoted."""
+    text = " ".join(overrides)
+    return text if text == shlex.join(overrides) else json.dumps(list(overrides), ensure_ascii=False)
 
 
 def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:

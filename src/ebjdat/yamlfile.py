@@ -114,9 +114,11 @@ def parse_assignment(word: str) -> dict[str, Any]:
     node = _compose(text)
     if node is None:
         raise YamlError(f"no value; {path}=null says that none is meant, {path}='\"\"' an empty text")
-    if text[node.end_mark.index :].lstrip().startswith("#"):
-        raise YamlError("# begins a comment, which an override has not; put quotes around the whole value")
     result = _Values().of(node, tuple(keys))
+    if text[node.end_mark.index :].lstrip().startswith("#"):
+        if not isinstance(result, str) or getattr(node, "style", None):
+            raise YamlError("# begins a comment, which an override has not; put quotes around the whole value")
+        result = text.strip()  # "images #2.zip": there are no comments in one value
     for key in reversed(keys):
         result = {key: result}
     return result

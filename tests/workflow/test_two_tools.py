@@ -6,10 +6,14 @@ The tests build on each other in this order, because every run costs a minute.
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
+
+from ebjdat.params import join_overrides
 
 from ..conftest import ROOT
 from .conftest import Project
@@ -145,8 +149,21 @@ def test_settings_that_cannot_work_stop_before_anything_runs(after_snakemake: Pr
         assert "Traceback" not in text
 
 
+def test_code_of_another_checkout_stops_before_anything_runs(after_snakemake: Project) -> None:
+    text = after_snakemake.run("snakemake", "--cores", "1", ok=False, PYTHONPATH=str(ROOT / "src"))
+    assert f"this folder is of the checkout {after_snakemake.folder}, but the code that would run is that of {ROOT}" in text
+    assert "Traceback" not in text
+    assert "rule" not in text
+
+
 def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
-    text = after_snakemake.run("snakemake", "--dry-run", "--config", "overrides=training.epochs=2")
+    """With a path that a shell, YAML and Snakemake would each read in another way."""
+    path = "my $x 'ü' #2 & {a}, b.zip"
+    words = [f"evaluation.reliability.ood_path={path}", "training.epochs=2"]
+    text = after_snakemake.run("snakemake", "--dry-run", "--printshellcmds", "--config", f"overrides={join_overrides(words)}")
+    commands = [shlex.split(line) for line in re.findall(r"^Shell command: (.*--override.*)$", text, re.M)]
+    assert commands
+    assert all(words == [b for a, b in pairwise(command) if a == "--override"] for command in commands)
     outputs = {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
     assert outputs
     assert all(re.match(r"(data|checkpoints|results)/digits\+[0-9a-f]{6}/", name) for name in outputs)

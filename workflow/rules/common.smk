@@ -1,5 +1,6 @@
 """Names, settings and code lists that every rule uses. `--config profile=NAME` picks params/NAME.yaml;
-`overrides=` takes YAML files and key.path=value words, separated by spaces."""
+`overrides=` takes YAML files and key.path=value words, separated by spaces; a value with spaces is quoted:
+`overrides="data.path='my images.tar.xz'"`. A list of words is taken as it is."""
 
 import json
 import os
@@ -11,18 +12,32 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from ebjdat import params as settings
-from ebjdat.files import digest
+if "/.dvc/tmp/exps/" in f"{workflow.basedir}/":
+    # DVC runs an experiment in a copy of the checkout, with its programs but the copy's code.
+    sys.path.insert(0, f"{workflow.basedir}/src")
+try:
+    from ebjdat import params as settings
+    from ebjdat.checkout import CheckoutError, refuse_another
+    from ebjdat.files import digest, git_commit
+
+    refuse_another(Path(workflow.basedir))
+except ModuleNotFoundError as error:
+    if not str(error.name).startswith("ebjdat"):
+        raise
+    raise WorkflowError(
+        f"the package of this checkout is not what {sys.executable} finds: `make install` here, then use its .venv/bin"
+    ) from None
+except CheckoutError as error:
+    raise WorkflowError(str(error)) from None
 
 config.setdefault("profile", "digits")
 config.setdefault("overrides", "")
 
 PARAMS = f"params/{config['profile']}.yaml"
 try:
-    OVERRIDES = shlex.split(str(config["overrides"] or ""))
-except ValueError as error:
-    raise WorkflowError(f"overrides={config['overrides']}: {error}") from None
-try:
+    OVERRIDES = config["overrides"] or []
+    if not isinstance(OVERRIDES, list):
+        OVERRIDES = settings.split_overrides(str(OVERRIDES))
     PROFILE = settings.load(PARAMS, OVERRIDES)
     RUN = settings.run_name(PARAMS, OVERRIDES)
     settings.require_files(PROFILE)
@@ -125,6 +140,12 @@ CODE = {
 # Jobs run the package of this checkout, whose files the rules name, whatever else is installed. `record` is told what
 # settings and code were when the run began (not as its parameter: it would then run again on its own).
 INPUTS = digest(RAW, *sorted({Path(f) for group in CODE.values() for f in group}))[:16]
+# Jobs run this Python, also where its folder is not on PATH.
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+)
+if workflow.is_main_process and git_commit() == "unknown":
+    os.environ["EBJDAT_COMMIT"] = "unknown"  # why was said; each job would say it again
 shell.prefix(
     f"set -euo pipefail; export EBJDAT_INPUTS={INPUTS}; "
     "export PYTHONPATH=$PWD/src${{PYTHONPATH:+:$PYTHONPATH}}; "

@@ -27,9 +27,10 @@ from typing import Any
 import dvc_results
 import dvc_stages
 
+from ebjdat.checkout import refuse_another
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, write_json
-from ebjdat.params import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names
+from ebjdat.params import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names, split_overrides
 
 FORMAT = 1
 MADE = ("data", "checkpoints", "results")  # folders of what stages write
@@ -244,7 +245,7 @@ def data_notes(profile: Profile, stages: Mapping[str, Stage], root: Path) -> lis
 
 def pack(asked: argparse.Namespace) -> None:
     """Write the box. Raises BoxError, and writes nothing, where something cannot be packed."""
-    box, overrides = Path(asked.box), shlex.split(asked.overrides)
+    box, overrides = Path(asked.box), split_overrides(asked.overrides)
     if box.exists():
         raise BoxError([f"{box} is there already; take it, delete it, or give another name (BOX=…)"])
     params = f"params/{asked.profile}.yaml"
@@ -518,7 +519,7 @@ def main() -> int:
     packing = commands.add_parser("pack", help="write the folder to be copied to the other machine")
     packing.add_argument("box")
     packing.add_argument("--profile", default=dvc_stages.DEFAULT)
-    packing.add_argument("--overrides", default="", help="YAML files and key.path=value words, separated by spaces")
+    packing.add_argument("--overrides", default="", help="YAML files and key.path=value words, as a shell parts them")
     packing.add_argument("--experiments", nargs="*", default=[], help="these and what they need; default: all")
     packing.add_argument(
         "--stages", nargs="*", default=[], help="these (finetune, attack, …) and what they need; default: all but the report"
@@ -531,6 +532,7 @@ def main() -> int:
     taking.set_defaults(command=take)
     asked = parser.parse_args()
     try:
+        refuse_another(Path.cwd())
         asked.command(asked)
     except (UserError, dvc_results.BusyError, dvc_results.DvcError) as error:
         end = getattr(error, "end", "")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import yaml
 
 from ebjdat.files import digest
-from ebjdat.params import Profile, load, merge, read_layers, section, section_names
+from ebjdat.params import Profile, join_overrides, load, merge, read_layers, section, section_names
 
 DEFAULT = "digits"
 HEAD = """\
@@ -71,7 +70,7 @@ def whole(profile: str, overrides: tuple[str, ...]) -> str:
 
 def config(profile: str, overrides: Sequence[str] = ()) -> list[str]:
     """Snakemake's options for a profile and what is laid over it."""
-    return ["--config", f"profile={profile}", *([f"overrides={shlex.join(overrides)}"] if overrides else [])]
+    return ["--config", f"profile={profile}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
 
 
 def current_inputs(profile: str) -> str:

@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
-from ebjdat.params import RELEASED, Profile, flat
+from ebjdat.params import RELEASED, Profile, flat, join_overrides
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline, tables
 from ebjdat.report.claims import Finding
@@ -245,7 +245,7 @@ def reproduce(run: str, results: Path, row: Row, overrides: Sequence[str]) -> tu
     commits = {stage: read_json(folder / f"{stage}.json").get("git_commit", "unknown") for stage in STAGES}
     # a stage that ran at another commit than its training ran later; Snakemake kept the training, so its code was the same there
     chosen = next((c for c in reversed(commits.values()) if c != row.git_commit), row.git_commit)
-    config = [f"profile={run.split('+')[0]}", *([f"overrides={' '.join(map(shlex.quote, overrides))}"] if overrides else [])]
+    config = [f"profile={run.split('+')[0]}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
     targets = [f"results/{run}/{row.experiment}/seed{row.seed}/{stage}.json" for stage in STAGES]
     lines = [shlex.join(["snakemake", "--cores", "all", "--config", *config, "--", *targets])]
     notes = []

@@ -7,6 +7,7 @@ sends and wherever it was broken off; a store that was deleted is simply filled 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import logging
 import os
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import requests
 
@@ -29,6 +32,11 @@ PAGE = 100  # runs of one answer, each some 50 kB
 LARGEST, LONGEST = 32 * 2**20, 120.0  # bytes of an answer, and seconds that it may take
 CONNECT = 10  # seconds to reach a database
 TAG_LENGTH = 4000
+SQLITE = "sqlite:///"
+ARTIFACTS = "mlartifacts"  # folder beside an SQLite store; other stores decide themselves
+# MLflow keeps artifacts' addresses whole, so that a store that is copied or moved would go on writing to its old place. Through
+# this link of Linux they are in the working folder, whichever that is: the store's, for who sends and for `make ui`.
+HERE = f"file:///proc/self/cwd/{ARTIFACTS}"
 
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what fails is sent again from the journal, after a look at what has arrived
@@ -100,6 +108,11 @@ class Sender:
     def __init__(self, uri: str) -> None:
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+        self._home = Path.cwd()  # journals name files as they are called from here
+        self._folder: Path | None = None  # of an SQLite store
+        if uri.startswith(SQLITE):
+            path = Path(uri.removeprefix(SQLITE)).resolve()
+            uri, self._folder = f"{SQLITE}{path}", path.parent
         mlflow.set_tracking_uri(uri)
         self._uri = uri
         self._client: Any = None
@@ -128,7 +141,8 @@ class Sender:
                 continue
             seen.add(name)
             try:
-                sent = self._send(events, alive=state[0])
+                with contextlib.chdir(self._folder or self._home):
+                    sent = self._send(events, alive=state[0])
             except Exception as error:  # whatever a store, a server or a network throws
                 first = str(error).splitlines()[0] if str(error) else ""
                 whose = f"{path}: " if isinstance(error, DAMAGED) else ""
@@ -303,11 +317,11 @@ class Sender:
         if "tag" in event:
             for run in {whole, cursor.run}:
                 self._client.set_tag(run, event["tag"][0], event["tag"][1][:TAG_LENGTH])
-        elif "artifact" in event and _unchanged(event["artifact"], event["sha256"]):
-            self._client.log_artifact(whole, event["artifact"])
+        elif "artifact" in event and self._unchanged(event["artifact"], event["sha256"]):
+            self._client.log_artifact(whole, str(self._home / event["artifact"]))
         elif "picture" in event:
             self._picture(cursor.run, event)
-        elif "model" in event and _unchanged(event["model"], event["sha256"]):
+        elif "model" in event and self._unchanged(event["model"], event["sha256"]):
             self._model(whole, event)
         elif "result" in event:
             self._result(begin, event)
@@ -345,7 +359,7 @@ class Sender:
         newest = self._client.search_logged_models([experiment], f"source_run_id = '{run}'", max_results=1)
         # Asked of the model itself: a mark on the run could get lost after the model was logged.
         if not any(model.tags.get("sha256") == event["sha256"] and model.status == LoggedModelStatus.READY for model in newest):
-            log(run, Path(event["model"]), event["sha256"])
+            log(run, self._home / event["model"], event["sha256"])
 
     def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Everything of an experiment and seed, on its run, also what stages measured that its settings did not make run again.
@@ -361,9 +375,9 @@ class Sender:
                 self._metrics(run.info.run_id, [Metric(k, v, event["time"], 0) for k, v in row["metrics"].items()])
                 there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
                 for file in row["artifacts"]:
-                    if Path(file["artifact"]).name not in there and _unchanged(file["artifact"], file["sha256"]):
-                        self._client.log_artifact(run.info.run_id, file["artifact"])
-                if row["model"] and _unchanged(row["model"]["model"], row["model"]["sha256"]):
+                    if Path(file["artifact"]).name not in there and self._unchanged(file["artifact"], file["sha256"]):
+                        self._client.log_artifact(run.info.run_id, str(self._home / file["artifact"]))
+                if row["model"] and self._unchanged(row["model"]["model"], row["model"]["sha256"]):
                     self._model(run.info.run_id, row["model"])
                 for stage in self._current(experiment, f"{_of(subject)} and tags.kind = 'result-stage'"):
                     if stage.data.tags.get("mlflow.parentRunId") != run.info.run_id:
@@ -374,13 +388,33 @@ class Sender:
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                local = self._uri.startswith("sqlite:///")  # artifacts beside the file; elsewhere the server knows
-                location = Path(self._uri.removeprefix("sqlite:///")).with_name("mlartifacts").resolve().as_uri() if local else None
+                location = None
+                if self._folder:  # a store outside the checkout is also read from other folders, and stays where it is
+                    location = HERE if self._home.is_relative_to(self._folder) else (self._folder / ARTIFACTS).as_uri()
                 kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
                 self._experiments[name] = str(self._client.create_experiment(name, location, tags=kind))
             else:
+                self._refuse_moved(found.artifact_location)
                 self._experiments[name] = str(found.experiment_id)
         return self._experiments[name]
+
+    def _refuse_moved(self, location: str) -> None:
+        """Raise TrackingError where an SQLite store would have its artifacts written to the place that it was moved from."""
+        if self._folder is None or not location.startswith("file:"):
+            return
+        place = url2pathname(urlsplit(location).path)
+        if location != HERE and Path(place).name == ARTIFACTS and Path(place).resolve() != self._folder / ARTIFACTS:
+            file = Path(self._uri.removeprefix(SQLITE)).name
+            raise TrackingError(
+                f"{file} has its artifacts in {place}, not beside it: it was copied or moved here. Rename it; `ebjdat sync` fills a new one"
+            )
+
+    def _unchanged(self, path: str, sha256: str) -> bool:
+        """Whether this still is the file that the stage wrote; a later run may have replaced it."""
+        try:
+            return (self._home / path).is_file() and digest(self._home / path) == sha256
+        except OSError:
+            return False
 
     def _search(self, experiment: str, text: str) -> list[Any]:
         page = self._client.search_runs([experiment], text, max_results=PAGE)
@@ -424,14 +458,6 @@ def _title(begin: Mapping[str, Any]) -> str:
 
 def _values(event: Mapping[str, Any]) -> dict[str, float]:
     return event.get("metrics", {}) | event.get("system", {})
-
-
-def _unchanged(path: str, sha256: str) -> bool:
-    """Whether this still is the file that the stage wrote; a later run may have replaced it."""
-    try:
-        return Path(path).is_file() and digest(Path(path)) == sha256
-    except OSError:
-        return False
 
 
 def _reach(uri: str) -> None:
