@@ -133,7 +133,7 @@ BASES: Mapping[str, Row] = {
 _RELEASED_WALK = {"start": "uniform", "project": False, "range": "internal", "mode": "eval"}
 _RELEASED_TERMS = {"weights": {"w2": -0.1, "align": "density"}, "density_batch": "own"}
 _RELEASED_ON = {
-    "jem": {"weights": {"w2": -0.05}, "augment": {"labelled_noise": 0.03}},
+    "jem": {"weights": {"w1": 0.45, "w2": -0.05, "w3": 0.45}, "augment": {"labelled_noise": 0.03}},
     "jempp": {"augment": {"labelled_noise": 0.03}},
 }
 FORMS: Mapping[str, Row] = {

@@ -53,9 +53,9 @@ class Evidence:
             if entry.method != method or (form is not None and form_of(method, entry.form) != form):
                 continue
             row = form_values(form, base_of(entry.method, entry.base)) if form else {}
-            usual = [1.0, row.get("weights", {}).get("w2", 1.0) if w2 is None else w2, 1.0]
-            weights = [settings.weights.w1, settings.weights.w2, settings.weights.w3]
-            if form is None or (weights == usual and settings.adversary.score == row["adversary"]["score"]):
+            usual = row.get("weights", {}) | ({} if w2 is None else {"w2": w2})
+            as_usual = all(getattr(settings.weights, name) == usual.get(name, 1.0) for name in ("w1", "w2", "w3"))
+            if form is None or (as_usual and settings.adversary.score == row["adversary"]["score"]):
                 return name
         return None
 

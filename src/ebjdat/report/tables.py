@@ -241,7 +241,7 @@ def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
     if settings.adversary.score != form["adversary"]["score"]:
         return {}
     weights = [settings.weights.w1, settings.weights.w2, settings.weights.w3]
-    if weights == [1.0, form.get("weights", {}).get("w2", 1.0), 1.0]:
+    if weights == [form.get("weights", {}).get(name, 1.0) for name in ("w1", "w2", "w3")]:
         return rows.get(f"{entry.method}_{base}", {})
     ablation = everything[profile.report.paper].get(f"ablation_{base}", [])
     return next((row for row in ablation if row["w"] == weights), {})
