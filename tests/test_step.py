@@ -75,12 +75,14 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
 
     Tolerance: both sum in other orders (channels-last, slices of two), so products differ in their last bits: a thousandth of how
     far the step moves the weights. Gradients of cross-entropy come near 0; where one turns its sign, a pixel moves by two steps
-    (seen: 1 of 24,576, and 1.6 % of the step), hence a twentieth there.
+    (seen: 1 of 24,576, and 1.6 % of the step), hence a twentieth there. Chains count in the statistics of variant "jem" alone, in eval
+    mode the neighbours' own: the last bits of these turn signs as well (97 of 24,576).
     """
     chains = 20 if "released" in experiment else 32
     own = {"density_batch_size": chains} if "released" in experiment else {}
     of = case(experiment, {"augment": {"pad": 2}, **own}, variant=variant)
-    tolerance = 5e-2 if of.settings.adversary.score.endswith("ce") and "adversarial" in registry.METHODS[of.method].draws else 1e-3
+    signs = "adversarial" in registry.METHODS[of.method].draws and (of.settings.adversary.score.endswith("ce") or variant == "jem")
+    tolerance = 5e-2 if signs else 1e-3
     ours = Ours(of, of.data())
     theirs = wrn.build(of.model, 3, 10, 0)
     settings, spec, start = of.settings, of.settings.chain, starter(of.settings.chain, ours.pool)
