@@ -311,6 +311,14 @@ def state(pool: StartPool, settings: TrainingSettings) -> DrawState:
     return DrawState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
 
 
+def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: DrawState, pool: StartPool) -> None:
+    settings = state.settings.model_copy(update={"density_batch": "own", "density_batch_size": 24})
+    for asked, n in ((settings, 24), (state.settings, 64)):
+        (begun,) = draw_states(asked, state.buffer, pool, ("test",), 0, 1)
+        assert begun.chains is not None
+        assert len(begun.chains.x) == len(begun.chains.slots) == n
+
+
 def test_draws_leave_the_network_alone_and_respect_the_budget(
     state: DrawState, network: WideResNet, train_data: DeviceData, settings: TrainingSettings, rng: torch.Generator
 ) -> None:
