@@ -97,6 +97,26 @@ def test_round_trip(saved: Path, network: WideResNet) -> None:
     assert loaded.header.metrics == {"selection_score": 0.30000000000000004}
 
 
+def test_a_checkpoint_keeps_its_networks_variant(saved: Path, header: Header, tmp_path: Path) -> None:
+    """The JEM family's network comes back as such and fits no settings of the other; a header without the key is of that other."""
+    jem = ModelSettings(depth=10, width=1, variant="jem")
+    network, path = build(jem, 1, 10, 1).eval(), tmp_path / "jem.safetensors"
+    checkpoint.save(Checkpoint(dataclasses.replace(header, model=jem), network.state_dict(), None, None), path)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.allclose(checkpoint.load(path, model=jem).network(torch.device("cpu"))(x), network(x), atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"variant jem \(settings: wrn\)"):
+        checkpoint.load(path, model=MODEL)
+    told = CliRunner().invoke(app, ["inspect", str(path)])
+    assert told.exit_code == 0
+    assert "model.variant" in told.output
+
+    def old(plain: dict[str, Any]) -> None:
+        del plain["model"]["variant"]
+        plain["digest"] = checkpoint.header_digest(plain)
+
+    assert checkpoint.load(edited(saved, old), model=MODEL).header.model == MODEL
+
+
 def test_the_same_content_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     checkpoint.save(checkpoint.load(saved), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()

@@ -331,11 +331,47 @@ def test_sada_jem_sees_unaugmented_images_for_its_density_term_and_no_other(trai
     assert torch.equal(train_data.labels[order], batch.y)  # the same images in the same order
 
 
-def test_an_epoch_can_begin_at_any_step(train_data: DeviceData) -> None:
-    whole = list(epoch_batches(train_data, 64, AugmentSettings(), 3, 5))
-    rest = list(epoch_batches(train_data, 64, AugmentSettings(), 3, 5, first=7))
+@pytest.mark.parametrize("own", [None, 48])
+def test_an_epoch_can_begin_at_any_step(train_data: DeviceData, own: int | None) -> None:
+    whole = list(epoch_batches(train_data, 64, AugmentSettings(labelled_noise=0.1), 3, 5, own_density=own))
+    rest = list(epoch_batches(train_data, 64, AugmentSettings(labelled_noise=0.1), 3, 5, first=7, own_density=own))
     assert len(rest) == len(whole) - 7
-    assert all(torch.equal(a.x_density, b.x_density) and torch.equal(a.y, b.y) for a, b in zip(whole[7:], rest, strict=True))
+    for a, b in zip(whole[7:], rest, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.x_density, b.x_density)
+        assert torch.equal(a.y, b.y)
+
+
+def test_density_images_of_their_own_cover_the_split_pass_by_pass(train_data: DeviceData) -> None:
+    """Passes of 1170 // 100 batches, whatever the labelled epochs (1170 // 64 batches) are; labelled images stay as they were."""
+    plain = AugmentSettings(pad=0, noise=0.0)
+    index = {x.numpy().tobytes(): i for i, x in enumerate(train_data.internal())}
+    drawn, labelled = [], []
+    for epoch in range(2):
+        paired = epoch_batches(train_data, 64, plain, 0, epoch)
+        for own, pair in zip(epoch_batches(train_data, 64, plain, 0, epoch, own_density=100), paired, strict=True):
+            assert torch.equal(own.x, pair.x)
+            assert len(own.x_density) == 100
+            drawn.append([index[x.numpy().tobytes()] for x in own.x_density])
+            labelled.append([index[x.numpy().tobytes()] for x in own.x])
+    assert len(drawn) == 2 * (1170 // 64)
+    for first in range(0, 33, 11):
+        a_pass = [i for batch in drawn[first : first + 11] for i in batch]
+        assert len(set(a_pass)) == 1100
+    assert drawn[0] != drawn[11]
+    shared = [len(set(a) & set(b)) for a, b in zip(drawn, labelled, strict=True)]
+    assert sum(shared) / len(shared) == pytest.approx(64 * 100 / 1170, rel=0.3)  # no more than chance: 5.5 of 64
+
+
+def test_noise_on_labelled_images_is_another_than_that_of_density_images(train_data: DeviceData) -> None:
+    """Of the stated size each, independent; a setting that is 0 draws nothing, so that the rest stays as it was."""
+    silent, noisy = (
+        next(epoch_batches(train_data, 256, AugmentSettings(pad=0, noise=0.03, labelled_noise=size), 0, 0)) for size in (0.0, 0.1)
+    )
+    assert torch.equal(noisy.x_density, silent.x_density)
+    labelled, density = noisy.x - silent.x, silent.x_density - silent.x
+    assert float(labelled.std()) == pytest.approx(0.1, rel=0.03)  # 256 * 64 draws: standard error 0.6 %
+    assert abs(float((labelled * density).mean())) < 5 * 0.1 * 0.03 / 128
 
 
 def test_images_of_any_size_are_scaled_and_cropped_at_the_centre(tmp_path: Path) -> None:

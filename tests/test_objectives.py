@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from ebjdat import params
 from ebjdat.data.batches import Batch, DeviceData, epoch_batches
 from ebjdat.data.prepared import Prepared
-from ebjdat.models.wrn import WideResNet
+from ebjdat.models.wrn import WideResNet, build
 from ebjdat.objectives import draws, recipes
 from ebjdat.objectives.draws import DrawState, adversarial, negatives, neighbours
-from ebjdat.params import AdversarySettings, TrainingSettings, WeightSettings
+from ebjdat.params import AdversarySettings, ModelSettings, TrainingSettings, WeightSettings
 from ebjdat.pixels import internal_distance
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
@@ -170,17 +171,72 @@ def test_the_paper_form_moves_energies_as_the_paper_says(table: Table) -> None:
 
 
 def test_the_released_form_raises_adversarial_energies_with_a_tenth_of_the_weight(table: Table) -> None:
-    """METHOD: L += 0.1 (f(x~) - f(x)), f the mean logsumexp."""
+    """L += 0.1 (f(x~) - f(x+)), f the mean logsumexp, x+ the images of the p(x) term."""
     settings, weights = form("released")
     adversary = settings.adversary
     assert (adversary.score, adversary.project, adversary.range, adversary.mode) == ("released", False, "internal", "eval")
     loss, gradient = loss_and_gradient(table, recipes.eb_jdat, weights)
-    h1, alignment = -lse(DENSITY) + lse(NEGATIVE), lse(ADVERSARIAL) - lse(CLEAN)
+    h1, alignment = -lse(DENSITY) + lse(NEGATIVE), lse(ADVERSARIAL) - lse(DENSITY)
     assert loss == pytest.approx(h1 + 0.1 * alignment + ce(CLEAN) + ce(ADVERSARIAL), abs=1e-6)
-    assert (gradient[1] < 0).all()  # E(x+) down, as in the paper's form
-    assert (gradient[2] > 0).all()  # E(x-) up
+    assert (gradient[2] > 0).all()  # E(x-) up, as in the paper's form
     assert gradient[3].sum() == pytest.approx(0.1, abs=1e-6)  # E(x~) up
-    assert gradient[0].sum() == pytest.approx(-0.1, abs=1e-6)  # E(x) down
+    assert gradient[1].sum() == pytest.approx(-1.1, abs=1e-6)  # E(x+) down, twice
+    assert gradient[0].sum() == pytest.approx(0, abs=1e-6)  # E(x) is left to cross-entropy
+
+
+@pytest.mark.parametrize(("base", "w", "size"), [("jempp", (1, 0.1, 1), 8), ("jem", (0.45, 0.05, 0.45), 8), ("sadajem", (1, 0.1, 1), 4)])
+@pytest.mark.parametrize("name", ["released", "released_ce"])
+def test_the_released_loss_from_its_definition(
+    name: str, base: str, w: tuple[float, float, float], size: int, network: WideResNet, rng: torch.Generator
+) -> None:
+    """On a network, from logits alone, one image at a time and in float64; with another number of images of the p(x) term.
+
+    p_x (f(x-) - f(x+)) + p_y CE(x) + p_xadv (f(x~) - f(x+)) + p_yadv CE(x~), each f a mean of logsumexp over its own images.
+    """
+    own = [f"experiments.eb_jdat.form={name}", f"experiments.eb_jdat.base={base}"]
+    weights = params.load(ROOT / "params/digits.yaml", own).training_settings("eb_jdat").weights
+    x, moved = torch.rand(2, 8, 1, 8, 8, generator=rng) * 2 - 1
+    density, chains = torch.rand(2, size, 1, 8, 8, generator=rng) * 2 - 1
+    y = torch.arange(8) % 10
+    network.eval()  # each image by itself
+    terms = recipes.eb_jdat(network, Batch(x, density, y), {"negatives": chains, "adversarial": moved}, weights)
+
+    def logits(images: Tensor) -> list[list[float]]:
+        with torch.no_grad():
+            return [network(image[None])[0].double().tolist() for image in images]
+
+    def f(images: Tensor) -> float:
+        return sum(map(lse, logits(images))) / len(images)
+
+    def cross_entropy(images: Tensor) -> float:
+        return sum(lse(row) - row[int(k)] for row, k in zip(logits(images), y, strict=True)) / len(images)
+
+    p_x, p_xadv, p_y = w
+    expected = p_x * (f(chains) - f(density)) + p_y * cross_entropy(x) + p_xadv * (f(moved) - f(density)) + p_y * cross_entropy(moved)
+    assert float(terms["loss"].detach()) == pytest.approx(expected, abs=1e-5)  # float32
+
+
+@pytest.mark.parametrize("variant", ["wrn", "jem"])
+def test_chains_count_in_running_statistics_for_the_jem_familys_network_alone(
+    variant: str, state: DrawState, train_data: DeviceData, rng: torch.Generator
+) -> None:
+    """Of five trunk passes in train mode; an adversary in eval mode never counts. Against each pass's own mean, weighted."""
+    network = build(ModelSettings(depth=10, width=1, variant=variant), 1, 10, 0)  # type: ignore[arg-type]
+    network.train()
+    passes: list[Tensor] = []
+    network.blocks[0].norm1.register_forward_hook(lambda module, given, result: passes.append(given[0].detach().mean((0, 2, 3))))
+    batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
+    spec = state.settings.chain.model_copy(update={"steps": 3, "mode": "train"})
+    negatives(network, batch, replace(state, settings=state.settings.model_copy(update={"chain": spec})), rng)
+    expected = torch.zeros(16)
+    for seen in passes:
+        expected = 0.1 * expected + 0.9 * seen
+    assert len(passes) == 3
+    assert network.training
+    found = network.blocks[0].norm1.running_mean.clone()
+    assert torch.allclose(found, expected if variant == "jem" else torch.zeros(16), atol=1e-6)
+    neighbours(network, batch.x, batch.y, form("released")[0].adversary, rng)
+    assert torch.equal(network.blocks[0].norm1.running_mean, found)
 
 
 def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
@@ -200,6 +256,10 @@ def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_d
     rise, radius = reach("released")
     assert (rise < 0).all()
     assert 8 < radius <= 9 + 1e-3
+    moved = neighbours(network, x, y, form("released_ce")[0].adversary, rng)
+    with torch.no_grad():
+        assert (network(moved).log_softmax(1)[range(32), y] < network(x).log_softmax(1)[range(32), y]).all()
+    assert 8 < float((moved - x).abs().max()) / 2 * 255 <= 9 + 1e-3
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -249,6 +309,14 @@ def state(pool: StartPool, settings: TrainingSettings) -> DrawState:
     start = starter(settings.chain, pool)
     buffer = ReplayBuffer.fresh(200, 10, start, torch.device("cpu"), rng)
     return DrawState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
+
+
+def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: DrawState, pool: StartPool) -> None:
+    settings = state.settings.model_copy(update={"density_batch": "own", "density_batch_size": 24})
+    for asked, n in ((settings, 24), (state.settings, 64)):
+        (begun,) = draw_states(asked, state.buffer, pool, ("test",), 0, 1)
+        assert begun.chains is not None
+        assert len(begun.chains.x) == len(begun.chains.slots) == n
 
 
 def test_draws_leave_the_network_alone_and_respect_the_budget(

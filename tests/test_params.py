@@ -282,7 +282,7 @@ def test_run_names_keep_overridden_results_apart() -> None:
 
 
 def test_every_registered_strategy_can_be_imported() -> None:
-    registries = [v for k, v in vars(registry).items() if k.isupper()]
+    registries = [v for k, v in vars(registry).items() if k.isupper() and k[0] != "_" and k != "RELEASE"]
     assert len(registries) >= 9
     for entries in registries:
         for name, entry in entries.items():
@@ -310,10 +310,9 @@ def test_protocols_stand_on_their_rows_and_say_their_radius() -> None:
     assert [standard.attacks[name].steps for name in ("apgd_ce", "apgd_t", "fab_t")] == [100, 100, 100]
     assert standard.attacks["square"].queries == 5000
     assert (standard.radius * 255, standard.pgd_step * 255) == (pytest.approx(8), pytest.approx(2))
-    assert list(released.attacks) == ["apgd_ce", "apgd_dlr", "fab", "square"]
-    assert [released.attacks[name].steps for name in ("apgd_ce", "apgd_dlr", "fab")] == [20, 20, 20]
-    assert released.noise == 0.03
-    assert released.attacks["fab"].range == "internal"
+    assert list(released.attacks) == ["apgd_ce", "apgd_dlr", "fab_t", "square"]
+    assert [released.attacks[name].steps for name in ("apgd_ce", "apgd_dlr", "fab_t")] == [20, 20, 20]
+    assert (released.attacks["fab_t"].range, released.attacks["fab_t"].targets) == ("internal", 9)
     assert (released.radius * 255, released.pgd_step * 255) == (pytest.approx(4), pytest.approx(0.5))  # half of what it states
     assert l2.attacks == standard.attacks
     assert (l2.norm, l2.radius) == ("L2", 0.5)
@@ -387,3 +386,68 @@ def test_files_whose_names_cannot_name_folders_are_refused(tmp_path: Path, name:
     done = CliRunner().invoke(app, ["check", "--params", str(ROOT / "params/digits.yaml"), "--override", str(file)])
     assert done.exit_code == 1
     assert "a file's name becomes part of folders' names" in done.output
+
+
+def test_the_released_protocol_has_a_noise_for_each_base() -> None:
+    """0.03 for JEM and JEM++, none for SADA-JEM; 0.03 for what stands on none of them, and for any other network."""
+    full = params.load(ROOT / "params/digits-full.yaml")
+    noise = {name: full.attack_settings(name).protocols["released"].noise for name in full.experiments}
+    without = {"sadajem", "eb_jdat_sadajem"}
+    assert noise == {name: 0.0 if name in without else 0.03 for name in full.experiments}
+    assert all(full.attack_settings(name).protocols[p].noise == 0 for name in full.experiments for p in ("standard", "standard_l2"))
+    assert params.usual_protocols(10).protocols["released"].noise == 0.03
+    own = ["evaluation.attack.protocols.mine={like: released, eps: 0.1, pgd: {step_size: 0.1}, n: 0, noise: 0.1, noise_on: {jem: 0.2}}"]
+    mine = params.load(ROOT / "params/digits-full.yaml", own)
+    found = [mine.attack_settings(name).protocols["mine"].noise for name in ("jem", "jempp", "sadajem", "pgd_at")]
+    assert found == [0.2, 0.1, 0.0, 0.1]
+    for value, said in (("{jem: 0}", "noise_on"), ("{gem: 0.1}", "'gem' is unknown; did you mean 'jem'"), ("{jem: -1}", "greater than")):
+        with pytest.raises(ParamsError, match=said):
+            params.load(ROOT / "params/digits-full.yaml", [f"evaluation.attack.protocols.released.noise_on={value}"])
+
+
+def test_forms_on_each_base() -> None:
+    """As the release's three trainers have it: alignment, its clean images, noise on labelled images, inner step and budget."""
+    for form, score in (("released", "released"), ("released_ce", "released_ce")):
+        for base, weights, noise in (("jem", (0.45, -0.05, 0.45), 0.03), ("jempp", (1, -0.1, 1), 0.03), ("sadajem", (1, -0.1, 1), 0.0)):
+            own = [f"experiments.eb_jdat.form={form}", f"experiments.eb_jdat.base={base}"]
+            t = params.load(ROOT / "params/digits.yaml", own).training_settings("eb_jdat")
+            assert (t.weights.w1, t.weights.w2, t.weights.w3) == weights
+            assert (t.weights.align, t.density_batch, t.augment.labelled_noise, t.chains) == ("density", "own", noise, 64)
+            walk = t.adversary
+            assert (walk.score, walk.start, walk.project, walk.range, walk.mode) == (score, "uniform", False, "internal", "eval")
+    paper = params.load(ROOT / "params/digits.yaml").training_settings("eb_jdat")
+    assert (paper.weights.align, paper.density_batch, paper.augment.labelled_noise, paper.own_density) == ("paired", "labelled", 0, None)
+
+
+def test_the_papers_profile_has_the_recipes_as_published() -> None:
+    cifar = params.load(ROOT / "params/cifar10.yaml")
+    assert {cifar.model_settings(name).variant for name in cifar.pretraining} == {"jem"}
+    assert params.load(ROOT / "params/digits.yaml").model.variant == "wrn"
+    sizes = {name: (t.batch_size, t.own_density, t.chains) for name in cifar.experiments for t in [cifar.training_settings(name)]}
+    assert sizes["sadajem"] == sizes["eb_jdat_sadajem"] == sizes["eb_jdat_sadajem_released"] == (128, 64, 64)
+    assert sizes["jempp"] == sizes["eb_jdat"] == sizes["eb_jdat_released_ce"] == (64, 64, 64)
+    assert sizes["eb_jdat_jem"] == (128, 128, 128)
+    assert sizes["pgd_at"] == (128, None, 128)
+    for name, noise in {"jem": 0.03, "jempp": 0.03, "eb_jdat": 0.03, "sadajem": 0, "eb_jdat_sadajem": 0, "pgd_at": 0}.items():
+        assert cifar.training_settings(name).augment.labelled_noise == noise
+    for name in ("jem", "eb_jdat_jem"):
+        t = cifar.training_settings(name)
+        assert (t.epochs, t.schedule.milestones, t.schedule.factor) == (200, (160, 180), 0.3)
+    assert cifar.training_settings("sadajem").epochs * (45_000 // 128) == 70_200  # 390 steps of 50,000 images in the release
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.density_batch_size=32", "density_batch_size is for density_batch 'own'"),
+        ("training={density_batch: own, density_batch_size: 2000}", "density_batch_size: 2000 is larger than the training split"),
+        ("training={density_batch: own, density_batch_size: 63, compute: {accumulate: 2}}", "density_batch_size 63 is no multiple"),
+        ("training.density_batch=other", "'labelled' or 'own'"),
+        ("training.augment.labelled_noise=-0.1", "greater than or equal to 0"),
+        ("training.weights.align=unpaired", "'paired' or 'density'"),
+        ("model.variant=yopo", "'wrn' or 'jem'"),
+    ],
+)
+def test_settings_of_the_released_code_are_checked(override: str, said: str) -> None:
+    with pytest.raises(ParamsError, match=said):
+        params.load(ROOT / "params/digits.yaml", [override])

@@ -391,7 +391,9 @@ def test_the_papers_numbers_are_those_of_the_base_and_the_ablation() -> None:
         "eb_jdat_sadajem": 66.12,
         "eb_jdat_jem": None,
         "eb_jdat_released": 64.78,
+        "eb_jdat_released_ce": 64.78,
         "eb_jdat_sadajem_released": 66.12,
+        "eb_jdat_sadajem_released_ce": 66.12,
         "eb_jdat_ce": None,
         "ablation_w001": 62.96,
         "ablation_w011": 64.69,
@@ -457,6 +459,9 @@ def test_the_audit_page_shows_claims_checks_and_pairs(profile: Profile, filled: 
     text = (filled / "audit.md").read_text()
     assert "- eb_jdat, seed 0: black-box attack adds nothing [standard]: 0.05, limit 0.01 (figure)" in text
     assert all(finding.claim in text for finding in findings)
+    for page_text in (html, text):
+        assert "jkcjkc/EB-JDAT at 327ea16 (May 2025)" in page_text
+        assert "a later release may differ" in page_text
 
 
 def judged(profile: Profile, results: Path, claim: Any, **metrics: dict[str, Any]) -> claims.Finding:
@@ -501,6 +506,7 @@ def test_the_papers_number_is_at_stake_on_its_own_data_alone(profile: Profile, f
     assert of(700, 1000) == "holds"
     assert of(600, 1000) == "fails"
     assert of(700, 1000, params.load(ROOT / "params/cifar10.yaml", ["model.width=1"])) == "open"
+    assert of(700, 1000, params.load(ROOT / "params/cifar10.yaml", ["model.variant=wrn"])) == "open"
     assert of(700, 1000, params.load(ROOT / "params/cifar10.yaml", ["evaluation.attack.protocols.standard.eps=4/255"])) == "open"
     unmeasured = {"autoattack_acc": None, "pgd20_acc": 0.9}
     assert judged(cifar, filled / "cifar", claims.stated_robustness, eb_jdat=unmeasured).why == "not measured"
@@ -544,7 +550,12 @@ def test_claims_about_collapse_need_the_ablation_and_three_seeds(profile: Profil
     assert verdict(full, tmp_path / "full", claim, eb_jdat=always, ablation_w101=always) == "open"
     for seed in full.seeds:
         write_verdicts(tmp_path / f"full/eb_jdat/seed{seed}/verdicts.parquet", full, 90, True, ensemble=18 - seed)
-    assert verdict(full, tmp_path / "full", claims.code_is_the_paper) == "fails"
+    found = judged(full, tmp_path / "full", claims.code_is_the_paper)
+    assert found.verdict == "fails"
+    assert "released form, its default lines (eb_jdat_released) 45.0" in found.measured
+    assert "with its commented-out cross-entropy step (eb_jdat_released_ce) 45.0" in found.measured
+    assert found.why.count("difference over 3 seeds") == 2
+    assert "jkcjkc/EB-JDAT at 327ea16" in found.why
     one = params.load(ROOT / "params/digits-full.yaml", ["seeds=[0]"])
     assert verdict(one, tmp_path / "full", claim, eb_jdat=never, ablation_w101=always) == "open"
 
@@ -608,6 +619,7 @@ def test_every_claim_of_the_full_profile_is_judged() -> None:
         evidence = claims.Evidence(params.load(ROOT / f"params/{name}.yaml"), (), Path())
         assert (evidence.ours, evidence.jem) == ("eb_jdat", "jempp")
         assert evidence.find("eb_jdat", "released") == "eb_jdat_released"
+        assert evidence.find("eb_jdat", "released_ce") == "eb_jdat_released_ce"
         assert evidence.find("eb_jdat", "paper", w2=0.0) == "ablation_w101"
         assert evidence.trained_robust == ["pgd_at", "trades"]
 

@@ -202,17 +202,19 @@ def test_released_fab_works_in_the_brighter_half_alone(linear: Linear) -> None:
     released = settings(2 * eps).protocols["released"]
     for x in (images(), images() * 0.4, 0.3 + images()):
         y = labelled(linear, x, wrong=0)
-        reference = FABAttack_PT(lambda z: linear((z + 1) / 2), norm="Linf", eps=2 * eps, n_iter=20, seed=0, device=torch.device("cpu"))
+        common = {"norm": "Linf", "eps": 2 * eps, "n_iter": 20, "seed": 0, "device": torch.device("cpu")}
+        reference = FABAttack_PT(lambda z: linear((z + 1) / 2), targeted=True, n_target_classes=9, **common)
         expected = (reference.perturb(2 * x - 1, y) + 1) / 2
         network = ensemble.FastNetwork(linear, x)
-        found = ensemble.fab(network, x, y, released.attacks["fab"], released, 0)
+        found = ensemble.fab_t(network, x, y, released.attacks["fab_t"], released, 0)
         assert torch.allclose(found, expected, atol=1e-6)
     dark = images() * 0.4
-    found = ensemble.fab(ensemble.FastNetwork(linear, dark), dark, labelled(linear, dark, 0), released.attacks["fab"], released, 0)
+    fab_t = released.attacks["fab_t"]
+    found = ensemble.fab_t(ensemble.FastNetwork(linear, dark), dark, labelled(linear, dark, 0), fab_t, released, 0)
     assert torch.equal(found, dark)
     bright = 0.3 + images()
     y = labelled(linear, bright, wrong=0)
-    found = ensemble.fab(ensemble.FastNetwork(linear, bright), bright, y, released.attacks["fab"], released, 0)
+    found = ensemble.fab_t(ensemble.FastNetwork(linear, bright), bright, y, fab_t, released, 0)
     assert (robust.predictions(linear, found, N) != y).any()
 
 
@@ -225,12 +227,14 @@ def test_released_protocol_adds_its_noise_and_halves_the_radius(linear: Linear) 
     assert float(seen.min()) < 0  # not clamped
     assert torch.equal(seen, robust.seen_under(released, x, 0))
     assert robust.seen_under(asked.standard, x, 0) is x
+    assert robust.seen_under(asked.on("sadajem").protocols["released"], x, 0) is x
+    assert torch.equal(robust.seen_under(asked.on("jempp").protocols["released"], x, 0), seen)
     moved = robust.pgd_examples(linear, seen, torch.zeros(2000, dtype=torch.int64), released, 0, 500)
     assert float((moved - seen.clamp(0, 1)).abs().max()) == pytest.approx(0.05, abs=1e-6)
     assert (float(moved.min()), float(moved.max())) == (0, 1)
     verdicts = robust.evaluate(linear, x[:N], labelled(linear, x[:N]), "released", asked)
     assert torch.equal(verdicts.prediction, linear(seen[:N]).argmax(1))
-    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_dlr", "fab", "square"}
+    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_dlr", "fab_t", "square"}
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -28,6 +28,7 @@ from ebjdat.samplers.pgd import (
     project,
     projected_gradient,
     random_point,
+    released_ce_score,
     released_score,
 )
 from ebjdat.samplers.pyld import pyld
@@ -229,6 +230,8 @@ def test_scores_move_images_the_way_they_say(network: WideResNet, rng: torch.Gen
         assert (network(up)[range(16), y] < network(x)[range(16), y]).all()  # E(x, y) = -f(x)[y] went up
         down = projected_gradient(released_score(network, x, y), x, **attack)  # type: ignore[arg-type]
         assert (network(down)[range(16), y] > network(x)[range(16), y]).all()  # the released code goes down
+        away = projected_gradient(released_ce_score(network, x, y), x, **attack)  # type: ignore[arg-type]
+        assert (network(away).log_softmax(1)[range(16), y] < network(x).log_softmax(1)[range(16), y]).all()
         wrong = projected_gradient(cross_entropy_score(network, x, y), x, **attack)  # type: ignore[arg-type]
         assert (network(wrong).log_softmax(1)[range(16), y] < network(x).log_softmax(1)[range(16), y]).all()
         attack["start"] = x + 0.01 * torch.randn(x.shape, generator=rng)
@@ -239,18 +242,23 @@ def test_scores_move_images_the_way_they_say(network: WideResNet, rng: torch.Gen
 
 
 def test_scores_by_hand(network: WideResNet, rng: torch.Generator) -> None:
-    """KL against torch.distributions; the released score with its distance of normalised logits written out."""
+    """KL against torch.distributions; the released scores with their distance of normalised logits written out.
+
+    Commented out, the release has the mean cross-entropy over a slice of two images, whose gradient is that of half of each.
+    """
     x, moved = torch.rand(2, 6, 1, 8, 8, generator=rng) * 2 - 1
     y = torch.arange(6)
     with moving_images(network, "eval"), torch.no_grad():
         p, q = (torch.distributions.Categorical(logits=network(z)) for z in (x, moved))
         expected = torch.distributions.kl_divergence(p, q)
         assert torch.allclose(kl_score(network, x, y)(moved), expected, atol=1e-5)
-        found = released_score(network, x, y)(moved)
+        found, found_ce = released_score(network, x, y)(moved), released_ce_score(network, x, y)(moved)
         for i in range(6):
             f, g = network(x)[i].double(), network(moved)[i].double()
             distance = ((f / (f * f).sum().sqrt() - g / (g * g).sum().sqrt()) ** 2).sum()
             assert float(found[i]) == pytest.approx(float(g[y[i]] + distance), abs=1e-4)
+            cross_entropy = g.exp().sum().log() - g[y[i]]
+            assert float(found_ce[i]) == pytest.approx(float(cross_entropy / 2 + distance), abs=1e-4)
 
 
 def test_without_projection_steps_add_up_beyond_the_ball() -> None:

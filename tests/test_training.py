@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from ebjdat import params
 from ebjdat.data import prepared
-from ebjdat.data.batches import DeviceData
+from ebjdat.data.batches import Batch, DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.params import ModelSettings, OptimizerSettings, Profile, ScheduleSettings, TrainingSettings, UpdateSettings, merge
@@ -222,9 +223,20 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
 def test_an_interrupted_epoch_continues_bit_for_bit(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after every single step in turn; also the rows' running means and the buffer are restored, and chains planned."""
+    """Stopped after every single step in turn; also the rows' running means and the buffer are restored, and chains planned.
+
+    With images of the p(x) term of their own, whose passes do not end with the epochs.
+    """
     monkeypatch.setattr(loop, "PLANNED_STEPS", 3)
-    settings = changed(settings, epochs=2, ema=0.9)
+    settings = changed(settings, epochs=2, ema=0.9, density_batch="own", density_batch_size=40, augment={"labelled_noise": 0.03})
+    sizes, batches = set(), loop.epoch_batches
+
+    def noted(*arguments: Any, **named: Any) -> Iterator[Batch]:
+        for batch in batches(*arguments, **named):
+            sizes.add((len(batch.x), len(batch.x_density)))
+            yield batch
+
+    monkeypatch.setattr(loop, "epoch_batches", noted)
     _, whole = run(digits, settings, tmp_path / "whole")
     state, saves = tmp_path / "cut", 0
     save = loop.Progress.save
@@ -247,6 +259,7 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
     assert all(torch.equal(whole.selected.ema[k], result.selected.ema[k]) for k in whole.selected.ema)  # type: ignore[index, union-attr]
     strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
     assert strip(whole.rows) == strip(result.rows)
+    assert sizes == {(settings.batch_size, 40)}
 
 
 def command(folder: Path, name: str) -> list[str]:

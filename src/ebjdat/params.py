@@ -177,6 +177,11 @@ class ModelSettings(Settings):
     width: Few = 10
     norm: Literal["none", "batch"] = "batch"
     negative_slope: Fraction01 = 0.2  # leaky ReLU
+    variant: Literal["wrn", "jem"] = "wrn"  # the published network, or that of the JEM family's code (models/wrn.py)
+
+    @property
+    def title(self) -> str:
+        return f"WRN-{self.depth}-{self.width}" + (" (jem)" if self.variant == "jem" else "")
 
     @model_validator(mode="after")
     def six_n_plus_four(self) -> Self:
@@ -238,6 +243,8 @@ class WeightSettings(Settings):
     w1: NotNegative = 1.0  # log p(x)
     w2: Signed = 1.0  # energy alignment; negative raises E(adversarial) over E(clean), as the released code does
     w3: NotNegative = 1.0  # cross-entropies
+    # clean images of the energy alignment: those that the neighbours are of, or those of the p(x) term, as the released code does
+    align: Literal["paired", "density"] = "paired"
     beta: NotNegative = 6.0  # trades: weight of the KL term
     energy_l2: NotNegative = 0.0  # mean squared energy of images and chains
 
@@ -245,7 +252,8 @@ class WeightSettings(Settings):
 class AugmentSettings(Settings):
     pad: Annotated[int, Number, Field(ge=0, le=1000)] = 4  # reflect-pad, then crop at random
     flip: StrictBool = False
-    noise: NotNegative = 0.03  # on the images of the p(x) term, internal range
+    noise: NotNegative = 0.03  # on the images of the p(x) term, internal range, standard deviation
+    labelled_noise: NotNegative = 0.0  # the same on those of the p(y|x) terms; neighbours are of the noisy ones
     density: Literal["augmented", "plain"] = "augmented"  # images of the p(x) term; plain: neither cropped nor flipped (SADA-JEM)
 
     @property
@@ -327,8 +335,10 @@ class ComputeSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    epochs: Epochs
+    epochs: Epochs  # over the labelled images
     batch_size: Batch
+    density_batch: Literal["labelled", "own"] = "labelled"  # images of the p(x) term: the labelled ones, or of a shuffle of their own
+    density_batch_size: Batch | None = None  # own: how many, and how many chains; None: batch_size
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     update: UpdateSettings = UpdateSettings()
@@ -341,10 +351,23 @@ class TrainingSettings(Settings):
     healing: HealingSettings = HealingSettings()
     compute: ComputeSettings = ComputeSettings()
 
+    @property
+    def own_density(self) -> int | None:
+        """Images of the p(x) term in a step, where they are drawn for themselves."""
+        return (self.density_batch_size or self.batch_size) if self.density_batch == "own" else None
+
+    @property
+    def chains(self) -> int:
+        """Chains that a step moves: one per image of the p(x) term."""
+        return self.own_density or self.batch_size
+
     @model_validator(mode="after")
     def slices_are_equal(self) -> Self:
-        if self.batch_size % self.compute.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of compute.accumulate {self.compute.accumulate}")
+        if self.density_batch_size and self.density_batch != "own":
+            raise ValueError("density_batch_size is for density_batch 'own'; the labelled images are batch_size many")
+        for name, size in (("batch_size", self.batch_size), ("density_batch_size", self.chains)):
+            if size % self.compute.accumulate:
+                raise ValueError(f"{name} {size} is no multiple of compute.accumulate {self.compute.accumulate}")
         return self
 
     @model_validator(mode="after")
@@ -410,6 +433,7 @@ class ProtocolSettings(Settings):
     eps: Epsilon
     range: Literal["unit", "internal"] = "unit"  # pixels that eps and step sizes are stated in; internal: half as far, as released
     noise: NotNegative = 0.0  # on the images before they are classified or attacked; internal range, standard deviation
+    noise_on: dict[Annotated[str, known(registry.BASES)], NotNegative] = {}  # instead, for experiments on this row of the JEM family
     n: CountOrZero  # the first n test examples meet the ensemble; 0: none. PGD meets the whole split
     pgd: PGDSettings
     attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
@@ -423,6 +447,10 @@ class ProtocolSettings(Settings):
     def pgd_step(self) -> float:
         """Step size of PGD in [0, 1] pixels."""
         return self.pgd.step_size if self.range == "unit" else unit_distance(self.pgd.step_size)
+
+    def on(self, base: str | None) -> ProtocolSettings:
+        """The protocol as an experiment on this base meets it: with one noise. None: a network that stands on none."""
+        return self.model_copy(update={"noise": self.noise_on.get(base or "", self.noise), "noise_on": {}})
 
     @model_validator(mode="after")
     def sensible(self) -> Self:
@@ -528,6 +556,10 @@ class AttackSettings(Settings):
     def standard(self) -> ProtocolSettings:
         return self.protocols[STANDARD]
 
+    def on(self, base: str | None) -> AttackSettings:
+        """The settings with every protocol as an experiment on this base meets it."""
+        return self.model_copy(update={"protocols": {name: protocol.on(base) for name, protocol in self.protocols.items()}})
+
     @model_validator(mode="after")
     def has_standard(self) -> Self:
         if STANDARD not in self.protocols:
@@ -535,10 +567,11 @@ class AttackSettings(Settings):
         for name in registry.PROTOCOLS:
             row, found = registry.PROTOCOLS[name].defaults, self.protocols.get(name)
             kept = {k: EnsembleSettings.model_validate(attack) for k, attack in row["attacks"].items()}
-            meant = (row["norm"], row["range"], row["noise"], row["pgd"]["steps"], 1, kept)
-            if found and (found.norm, found.range, found.noise, found.pgd.steps, found.pgd.restarts, found.attacks) != meant:
+            meant = (row["norm"], row["range"], row["noise"], row.get("noise_on", {}), row["pgd"]["steps"], 1, kept)
+            is_so = found and (found.norm, found.range, found.noise, found.noise_on, found.pgd.steps, found.pgd.restarts, found.attacks)
+            if found and is_so != meant:
                 raise ValueError(
-                    f"protocols.{name}: norm, range, noise, pgd.steps, pgd.restarts and attacks are what its name means; "
+                    f"protocols.{name}: norm, range, noise, noise_on, pgd.steps, pgd.restarts and attacks are what its name means; "
                     f"add a protocol `like: {name}`"
                 )
         if "ema" in self.protocols:
@@ -675,6 +708,11 @@ class Profile(Settings):
         """The network of a pretraining and of every experiment that starts from it."""
         return ModelSettings.model_validate(merge(self.model.model_dump(), self.pretraining[pretraining].model))
 
+    def attack_settings(self, experiment: str) -> AttackSettings:
+        """What the experiment's robustness is measured with."""
+        entry = self.experiments[experiment]
+        return self.evaluation.attack.on(base_of(entry.method, entry.base))
+
     def resolved(self, experiment: str) -> dict[str, Any]:
         """Everything that determines an experiment's results, except its seed, with defaults filled in and overrides applied."""
         entry = self.experiments[experiment]
@@ -703,6 +741,12 @@ def form_of(method: str, form: str | None) -> str | None:
     """The form of a method: the one that was asked for, or its first, if it has any."""
     forms = registry.METHODS[method].forms
     return form or (forms[0] if forms else None)
+
+
+def form_values(form: str, base: str | None) -> dict[str, Any]:
+    """Settings of a form on a row of the JEM family."""
+    row = registry.FORMS[form]
+    return merge(row.defaults, row.on.get(base or "", {}))
 
 
 def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
@@ -743,7 +787,7 @@ def training_layers(
         training,
         *([registry.BASES[row].defaults, bases.get(row, {})] if row else []),
         entry.defaults,
-        *([registry.FORMS[shape].defaults] if shape else []),
+        *([form_values(shape, row)] if shape else []),
         own,
     ]
 
@@ -786,7 +830,7 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
         for name, m in registry.METHODS.items()
     }
     rows = {
-        kind: {name: {"source": row.source, "defaults": dict(row.defaults)} for name, row in names.items()}
+        kind: {name: {"source": row.source, "on": flat(row.on), "defaults": dict(row.defaults)} for name, row in names.items()}
         for kind, names in (("bases", registry.BASES), ("forms", registry.FORMS))
     }
     return {
@@ -958,9 +1002,10 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
-        batch = settings.get("batch_size")
-        if not found and size is not None and isinstance(batch, int) and batch > size:
-            yield (*where, "batch_size"), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
+        for key in ("batch_size", "density_batch_size"):
+            batch = settings.get(key)
+            if not found and size is not None and isinstance(batch, int) and batch > size:
+                yield (*where, key), f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}"
     for key in sorted(NEVER_USED & set(_mapping(training.get("chain")))):
         yield ("training", "chain", key), f"is never used, since every row of the JEM family sets it; set bases.<base>.chain.{key}"
 

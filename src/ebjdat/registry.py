@@ -26,10 +26,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """Training settings that go by a name: no code, only values. A profile's `bases` and an experiment's own settings win."""
+    """Settings that go by a name: no code, only values. A profile's own values and an experiment's win.
+
+    on: of a form, what it changes on a row of BASES.
+    """
 
     source: str
     defaults: Mapping[str, Any]
+    on: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Method(Entry):
     forms: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+
+# The code that "released" means. The paper links another address, whose release may differ.
+RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
 METHODS: Mapping[str, Method] = {
     "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy"),
@@ -75,7 +82,7 @@ METHODS: Mapping[str, Method] = {
         draws=("negatives", "adversarial"),
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
-        forms=("paper", "released"),
+        forms=("paper", "released", "released_ce"),
     ),
 }
 
@@ -121,15 +128,21 @@ BASES: Mapping[str, Row] = {
     ),
 }
 
-# EB-JDAT as its paper defines it, and as its released code computes it: the alignment's sign, the inner walk, its budget.
+# EB-JDAT as its paper defines it, and as its released code computes it: the alignment's sign and its clean images, the inner walk,
+# its budget, noise on labelled images. released_ce: with the inner step that stands beside the default one, commented out.
+_RELEASED_WALK = {"start": "uniform", "project": False, "range": "internal", "mode": "eval"}
+_RELEASED_TERMS = {"weights": {"w2": -0.1, "align": "density"}, "density_batch": "own"}
+_RELEASED_ON = {
+    "jem": {"weights": {"w1": 0.45, "w2": -0.05, "w3": 0.45}, "augment": {"labelled_noise": 0.03}},
+    "jempp": {"augment": {"labelled_noise": 0.03}},
+}
 FORMS: Mapping[str, Row] = {
     "paper": Row("arXiv 2505.19459", {"adversary": {"score": "energy"}}),
-    "released": Row(
-        "the released code of arXiv 2505.19459",
-        {
-            "adversary": {"score": "released", "start": "uniform", "project": False, "range": "internal", "mode": "eval"},
-            "weights": {"w2": -0.1},
-        },
+    "released": Row(RELEASE, {"adversary": {"score": "released", **_RELEASED_WALK}, **_RELEASED_TERMS}, _RELEASED_ON),
+    "released_ce": Row(
+        f"{RELEASE}, its commented-out cross-entropy step",
+        {"adversary": {"score": "released_ce", **_RELEASED_WALK}, **_RELEASED_TERMS},
+        _RELEASED_ON,
     ),
 }
 
@@ -144,7 +157,8 @@ SCORES: Mapping[str, Entry] = {
     "ce": Entry("ebjdat.samplers.pgd:cross_entropy_score", "arXiv 1706.06083"),
     "kl": Entry("ebjdat.samplers.pgd:kl_score", "TRADES, arXiv 1901.08573"),
     "energy": Entry("ebjdat.samplers.pgd:joint_energy_score", "arXiv 2505.19459: reverse SGLD, conditioned on y"),
-    "released": Entry("ebjdat.samplers.pgd:released_score", "the released code of arXiv 2505.19459"),
+    "released": Entry("ebjdat.samplers.pgd:released_score", RELEASE),
+    "released_ce": Entry("ebjdat.samplers.pgd:released_ce_score", f"{RELEASE}, commented out"),
 }
 
 SAMPLERS: Mapping[str, Entry] = {
@@ -226,16 +240,17 @@ PROTOCOLS: Mapping[str, Row] = {
         },
     ),
     "released": Row(
-        "the released evaluation of arXiv 2505.19459: half the radius, noise, a weaker ensemble",
+        f"the evaluation of {RELEASE}: half the radius, noise (none on SADA-JEM), a weaker ensemble",
         {
             "norm": "Linf",
             "range": "internal",
             "noise": 0.03,
+            "noise_on": {"sadajem": 0.0},
             "pgd": {"steps": 20},
             "attacks": {
                 "apgd_ce": {"steps": 20},
                 "apgd_dlr": {"steps": 20},
-                "fab": {"steps": 20, "range": "internal"},
+                "fab_t": {"steps": 20, "targets": 9, "range": "internal"},
                 "square": {"queries": 5000},
             },
         },
@@ -272,7 +287,7 @@ SAMPLE_PROTOCOLS: Mapping[str, Row] = {
         "Heusel et al. 2017, arXiv 1706.08500: fresh samples, none discarded", {"source": "fresh", "select": 1.0, "against": "train"}
     ),
     "released": Row(
-        "the released evaluation of arXiv 2505.19459: the most confident of the training buffer, against every image there is",
+        f"the evaluation of {RELEASE}: the most confident of the training buffer, against every image there is",
         {"source": "buffer", "select": 0.9, "against": "all"},
     ),
 }

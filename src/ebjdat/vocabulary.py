@@ -59,8 +59,8 @@ STAGES: Mapping[str, str] = {
     "the network trains in, unless said otherwise.",
     "attack": "`attack.json`. Names of the protocol `standard` stand alone, those of every other begin with its name "
     "(`released_autoattack_acc`, `standard_l2_autoattack_acc`); `ema_` before all: the same of averaged weights. Protocols are settings, "
-    "`evaluation.attack.protocols`. `released` shows the images with its noise, at half the radius, and attacks with a weaker ensemble: "
-    "its figures are never to be called AutoAttack standard.",
+    "`evaluation.attack.protocols`. `released` shows the images with its noise (none on SADA-JEM), at half the radius, and attacks with "
+    "a weaker ensemble: its figures are never to be called AutoAttack standard.",
     "generate": "`generate.json`. A name begins with its protocol, unless that is `standard` (`released_frechet`), and ends with its set "
     "of samples, unless that is the fresh chains (`frechet_conditional`, `frechet_buffer`). What an experiment does not have is null.",
     "energy": "`energy.json`. Energies are E(x) = −logsumexp of the logits; in curves the same names are of training batches.",

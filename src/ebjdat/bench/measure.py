@@ -81,7 +81,7 @@ class Ours:
         settings, buffer, epoch, step = self.case.settings, self.learner.buffer, 0, 0
         plan = self.plan()
         while True:
-            for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch):
+            for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch, own_density=settings.own_density):
                 chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
                 yield batch, DrawState(settings, buffer, chains)
                 step += 1
@@ -97,7 +97,7 @@ class Ours:
         if buffer is None:
             return None
         return buffer.plan(
-            PLANNED_STEPS, self.case.settings.batch_size, spec.reinit, starter(spec, self.pool), generator(self.case.device, "plan")
+            PLANNED_STEPS, self.case.settings.chains, spec.reinit, starter(spec, self.pool), generator(self.case.device, "plan")
         )
 
 
@@ -110,9 +110,9 @@ class Plain:
         self.model = wrn.build(case.model, case.shape[0], case.classes, 0).to(case.device)
         self.optimizer = registry.load(registry.OPTIMIZERS, case.settings.optimizer.name)(self.model.parameters(), case.settings.optimizer)
         workers = 4 if case.device.type == "cuda" else 0  # on a CPU they would take the cores that compute
-        noise = case.settings.augment.noise
-        self.labelled = naive.endless(*data.split("train"), case.settings, 0.0, workers)
-        self.density = naive.endless(*data.split("train"), case.settings, noise, workers)
+        settings, augment = case.settings, case.settings.augment
+        self.labelled = naive.endless(*data.split("train"), settings.batch_size, augment, augment.labelled_noise, workers)
+        self.density = naive.endless(*data.split("train"), settings.chains, augment, augment.noise, workers)
         self.fresh, self.buffer = [], torch.zeros(case.settings.chain.buffer, *case.shape)
         if "negatives" in registry.METHODS[case.method].draws:
             x = internal_from_unit(unit_from_uint8(torch.from_numpy(data.images)))
@@ -122,7 +122,7 @@ class Plain:
         case = self.case
         x, y = (value.to(case.device) for value in next(self.labelled))
         x_density = next(self.density)[0].to(case.device)
-        random = naive.randomness(x, self.buffer, self.fresh, case.settings.chain.reinit)
+        random = naive.randomness(x, len(x_density), self.buffer, self.fresh, case.settings.chain.reinit)
         naive.step(case.method, self.model, self.optimizer, (x, x_density, y), self.buffer, random, case.settings)
 
 
@@ -190,7 +190,7 @@ def rates(batch_size: int, fast: Sequence[float], slow: Sequence[float], flops_p
 def described(case: Case) -> dict[str, Any]:
     return {
         "method": case.method,
-        "model": f"WRN-{case.model.depth}-{case.model.width}",
+        "model": case.model.title,
         "batch_size": case.settings.batch_size,
         "image_shape": list(case.shape),
         "settings": case.settings.model_dump(mode="json"),

@@ -9,6 +9,7 @@ or not, and a wait for the device in every step.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from ebjdat.samplers.starts import COVARIANCE_FLOOR
 SLICE = 2  # images of an adversarial slice
 LIMIT = 1e8  # of the loss, read in every step
 METHODS = ("classifier", "pgd_at", "jempp", "eb_jdat")
-SCORES = ("ce", "energy", "released")
+SCORES = ("ce", "energy", "released", "released_ce")
 
 
 class NaiveError(UserError):
@@ -104,11 +105,11 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def endless(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], settings: TrainingSettings, noise: float, workers: int
+    images: NDArray[np.uint8], labels: NDArray[np.int64], batch_size: int, augment: AugmentSettings, noise: float, workers: int
 ) -> Iterator[Tensor]:
     """Batches [x (B, C, H, W), y (B,)] of a shuffling loader, over and over."""
-    data = Pictures(images, labels, settings.augment, noise)
-    loader = DataLoader(data, settings.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    data = Pictures(images, labels, augment, noise)
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
     while True:
         yield from loader
 
@@ -126,7 +127,7 @@ def class_distributions(images: Tensor, labels: Tensor, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Randomness:
-    """A step's random numbers. slots (B,); fresh (B, C, H, W) and again (B,) of chains; uniform (B, C, H, W) in [-1, 1] of adversaries."""
+    """A step's random numbers. slots (D,); fresh (D, C, H, W) and again (D,) of chains; uniform (B, C, H, W) in [-1, 1] of adversaries."""
 
     slots: Tensor
     fresh: Tensor
@@ -134,10 +135,9 @@ class Randomness:
     uniform: Tensor
 
 
-def randomness(x: Tensor, buffer: Tensor, fresh: list[MultivariateNormal], reinit: float) -> Randomness:
-    """As the released code draws them: slots with replacement, a start for each chain, one by one, on the CPU."""
-    n = len(x)
-    starts = torch.zeros(x.shape)
+def randomness(x: Tensor, n: int, buffer: Tensor, fresh: list[MultivariateNormal], reinit: float) -> Randomness:
+    """For n chains, as the released code draws them: slots with replacement, a start for each, one by one, on the CPU."""
+    starts = torch.zeros(n, *x.shape[1:])
     for i in range(n):
         starts[i] = fresh[int(np.random.default_rng().integers(len(fresh)))].sample().view(x.shape[1:])
     return Randomness(
@@ -153,7 +153,7 @@ def chains(model: WideResNet, buffer: Tensor, random: Randomness, spec: ChainSet
     again = random.again.float()[:, None, None, None]
     x = (again * random.fresh + (1 - again) * buffer[random.slots]).to(device)
     model.train(spec.mode == "train")
-    with frozen_statistics(model):
+    with contextlib.nullcontext() if model.chains_update_statistics else frozen_statistics(model):
         for _ in range(spec.steps):
             x = x.detach().requires_grad_(True)
             h = model.stem(x)
@@ -179,8 +179,10 @@ def score(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, name: str) -> T
     energy: Tensor = -model(moved).gather(1, y[:, None]).sum()
     if name == "energy":
         return energy
-    between = F.normalize(model(x), dim=1) - F.normalize(model(moved), dim=1)
-    return -energy + between.square().sum()
+    between = (F.normalize(model(x), dim=1) - F.normalize(model(moved), dim=1)).square().sum()
+    if name == "released_ce":
+        return F.cross_entropy(model(moved), y, reduction="sum") / SLICE + between
+    return -energy + between
 
 
 def adversaries(model: WideResNet, x: Tensor, y: Tensor, random: Randomness, settings: TrainingSettings) -> Tensor:
@@ -226,7 +228,7 @@ def step(
         loss = (1.0 if method == "classifier" else weights.w3) * F.cross_entropy(model(x), y)
     if method == "eb_jdat":
         with frozen_statistics(model):  # these two pass again what passes elsewhere; running statistics count it once
-            clean_energy = -model(x).logsumexp(1).mean()
+            clean_energy = -model(x_density if weights.align == "density" else x).logsumexp(1).mean()
             adversarial_energy = -model(moved).logsumexp(1).mean()
         loss = loss + weights.w2 * (adversarial_energy - clean_energy) + weights.w3 * F.cross_entropy(model(moved), y)
     if negative is not None:

@@ -27,19 +27,26 @@ def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """x: images of the p(y|x) terms; x_density: the same ones for the p(x) term; y: labels (B,).
+    """x: images of the p(y|x) terms; x_density: those of the p(x) term; y: labels of x (B,).
 
-    x_density differs by noise and, for SADA-JEM, by not being augmented; where nothing differs it is x itself. Images are
-    (B, C, H, W) in [-1, 1].
+    x_density (D, C, H, W) is x itself; or the same images with other noise or, for SADA-JEM, not augmented; or D images of their
+    own. x is (B, C, H, W); both are in [-1, 1].
     """
 
     x: Tensor
     x_density: Tensor
     y: Tensor
 
-    def part(self, rows: slice) -> Batch:
-        x = self.x[rows]
-        return Batch(x, x if self.x_density is self.x else self.x_density[rows], self.y[rows])
+    def part(self, i: int, of: int) -> Batch:
+        """The i-th of `of` equal slices."""
+        x = share(self.x, i, of)
+        return Batch(x, x if self.x_density is self.x else share(self.x_density, i, of), share(self.y, i, of))
+
+
+def share(rows: Tensor, i: int, of: int) -> Tensor:
+    """The i-th of `of` equal slices of rows."""
+    n = len(rows) // of
+    return rows[i * n : (i + 1) * n]
 
 
 class DeviceData:
@@ -68,17 +75,51 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return n // batch_size
 
 
-def epoch_batches(data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
-    """Shuffled, augmented batches of one epoch, from step `first` on."""
-    order = torch.randperm(len(data), generator=generator(torch.device("cpu"), "order", seed, epoch)).to(data.device)
-    for step in range(first, steps_per_epoch(len(data), batch_size)):
+def epoch_batches(
+    data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int, first: int = 0, own_density: int | None = None
+) -> Iterator[Batch]:
+    """Shuffled, augmented batches of one epoch, from step `first` on.
+
+    own_density: how many images the p(x) term has, drawn for themselves; None: it has the labelled ones.
+    """
+    order = _order(data, "order", seed, epoch)
+    steps = steps_per_epoch(len(data), batch_size)
+    own = _own_indices(data, own_density, seed, epoch * steps + first) if own_density else None
+    plain = augment.density == "plain" and augment.changes
+    for step in range(first, steps):
         index = order[step * batch_size : (step + 1) * batch_size]
         noise = generator(data.device, "augment", seed, epoch, step)
-        x = internal_from_unit(unit_from_uint8(random_crop_flip(data.images[index], augment, noise)))
-        x_density = data.internal(index) if augment.density == "plain" and augment.changes else x
+        x = _augmented(data, index, augment, noise)
+        if own is not None:
+            noise_own = generator(data.device, "density", seed, epoch, step)
+            others = next(own)
+            x_density = data.internal(others) if plain else _augmented(data, others, augment, noise_own)
+        else:
+            x_density = data.internal(index) if plain else x
         if augment.noise:
-            x_density = x_density + augment.noise * torch.randn(x.shape, generator=noise, device=x.device)
+            x_density = x_density + augment.noise * torch.randn(x_density.shape, generator=noise, device=x.device)
+        if augment.labelled_noise:
+            x = x + augment.labelled_noise * torch.randn(x.shape, generator=noise, device=x.device)
         yield Batch(x, x_density, data.labels[index])
+
+
+def _order(data: DeviceData, *purpose: int | str) -> Tensor:
+    return torch.randperm(len(data), generator=generator(torch.device("cpu"), *purpose)).to(data.device)
+
+
+def _own_indices(data: DeviceData, n: int, seed: int, step: int) -> Iterator[Tensor]:
+    """Indices (n,) of each training step's own images of the p(x) term, from `step` of the whole training on: shuffle after shuffle."""
+    a_pass = steps_per_epoch(len(data), n)
+    while True:
+        order = _order(data, "density order", seed, step // a_pass)
+        for i in range(step % a_pass, a_pass):
+            yield order[i * n : (i + 1) * n]
+        step += a_pass - step % a_pass
+
+
+def _augmented(data: DeviceData, index: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:
+    """Images in [-1, 1], cropped and flipped."""
+    return internal_from_unit(unit_from_uint8(random_crop_flip(data.images[index], augment, noise)))
 
 
 def random_crop_flip(images: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:

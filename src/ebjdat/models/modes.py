@@ -42,10 +42,10 @@ def repeated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
-    """No gradients for parameters; mode "eval", or "train" (statistics of the batch) without touching running statistics.
+def moving_images(model: nn.Module, mode: str, update_statistics: bool = False) -> Iterator[None]:
+    """No gradients for parameters; mode "eval", or "train" (statistics of the batch), which counts in running statistics if asked.
 
-    Everything is restored on leaving, also after an error.
+    All else is restored on leaving, also after an error.
     """
     modes = [(m, m.training) for m in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
@@ -53,7 +53,7 @@ def moving_images(model: nn.Module, mode: str) -> Iterator[None]:
         model.train(mode == "train")
         for p, _ in parameters:
             p.requires_grad_(False)
-        with frozen_statistics(model):
+        with contextlib.nullcontext() if update_statistics else frozen_statistics(model):
             yield
     finally:
         for p, requires_grad in parameters:

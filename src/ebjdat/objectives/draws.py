@@ -34,7 +34,7 @@ def negatives(model: WideResNet, batch: Batch, state: DrawState, generator: torc
     spec, chains = state.settings.chain, state.chains
     assert state.buffer is not None
     assert chains is not None
-    with moving_images(model, spec.mode):
+    with moving_images(model, spec.mode, model.chains_update_statistics):
         x = walk(model, chains.x, chains.labels, spec, generator)
     state.buffer.put(chains.slots, x)
     return x

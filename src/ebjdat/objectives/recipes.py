@@ -31,17 +31,19 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor, name: str) -> tuple[Tens
     return logits, ce, {f"ce_{name}": ce.detach(), f"batch_{name}_acc": _accuracy(logits.detach(), y)}
 
 
-def _generation(model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor, weights: WeightSettings) -> tuple[Tensor, Terms]:
+def _generation(
+    model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor, weights: WeightSettings
+) -> tuple[Tensor, Tensor, Terms]:
     """w1 (mean E(x+) - mean E(x-)), whose gradient is that of -w1 log p(x) (arXiv 1912.03263), and the energies' L2 penalty.
 
-    The penalty is energy_l2 (mean E(x+)^2 + mean E(x-)^2) (Du & Mordatch 2019, arXiv 1903.08689).
+    The penalty is energy_l2 (mean E(x+)^2 + mean E(x-)^2) (Du & Mordatch 2019, arXiv 1903.08689). Returned with mean E(x+).
     """
     positive = marginal_energy(clean_logits if batch.x_density is batch.x else model(batch.x_density))
     negative = marginal_energy(model(negatives))
     term = weights.w1 * (positive.mean() - negative.mean())
     if weights.energy_l2:
         term = term + weights.energy_l2 * (positive.square().mean() + negative.square().mean())
-    return term, {"energy_clean": positive.detach().mean(), "energy_generated": negative.detach().mean()}
+    return term, positive.mean(), {"energy_clean": positive.detach().mean(), "energy_generated": negative.detach().mean()}
 
 
 def classifier(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
@@ -74,7 +76,7 @@ def trades(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings
 def jem(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
-    generation, energies = _generation(model, batch, logits, draws["negatives"], weights)
+    generation, _, energies = _generation(model, batch, logits, draws["negatives"], weights)
     return {"loss": generation + weights.w3 * ce, **logged, **energies}
 
 
@@ -83,13 +85,14 @@ def eb_jdat(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSetting
 
     h1: log p(x), by chains. h2: log p(x~|x), by pulling the energy of adversarial neighbours, which were walked up, down
     to that of their clean images: mean E(x~) - mean E(x). h3: log p(y|x, x~), cross-entropy on both. The released code's
-    form is this one with w2 = -0.1, which pushes E(x~) up instead, and with its own neighbours.
+    form is this one with w2 = -0.1, which pushes E(x~) up instead, with its own neighbours, and with mean E(x+) for mean E(x)
+    (`align`), whose images are others.
     """
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
     adversarial_logits, ce_adversarial, logged_adversarial = _classified(model, draws["adversarial"], batch.y, "robust")
-    generation, energies = _generation(model, batch, logits, draws["negatives"], weights)
+    generation, density_energy, energies = _generation(model, batch, logits, draws["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
-    alignment = energy_adversarial - marginal_energy(logits).mean()
+    alignment = energy_adversarial - (density_energy if weights.align == "density" else marginal_energy(logits).mean())
     return {
         "loss": generation + weights.w2 * alignment + weights.w3 * (ce + ce_adversarial),
         **logged,

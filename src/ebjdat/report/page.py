@@ -196,6 +196,7 @@ def write_audit(
         seeds=profile.seeds,
         shown_seed=seed,
         findings=findings,
+        what_was_read=tables.WHAT_WAS_READ,
         checks=checks,
         says=says,
         checks_n=profile.evaluation.attack.checks.n,

@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ebjdat.errors import brief, printable
 from ebjdat.files import FileError, read_json, reading, write_text
-from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, prefix_of
-from ebjdat.registry import BASES, FORMS, METHODS
+from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, form_values, prefix_of
+from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
 from ebjdat.vocabulary import Quantity, describe, find
 
@@ -369,8 +369,8 @@ def differences(profile: Profile, experiment: str) -> str:
 def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
     """The paper's numbers for an experiment, when the profile's data set is the paper's; nothing where it reports none.
 
-    EB-JDAT's are by base, and for its ablation by (w1, w2, w3). Its main numbers stand beside both forms, since the paper
-    defines one and its code computes the other; not beside variants that neither has.
+    EB-JDAT's are by base, and for its ablation by (w1, w2, w3). Its main numbers stand beside every form, since the paper
+    defines one, its code computes another, and nothing says which lines made them; not beside variants that none has.
     """
     if profile.report.paper is None:
         return {}
@@ -380,11 +380,12 @@ def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
     name = form_of(entry.method, entry.form)
     if name is None:
         return rows.get(entry.method, {})
-    form = FORMS[name].defaults
+    base = base_of(entry.method, entry.base)
+    form = form_values(name, base)
     if settings.adversary.score != form["adversary"]["score"]:
         return {}
-    base, weights = base_of(entry.method, entry.base), [settings.weights.w1, settings.weights.w2, settings.weights.w3]
-    if weights == [1.0, form.get("weights", {}).get("w2", 1.0), 1.0]:
+    weights = [settings.weights.w1, settings.weights.w2, settings.weights.w3]
+    if weights == [form.get("weights", {}).get(name, 1.0) for name in ("w1", "w2", "w3")]:
         return rows.get(f"{entry.method}_{base}", {})
     ablation = everything[profile.report.paper].get(f"ablation_{base}", [])
     return next((row for row in ablation if row["w"] == weights), {})
@@ -650,10 +651,17 @@ def number(value: float | None, form: str, scale: float = 1, spread: float | Non
     return text + (f" (n = {n})" if n else "")
 
 
+WHAT_WAS_READ = (
+    f'"Released" is {RELEASE}. The paper links another address, and a later release may differ. The form `released` runs its default '
+    "lines; `released_ce` the cross-entropy step that stands beside them, commented out."
+)
+
+
 def write_audit_markdown(findings: Sequence[Any], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path) -> None:
     """audit.md: the claims, both protocols side by side, and the checks that failed. findings: of report.claims.judge."""
     rows = [[f.claim, f"**{f.verdict}**", f.paper, f.measured, f.protocol, f.why] for f in findings]
     text = ["# Which claims hold?", "", *markdown_table([["claim", "verdict", "the paper", "measured here", "protocol", "why"], *rows]), ""]
+    text += [WHAT_WAS_READ, ""]
     text += ["# Robustness under every protocol", "", *markdown_table(side), "", "# Integrity checks that failed", ""]
     failed = [check for check in checks if check["passed"] is False]
     text += [

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebjdat.data.batches import share
+
 Start = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -19,8 +21,9 @@ class Chains:
     x: Tensor
     labels: Tensor
 
-    def part(self, rows: slice) -> Chains:
-        return Chains(self.slots[rows], self.x[rows], self.labels[rows])
+    def part(self, i: int, of: int) -> Chains:
+        """The i-th of `of` equal slices."""
+        return Chains(share(self.slots, i, of), share(self.x, i, of), share(self.labels, i, of))
 
 
 @dataclass(frozen=True)

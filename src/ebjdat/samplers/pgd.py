@@ -32,12 +32,22 @@ def joint_energy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
 
 def released_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
     """-E(moved, y) + |f(x)/|f(x)| - f(moved)/|f(moved)||^2, as EB-JDAT's released code: down the energy, unlike its paper."""
+    return _with_distance(model, x, lambda logits: -joint_energy(logits, y))
+
+
+def released_ce_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """CE(moved, y) / 2 and the same distance: the step that stands commented out there, whose mean is over slices of two images."""
+    return _with_distance(model, x, lambda logits: F.cross_entropy(logits, y, reduction="none") / 2)
+
+
+def _with_distance(model: nn.Module, x: Tensor, of: Score) -> Score:
+    """Of the moved images' logits this, and how far they are from the clean ones, each divided by its length."""
     with torch.no_grad():
         clean = F.normalize(model(x), dim=1)
 
     def score(moved: Tensor) -> Tensor:
         logits = model(moved)
-        return -joint_energy(logits, y) + (F.normalize(logits, dim=1) - clean).square().sum(1)
+        return of(logits) + (F.normalize(logits, dim=1) - clean).square().sum(1)
 
     return score
 

@@ -72,7 +72,7 @@ def run(
     data = prepared.load(data_path)
     device = context.device(threads)
     loaded = checkpoint.load_for(context.profile, experiment, weights, data)
-    settings = context.profile.evaluation.attack
+    settings = context.profile.attack_settings(experiment)
     test = DeviceData(data, "test", device)
     x, y = test.unit(), test.labels
     is_source = settings.transfer is not None and (settings.transfer.experiment, settings.transfer.seed) == (experiment, seed)

@@ -31,7 +31,7 @@ def run(
     case = case_of(context, experiment, threads)
     found = {**measure(case, against_naive, repeats), "git_commit": git_commit()}
     compute = case.settings.compute
-    words = [experiment, f"wrn{case.model.depth}-{case.model.width}", f"batch{case.settings.batch_size}", case.device.type]
+    words = [experiment, f"{case.model.variant}{case.model.depth}-{case.model.width}", f"batch{case.settings.batch_size}", case.device.type]
     words += [compute.precision, *(["compiled"] if compute.compile else [])]
     out = out or Path("benchmarks/steps") / f"{'-'.join(words)}.json"
     write_json(out, found)

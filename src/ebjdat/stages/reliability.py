@@ -32,7 +32,7 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
     data = prepared.load(data_path)
     device = context.device(threads)
     loaded = checkpoint.load_for(context.profile, experiment, weights, data)
-    settings, attack = context.profile.evaluation.reliability, context.profile.evaluation.attack
+    settings, attack = context.profile.evaluation.reliability, context.profile.attack_settings(experiment)
     size = settings.batch_size
     with context.track_result(experiment, seed, "reliability", data, out.metrics) as tracker:
         model = UnitRange(loaded.network(device)).eval()

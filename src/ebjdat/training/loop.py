@@ -227,6 +227,8 @@ def _steps(settings: TrainingSettings, data: DeviceData) -> int:
     per_epoch = steps_per_epoch(len(data), settings.batch_size)
     if settings.epochs and not per_epoch:
         raise DataError(f"batch_size is {settings.batch_size}, but the training split has only {len(data)} images")
+    if settings.epochs and settings.chains > len(data):
+        raise DataError(f"density_batch_size is {settings.chains}, but the training split has only {len(data)} images")
     if settings.augment.pad >= data.images.shape[-1]:
         raise DataError(f"augment.pad is {settings.augment.pad}, images have {data.images.shape[-1]} pixels; reflection needs less")
     return per_epoch
@@ -251,7 +253,7 @@ def run_epoch(
     schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
     epoch, per_epoch = progress.epoch, steps_per_epoch(len(data), settings.batch_size)
 
-    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, progress.step)
+    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, progress.step, settings.own_density)
     states = draw_states(settings, learner.buffer, pool, ("chains", job.seed, epoch, *salt), progress.step, per_epoch)
     began = time.monotonic()
     for step, (batch, state) in enumerate(zip(batches, states, strict=True), progress.step):
@@ -300,7 +302,7 @@ def draw_states(
         if plan is None or within == 0:
             noise, spec = generator(pool.data.device, *purpose, block), settings.chain
             planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
-            plan = buffer.plan(planned, settings.batch_size, spec.reinit, starter(spec, pool), noise)
+            plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
         yield DrawState(settings, buffer, buffer.take(plan, within))
 
 

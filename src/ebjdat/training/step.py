@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebjdat import registry
-from ebjdat.data.batches import Batch
+from ebjdat.data.batches import Batch, share
 from ebjdat.models.modes import autocast, tensor_cores
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.draws import DrawState
@@ -38,9 +38,10 @@ class Step:
     def draw(self, batch: Batch, state: DrawState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Chains and adversarial neighbours, as the method wants them (or only these): name -> (B, C, H, W) in [-1, 1]."""
         found: dict[str, list[Tensor]] = {}
-        for rows in self._slices(batch):
-            chains = None if state.chains is None else state.chains.part(rows)
-            part, of_part = batch.part(rows), replace(state, chains=chains)
+        slices = self.settings.compute.accumulate
+        for i in range(slices):
+            chains = None if state.chains is None else state.chains.part(i, slices)
+            part, of_part = batch.part(i, slices), replace(state, chains=chains)
             for name in registry.METHODS[self.method].draws if only is None else only:
                 draw = registry.load(registry.DRAWS, name)
                 with self.computing(), autocast(batch.x.device, self._precision):
@@ -52,13 +53,15 @@ class Step:
         loss = registry.load(registry.METHODS, self.method)
         update = registry.load(registry.UPDATES, self.settings.update.name)
 
-        def on(rows: slice) -> dict[str, Tensor]:
-            part = {name: value[rows] for name, value in drawn.items()}
+        slices = self.settings.compute.accumulate
+
+        def on(i: int) -> dict[str, Tensor]:
+            part = {name: share(value, i, slices) for name, value in drawn.items()}
             with autocast(batch.x.device, self._precision):
-                terms: dict[str, Tensor] = loss(self.model, batch.part(rows), part, self.settings.weights)
+                terms: dict[str, Tensor] = loss(self.model, batch.part(i, slices), part, self.settings.weights)
             return terms
 
-        closures = [lambda rows=rows: on(rows) for rows in self._slices(batch)]
+        closures = [partial(on, i) for i in range(slices)]
         with self.computing():
             terms: dict[str, Tensor] = update(self.model, self.optimizer, closures, self.settings.update)
         return terms
@@ -80,7 +83,3 @@ class Step:
     @property
     def _precision(self) -> str:
         return self.settings.compute.precision
-
-    def _slices(self, batch: Batch) -> list[slice]:
-        n = len(batch.y) // self.settings.compute.accumulate
-        return [slice(i * n, (i + 1) * n) for i in range(self.settings.compute.accumulate)]
