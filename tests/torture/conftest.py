@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def _reference(folder: Path) -> tuple[Lane, float]:
 
 @pytest.fixture(scope="session")
 def campaign(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    # A campaign in the background of a shell ignores Ctrl-C; what it starts must not inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     seed, minutes = pytestconfig.getoption("--torture-seed"), pytestconfig.getoption("--torture-minutes")
     tally = Tally(seed)

@@ -23,7 +23,7 @@ from .judge import MADE
 
 EXPERIMENTS = ("classifier", "eb_jdat")
 PROFILE = "digits"
-PATIENCE = 900.0  # seconds in which any command has to end
+PATIENCE = 1800.0  # seconds in which any command has to end, also on a busy machine
 
 
 class Lane(Project):
@@ -78,7 +78,7 @@ def jobs(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 words = child.cmdline()
-                if words[1:3] == ["-m", "ebjdat"] or (words[2:3] == ["commit"] and words[1].endswith("dvc")):
+                if words[1:3] == ["-m", "ebjdat"] or (words[2:3] == ["commit"] and Path(words[1]).name == "dvc"):
                     found.append(child)
     return found
 
@@ -94,16 +94,14 @@ def made(folder: Path) -> Lane:
 def blank(reference: Path, folder: Path) -> Lane:
     """A copy in which nothing has run."""
     left_out = shutil.ignore_patterns(".snakemake", "cache", "tmp", "dvc.lock", *MADE, "state", "logs", "benchmarks")
-    shutil.rmtree(folder, ignore_errors=True)
     # "data" is also a package of the project, so only names at the top are left out
     shutil.copytree(reference, folder, ignore=lambda at, names: left_out(at, names) if Path(at) in (reference, reference / ".dvc") else ())
     return Lane(folder)
 
 
 def finished(reference: Path, folder: Path) -> Lane:
-    """A copy in which everything has run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(reference, folder, ignore=shutil.ignore_patterns("logs", "benchmarks"))
+    """A copy in which everything has run. The folder may be there, if it is empty."""
+    shutil.copytree(reference, folder, dirs_exist_ok=True)
     return Lane(folder)
 
 

@@ -122,7 +122,7 @@ def of_killed_stages(campaign: Campaign) -> None:
         ("training state", "finetune eb_jdat", r"move state/.*/step\.pt 3", "step.pt"),
         ("training state", "finetune eb_jdat", r"move state/.*/step\.pt 3", "epoch.pt"),
         ("attack state", "attack eb_jdat", r"move state/.*\.npz [23]", "standard.npz"),
-        ("journals", "finetune eb_jdat", r"move state/.*/epoch\.pt 2|move checkpoints", "*.journal.jsonl"),
+        ("journals", "finetune eb_jdat", r"move checkpoints/", "*.journal.jsonl"),
     ]
     lane = finished(campaign.reference.folder, campaign.folder / "damage-state")
     with warm(lane) as runner:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +38,7 @@ def full_at_each_write(campaign: Campaign, lane: Lane, stage: str) -> None:
     arguments = campaign.commands[stage]
     for name in outputs(arguments):
         (lane.folder / name).unlink(missing_ok=True)
-    # beside the small disk
-    told = lane.folder.with_suffix(".told")
+    told = lane.folder.with_suffix(".told")  # beside the small disk
     seen: list[str] = []
     with warm(lane) as runner:
         while not campaign.late():
@@ -74,17 +72,13 @@ def full_at_each_write(campaign: Campaign, lane: Lane, stage: str) -> None:
 def test_a_full_disk_at_each_write(campaign: Campaign) -> None:
     chosen = [stage for stage in campaign.commands if "classifier" not in stage and "scratch" not in stage]
 
-    def work(part: list[str]) -> None:
-        with small_disk(campaign.folder / f"disk-{part[0].replace(' ', '-')}") as disk:
-            for stage in part:
-                if not campaign.late():
-                    lane = finished(campaign.reference.folder, disk / "lane")
-                    (disk / "lane" / "state").mkdir(exist_ok=True)
-                    full_at_each_write(campaign, lane, stage)
-                    shutil.rmtree(lane.folder)
+    def work(stage: str) -> None:
+        if not campaign.late():
+            with small_disk(campaign.folder / f"disk-{stage.replace(' ', '-')}") as disk:
+                full_at_each_write(campaign, finished(campaign.reference.folder, disk), stage)
 
     try:
-        campaign.side_by_side(work, [chosen[::2], chosen[1::2]])
+        campaign.side_by_side(work, chosen)
     except PermissionError as error:
         campaign.tally.skip("disk", "full", f"nothing may be mounted ({error})")
         pytest.skip(f"nothing may be mounted here ({error}); root may")

@@ -11,16 +11,17 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 from .conftest import Campaign
 from .judge import differences
-from .lanes import PATIENCE, Lane, blank, clear_error, end, finished, jobs, wait_for, warm
+from .lanes import PATIENCE, Lane, blank, clear_error, end, finished, jobs, outputs, wait_for, warm
 
 pytestmark = pytest.mark.torture
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TRIES = 6  # of the last command of a walk, where a process that outlived a kill is at its work
 STAGES = ("finetune-eb_jdat-seed0", "energy-classifier-seed0", "reliability-eb_jdat-seed0", "report")  # that `dvc repro` runs
 
 
@@ -41,14 +42,14 @@ def strike(process: subprocess.Popen[bytes], whom: str, number: signal.Signals, 
     return True
 
 
-def ended(process: subprocess.Popen[bytes], whom: str) -> list[str]:
-    """Wait for the end of what was hit. A job's end is the program's matter, which goes on with the others."""
+def ended(process: subprocess.Popen[bytes]) -> list[str]:
+    """Wait for the end of what was hit. Where that was a job, its program goes on with the others before it ends."""
     try:
-        process.wait(PATIENCE / 3)
+        process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         end(process.pid)
         process.wait()
-        return [f"did not end within {PATIENCE / 3:.0f} s of the signal"]
+        return [f"did not end within {PATIENCE:.0f} s of the signal"]
     return []
 
 
@@ -59,19 +60,36 @@ def cached_whole(folder: Path) -> list[str]:
     return [f"{path.relative_to(folder)} is not what its name says" for path in wrong]
 
 
-def go_on(lane: Lane, command: tuple[str, ...]) -> list[str]:
-    """The same command, until it is through; what is wrong with that."""
-    for _ in range(TRIES):
-        if lane.call(*command) == 0:
-            return []
-        if "another process is at work on this" not in lane.said():
-            break
-        time.sleep(5)
-    return [f"{' '.join(command)} does not go on: {lane.said().strip()[-300:]}"]
+def outlived(groups: list[int]) -> bool:
+    """Whether a process of these groups is at work."""
+    return any(
+        process.info["status"] != psutil.STATUS_ZOMBIE and _group(process.pid) in groups for process in psutil.process_iter(["status"])
+    )
 
 
-def walk(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], kills: int, longest: float, rng: random.Random) -> bool:
-    """Run the command, hit it so many times on its way, let it end, and compare. False when it ended before the last kill."""
+def _group(number: int) -> int:
+    try:
+        return os.getpgid(number)
+    except ProcessLookupError:
+        return 0
+
+
+def go_on(lane: Lane, command: tuple[str, ...], groups: list[int]) -> list[str]:
+    """The same command, at once; where jobs that outlived a `kill -9` are still at their work, again after they have ended."""
+    if lane.call(*command) == 0:
+        return []
+    first = lane.said()
+    if outlived(groups):
+        if not wait_for(lambda: not outlived(groups), PATIENCE / 3, 0.5):
+            return [f"jobs that outlived a kill do not end: {first.strip()[-300:]}"]
+        lane.call("snakemake", "--unlock")
+    elif "another process is at work" not in first:
+        return [f"{' '.join(command)} does not go on: {first.strip()[-300:]}"]
+    return [] if lane.call(*command) == 0 else [f"{' '.join(command)} does not go on: {lane.said().strip()[-300:]}"]
+
+
+def walk(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], kills: int, longest: float, rng: random.Random) -> int:
+    """Run the command, hit it so many times on its way, let it end, and compare. Returns how often it was hit before it ended."""
     done: list[tuple[str, list[str]]] = []
     hits = 0
     groups = []
@@ -82,17 +100,17 @@ def walk(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], ki
         groups.append(process.pid)
         wait_for(lambda process=process: process.poll() is not None, moment)
         hit = strike(process, whom, number, rng)
-        wrong = ended(process, whom) if hit or process.poll() is None else []
+        wrong = ended(process)
         if not hit:
             break
         hits += 1
-        if number == signal.SIGKILL and whom != "job":
+        if "Directory cannot be locked" in lane.said():
+            wrong.append("the folder was still locked")
+        if number == signal.SIGKILL and whom != "job":  # as the pages say; after other signals nothing is needed
             lane.call("snakemake", "--unlock")
-        elif "Directory cannot be locked" in lane.said():
-            wrong.append("the folder was left locked by a signal that can be handled")
         wrong += differences(campaign.whole, lane.folder, whole=False)
         done.append((f"{number.name} for {whom} after {moment:.1f} s", wrong))
-    wrong = go_on(lane, command)
+    wrong = go_on(lane, command, groups)
     for group in groups:
         end(group)
     if not wrong:
@@ -104,7 +122,7 @@ def walk(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], ki
         wrong += cached_whole(lane.folder)
     for name, found in done:  # which of a walk's kills it was cannot be told: all count
         campaign.tally.add("kill", kind, name, [*found, *wrong])
-    return hits == kills
+    return hits
 
 
 def walks(campaign: Campaign, kind: str, lane: str, kills: int) -> None:
@@ -112,7 +130,6 @@ def walks(campaign: Campaign, kind: str, lane: str, kills: int) -> None:
     rng = campaign.random(kind, lane)
     left = kills
     while left and not campaign.late():
-        before = len(campaign.tally.cases)
         folder = campaign.folder / f"{kind.replace(' ', '-')}-{lane}"
         reference = campaign.reference.folder
         if kind == "snakemake":
@@ -129,16 +146,12 @@ def walks(campaign: Campaign, kind: str, lane: str, kills: int) -> None:
             for stage in STAGES:  # as if these had never run
                 lock = without(lock, stage)
             (folder / "dvc.lock").write_text(lock)
-        walk(campaign, kind, here, command, left, longest, rng)
-        mine = [case for case in campaign.tally.cases[before:] if case.kind == kind]
-        left -= max(1, min(left, len(mine)))
+        left -= max(1, walk(campaign, kind, here, command, left, longest, rng))
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def without(lock: str, stage: str) -> str:
     """dvc.lock's text without one stage."""
-    import yaml
-
     content = yaml.safe_load(lock)
     del content["stages"][stage]
     return yaml.safe_dump(content, sort_keys=False)
@@ -155,8 +168,6 @@ def kill_at_each_write(campaign: Campaign, stage: str) -> None:
     """A stage that is killed at every write once, and goes on each time."""
     lane = finished(campaign.reference.folder, campaign.folder / f"write-{stage.replace(' ', '-')}")
     arguments = campaign.commands[stage]
-    from .lanes import outputs
-
     for name in outputs(arguments):
         (lane.folder / name).unlink(missing_ok=True)
     told = lane.folder.with_suffix(".told")
@@ -200,8 +211,6 @@ def test_kills_in_a_write(campaign: Campaign) -> None:
     rng = campaign.random("in a write")
     lane = finished(campaign.reference.folder, campaign.folder / "in-a-write")
     arguments = campaign.commands["finetune eb_jdat"]
-    from .lanes import outputs
-
     places = [lane.folder / "state" / "digits" / "eb_jdat", lane.folder / "checkpoints/digits/eb_jdat"]
     with warm(lane) as runner:
         for i in range(campaign.n // 5):
