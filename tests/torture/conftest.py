@@ -59,20 +59,20 @@ class Campaign:
                 done.result()
 
 
-def _reference(folder: Path) -> tuple[Lane, float]:
-    """An undisturbed run, kept while neither code nor settings change."""
+def _reference(folder: Path) -> tuple[Lane, float, dict[str, list[str]]]:
+    """An undisturbed run, how long it took, and its stages' commands; kept while neither code nor settings change."""
     code = sorted(path for part in ("src/ebjdat", "workflow", "params", "profiles") for path in (ROOT / part).rglob("*") if path.is_file())
     code = [path for path in code if "__pycache__" not in path.parts]
     place = folder / digest([str(path.relative_to(ROOT)) for path in code], ROOT / "Snakefile", *code)[:16]
-    note = place / "seconds.json"
+    note = place / "note.json"
     if not note.exists():
         shutil.rmtree(folder, ignore_errors=True)
         place.mkdir(parents=True)
         lane = made(place / "checkout")
         began = time.monotonic()
         lane.run("snakemake", "--cores", "2")
-        note.write_text(json.dumps(time.monotonic() - began))
-    return Lane(place / "checkout"), json.loads(note.read_text())
+        note.write_text(json.dumps([time.monotonic() - began, stages(lane)]))
+    return Lane(place / "checkout"), *json.loads(note.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +83,13 @@ def campaign(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     seed, minutes = pytestconfig.getoption("--torture-seed"), pytestconfig.getoption("--torture-minutes")
     tally = Tally(seed)
     pytestconfig.stash[TALLY] = tally
-    reference, seconds = _reference(ROOT / "build/torture/reference")
+    reference, seconds, commands = _reference(ROOT / "build/torture/reference")
     print(f"\nseed {seed}; an undisturbed run took {seconds:.0f} s", flush=True)
     return Campaign(
         tally,
         reference,
         contents(reference.folder),
-        stages(reference),
+        commands,
         seconds,
         tmp_path_factory.mktemp("torture"),
         seed,

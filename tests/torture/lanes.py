@@ -109,10 +109,11 @@ def stages(lane: Lane) -> dict[str, list[str]]:
     """Stage -> arguments of its `ebjdat` command, as the rules have them: "finetune eb_jdat", "report"."""
     text = lane.run("snakemake", "--dry-run", "--forceall", "--cores", "1", "--printshellcmds", "--nolock")
     found = {}
-    for line in re.findall(r"^ *(?:.*; )?python -m ebjdat (.*?)(?: 2>&1| > )", text, re.M):
+    for line in re.findall(r"python -m ebjdat (.*?)(?: 2>&1| > )", text):
         words = shlex.split(line)
         about = [words[words.index(f"--{what}") + 1] for what in ("experiment", "pretraining") if f"--{what}" in words]
         found[" ".join([words[0], *about])] = words
+    assert found, text
     return found
 
 

@@ -24,6 +24,7 @@ from .lanes import Lane, Warm, clear_error, finished, outputs, warm
 
 pytestmark = pytest.mark.torture
 
+WHOLE = "not damaged"  # tried first: what then is refused says nothing about damage
 FLIPS = 3
 SETTINGS = 60  # damaged profiles; each is read in milliseconds
 
@@ -53,6 +54,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def damages(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    yield WHOLE, data
     for i in range(FLIPS):
         yield f"bit flipped ({i})", flipped(data, rng)
     yield "cut short", data[: rng.randrange(1, len(data))]
@@ -60,6 +62,12 @@ def damages(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     yield "doubled", data + data
     middle = len(data) // 2
     yield "zeros inside", data[:middle] + bytes(min(512, len(data) - middle)) + data[middle + 512 :]
+
+
+def note(campaign: Campaign, kind: str, name: str, what: str, wrong: list[str], how: str) -> None:
+    if what == WHOLE and not how.startswith("same"):
+        wrong = [*wrong, f"{how}, though it was whole"]
+    campaign.tally.add("damage", kind, f"{name}, {what}", wrong, how)
 
 
 def verdict(lane: Lane, status: int, wrong: Callable[[], list[str]], *named: str) -> tuple[list[str], str]:
@@ -96,7 +104,7 @@ def read_by_stages(campaign: Campaign, part: list[tuple[str, str, str]]) -> None
                     found = [w for w in differences(campaign.whole, lane.folder) if not w.startswith(name)]
                     return found or exact(campaign, lane, made)
 
-                campaign.tally.add("damage", kind, f"{name} {what}: {stage}", *verdict(lane, status, wrong, name))
+                note(campaign, kind, f"{name} for {stage}", what, *verdict(lane, status, wrong, name))
                 lane.take_back(campaign.reference.folder, name, *made)
 
 
@@ -146,7 +154,7 @@ def of_killed_stages(campaign: Campaign) -> None:
                     again = runner.call(campaign.commands[stage])
                     wrong = clear_error(lane.said()) if again else differences(campaign.whole, lane.folder)
                     how = "refused; deleted, made again with the same results"
-                campaign.tally.add("damage", kind, f"{place.name} {what}: {stage}", wrong, how)
+                note(campaign, kind, f"{place.name} for {stage}", what, wrong, how)
             lane.take_back(campaign.reference.folder, *outputs(campaign.commands[stage]))
 
 
@@ -156,7 +164,7 @@ def settings(campaign: Campaign) -> None:
     original = (campaign.reference.folder / "params/digits.yaml").read_bytes()
     whole = params.load(campaign.reference.folder / "params/digits.yaml", [])
     rng = campaign.random("settings")
-    tried = [each for _ in range(SETTINGS // 7 + 1) for each in damages(original, rng)]
+    tried = [each for _ in range(SETTINGS // 8 + 1) for each in damages(original, rng)]
     for i, (what, data) in enumerate(tried):
         file.write_bytes(data)
         wrong, how = [], "refused"
@@ -169,7 +177,7 @@ def settings(campaign: Campaign) -> None:
         else:
             same = found.model_dump() == whole.model_dump()
             how = "same settings" if same else "other settings"
-        campaign.tally.add("damage", "settings", f"{what}, {i}", wrong, how)
+        note(campaign, "settings", f"profile {i}", what, wrong, how)
 
 
 def images() -> dict[str, bytes]:
@@ -214,10 +222,10 @@ def sources(campaign: Campaign) -> None:
     def tries() -> Iterator[tuple[str, str, Callable[[Path], None], str]]:
         for kind in ("zip", "xz", "gz"):
             name = "images.zip" if kind == "zip" else f"images.tar.{kind}"
-            for what, data in [("whole", packed(kind, files)), *damages(packed(kind, files), rng)]:
+            for what, data in damages(packed(kind, files), rng):
                 yield name, what, (lambda path, data=data: path.write_bytes(data)), name
         victim = sorted(files)[5]
-        for what, data in [("whole", files[victim]), *damages(files[victim], rng)]:
+        for what, data in damages(files[victim], rng):
 
             def write(path: Path, data: bytes = data) -> None:
                 shutil.rmtree(path, ignore_errors=True)
@@ -225,7 +233,7 @@ def sources(campaign: Campaign) -> None:
                     (path / name).parent.mkdir(parents=True, exist_ok=True)
                     (path / name).write_bytes(data if name == victim else whole)
 
-            yield "images", f"{victim} {what}", write, victim
+            yield "images", what, write, victim
 
     whole = ""
     with warm(lane) as runner:
@@ -245,9 +253,7 @@ def sources(campaign: Campaign) -> None:
                 few = n != len(files) and not re.search(r"skipped|left out|ignored", said)
                 wrong = [f"{len(files) - n} images fewer, without a word"] if few else []
                 how = "same data" if found == whole else "other data, under another hash"
-            if what.endswith("whole") and (status or found != whole):
-                wrong = [f"whole images are not read the same: {said.strip()[-160:]}"]
-            campaign.tally.add("damage", "images", f"{name}: {what}", wrong, how)
+            note(campaign, "images", f"{victim} of {name}" if victim != name else name, what, wrong, how)
 
 
 def shown_tables(campaign: Campaign) -> None:
@@ -268,7 +274,7 @@ def shown_tables(campaign: Campaign) -> None:
                     wrong, how = ([] if status else ["exit status 0"]), "refused"
                 else:
                     wrong, how = verdict(lane, status, lambda whole=whole: [] if lane.said() == whole else ["shows something else"], name)
-                campaign.tally.add("damage", kind, f"{name} {what}: {command[0]}", wrong, how)
+                note(campaign, kind, f"{name} for {command[0]}", what, wrong, how)
             lane.take_back(campaign.reference.folder, name)
 
 
@@ -286,9 +292,9 @@ def stores(campaign: Campaign) -> None:
         if status and "dvc.lock" not in said:
             wrong.append(f"does not name dvc.lock: {said.strip()[-200:]}")
         jobs = Lane.jobs(said)
-        how = "refused" if status else f"said that it would run {sum(jobs.values())} jobs" if jobs else "nothing to do"
+        how = "refused" if status else f"said that it would run {sum(jobs.values())} jobs" if jobs else "same: nothing to do"
         wrong += differences(campaign.whole, lane.folder)
-        campaign.tally.add("damage", "stores", f"dvc.lock {what}: snakemake", wrong, how)
+        note(campaign, "stores", "dvc.lock for snakemake", what, wrong, how)
         shutil.rmtree(lane.folder)
         lane = finished(campaign.reference.folder, campaign.folder / "damage-stores")
 
@@ -316,7 +322,7 @@ def stores(campaign: Campaign) -> None:
             wrong += [] if (status, found) == (0, whole) else [f"not filled again: {lane.said().strip()[-200:]}"]
         else:
             wrong, how = ([] if found == whole else ["other values"]), "same values"
-        campaign.tally.add("damage", "stores", f"mlflow.db {what}: sync", wrong, how)
+        note(campaign, "stores", "mlflow.db for sync", what, wrong, how)
     journal = lane.folder / SEED / "finetune.journal.jsonl"
     original = journal.read_bytes()
     for what, data in damages(original, campaign.random("journal")):
@@ -326,7 +332,7 @@ def stores(campaign: Campaign) -> None:
         store.unlink(missing_ok=True)
         status, found = sent(store)
         wrong, how = verdict(lane, status, lambda found=found: [] if found == whole else ["other values"], journal.name)
-        campaign.tally.add("damage", "journals", f"{journal.name} {what}: sync", wrong, how)
+        note(campaign, "journals", f"{journal.name} for sync", what, wrong, how)
 
 
 def values(store: Path) -> dict[str, object]:
