@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -507,7 +508,10 @@ def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a checksum of each part, but does not look at it
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(part)
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise TrainingError(f"{path}: damaged training state ({type(error).__name__}); delete it to start again") from error
     return content
