@@ -52,6 +52,11 @@ class Campaign:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
+    def shares(self) -> list[list[str]]:
+        """One of each kind of stage, in two parts of about the same work."""
+        chosen = [stage for stage in self.commands if not stage.endswith(("classifier", "scratch"))]
+        return [chosen[::2], chosen[1::2]]
+
     def side_by_side(self, work: Callable[[Item], None], items: Sequence[Item]) -> None:
         """Two at a time."""
         with concurrent.futures.ThreadPoolExecutor(2) as pool:

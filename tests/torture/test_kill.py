@@ -17,7 +17,7 @@ import yaml
 
 from .conftest import Campaign
 from .judge import differences
-from .lanes import PATIENCE, Lane, blank, clear_error, end, finished, jobs, outputs, wait_for, warm
+from .lanes import PATIENCE, Lane, Warm, blank, clear_error, end, finished, jobs, outputs, wait_for, warm
 
 pytestmark = pytest.mark.torture
 
@@ -164,32 +164,36 @@ def test_kills_at_random_moments(campaign: Campaign) -> None:
     assert not campaign.tally.failed("kill")
 
 
-def kill_at_each_write(campaign: Campaign, stage: str) -> None:
+def kill_at_each_write(campaign: Campaign, runner: Warm, stage: str) -> None:
     """A stage that is killed at every write once, and goes on each time."""
-    lane = finished(campaign.reference.folder, campaign.folder / f"write-{stage.replace(' ', '-')}")
-    arguments = campaign.commands[stage]
+    lane, arguments = runner.lane, campaign.commands[stage]
     for name in outputs(arguments):
-        (lane.folder / name).unlink(missing_ok=True)
+        (lane.folder / name).unlink()
     told = lane.folder.with_suffix(".told")
     seen: list[str] = []
-    with warm(lane) as runner:
-        while not campaign.late():
-            told.unlink(missing_ok=True)
-            status = runner.call(arguments, {"do": "kill", "seen": seen, "told": str(told)})
-            if not told.exists():
-                break
-            seen.append(told.read_text())
-            wrong = [] if status == -signal.SIGKILL else [f"ended with {status} instead of the kill"]
-            campaign.tally.add("kill", "at a write", f"{stage}: {seen[-1]}", wrong + differences(campaign.whole, lane.folder, whole=False))
-        wrong = clear_error(lane.said()) if status else []
-        wrong += differences(campaign.whole, lane.folder)
-        unhit = [name for name in outputs(arguments) if not any(name in key for key in seen)]
-        wrong += [f"no write of {name} was seen" for name in unhit]
-        campaign.tally.add("kill", "at a write", f"{stage}: left alone at last", wrong)
+    while not campaign.late():
+        told.unlink(missing_ok=True)
+        status = runner.call(arguments, {"do": "kill", "seen": seen, "told": str(told)})
+        if not told.exists():
+            break
+        seen.append(told.read_text())
+        wrong = [] if status == -signal.SIGKILL else [f"ended with {status} instead of the kill"]
+        campaign.tally.add("kill", "at a write", f"{stage}: {seen[-1]}", wrong + differences(campaign.whole, lane.folder, whole=False))
+    else:
+        return
+    wrong = clear_error(lane.said()) if status else []
+    wrong += differences(campaign.whole, lane.folder)
+    wrong += [f"no write of {name} was seen" for name in outputs(arguments) if not any(name in key for key in seen)]
+    campaign.tally.add("kill", "at a write", f"{stage}: left alone at last", wrong)
 
 
 def test_kills_at_each_write(campaign: Campaign) -> None:
-    campaign.side_by_side(lambda stage: kill_at_each_write(campaign, stage), [s for s in campaign.commands if "classifier" not in s])
+    def work(part: list[str]) -> None:
+        with warm(finished(campaign.reference.folder, campaign.folder / f"write-{part[0].split()[0]}")) as runner:
+            for stage in part:
+                kill_at_each_write(campaign, runner, stage)
+
+    campaign.side_by_side(work, campaign.shares())
     assert not campaign.tally.failed("kill")
 
 
