@@ -365,6 +365,20 @@ def test_validation_never_sees_the_test_split(digits: Prepared, settings: Traini
     assert score == pytest.approx((row["validation_clean_acc"] + row["validation_robust_acc"]) / 2)
 
 
+def test_one_flipped_bit_in_a_training_state_is_refused(tmp_path: Path) -> None:
+    """torch.load alone takes it: the training would go on with another weight."""
+    file, weights = tmp_path / "step.pt", torch.arange(1000.0)
+    torch.save({"model": weights}, file)
+    whole = file.read_bytes()
+    at = whole.index(weights.numpy().tobytes()[:64])
+    assert torch.equal(loop._read(file, torch.device("cpu"))["model"], weights)  # type: ignore[index]
+    for place in (at, at + 1999, at + 3999):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert not torch.equal(torch.load(file, weights_only=True)["model"], weights)
+        with pytest.raises(loop.TrainingError, match=r"step\.pt: damaged training state .*delete it to start again"):
+            loop._read(file, torch.device("cpu"))
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     from ebjdat.files import write_atomic
 

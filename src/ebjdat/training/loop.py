@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -515,6 +516,9 @@ def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a checksum of each part, but does not look at it
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(part)
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(content, dict):
             raise TypeError("no mapping")
