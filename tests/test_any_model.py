@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,8 +29,10 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.data.sources import DataError
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
+from ebjdat.models.outside import ModelError, outside_model
 from ebjdat.params import ParamsError, usual_protocols
-from ebjdat.stages.attack import ModelError, outside_model
+
+from .conftest import ROOT
 
 NETS = '''
 import torch, torchvision
@@ -236,6 +240,97 @@ def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> 
         outside.images_of(tmp_path / "data.npz")
     with pytest.raises(DataError, match="there is no such file"):
         outside.images_of(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            lambda x: x,
+            lambda y: np.eye(10, dtype=np.int64)[y],
+            r"integer per image is needed, 4 of them \(of one-hot rows",
+        ),
+        (lambda x: x, lambda y: y[:, None], r"\(labels\[:, 0\]\)"),
+        (lambda x: x, lambda y: y.astype(np.float32), "labels are float32"),
+        (lambda x: x, lambda y: y > 3, "labels are bool"),
+        (lambda x: x, lambda y: np.full(4, 2**63 + 1, np.uint64), "they go from 9223372036854775809 to 9223372036854775809"),
+        (lambda x: x.transpose(0, 2, 3, 1), lambda y: y, r"\(images.transpose\(0, 3, 1, 2\)\)"),
+        (lambda x: x[:, 0], lambda y: y, r"\(images\[:, None\]\)"),
+        (lambda x: (x > 99).astype(np.uint8), lambda y: y, "images hold no value above 1: as uint8 they go up to 255"),
+        (lambda x: x.astype(np.float32), lambda y: y, r"np.rint\(images \* 255\)"),
+        (lambda x: x[:, :, :0], lambda y: y, r"images are uint8 \(4, 1, 0, 8\)"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_refused_with_what_mends_them(
+    tmp_path: Path, digits: Prepared, images: Any, labels: Any, message: str
+) -> None:
+    np.savez(tmp_path / "data.npz", images=images(digits.images[:4]), labels=labels(digits.labels[:4]))
+    with pytest.raises(DataError, match=message) as raised:
+        outside.images_of(tmp_path / "data.npz")
+    assert "\n" not in str(raised.value)
+
+
+def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
+    """Folders by the digits' English names, against a network that counts from 0."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    data = np.load("digits.npz")
+    for i, (image, label) in enumerate(zip(data["images"], data["labels"], strict=True)):
+        for split in ("train", "test"):
+            place = folder / f"pictures/{split}/{names[label]}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0]).save(place / f"{i}.png")
+    (folder / "classes.txt").write_text("\n".join(names) + "\n")
+    words = ["--model", "somenets:whitened", "--weights", "whitened.pt", "--data", "pictures", "--out", "x.json", "--n", "1", *FAST]
+    words += ["--override", "protocols.released=null", "--threads", "1"]
+    assert "CHECK FAILED: above chance" in run(*words)
+    text = run(*words, "--classes", "classes.txt")
+    assert "above chance" not in text
+    assert "under 'state_dict.module.layers'" in text or "under 'state_dict.module'" in text
+    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
+    with torch.no_grad():
+        right = model(torch.from_numpy(data["images"]).float() / 255).argmax(1).numpy() == data["labels"]
+    assert read_json(folder / "x.json")["clean_correct"] == right.sum() > 50
+    for content, message in (
+        ("\n".join(names[:9]), "the class 'nine' is not in --classes"),
+        ("\n".join((*names, "ten")), "classes.txt names 11 classes, the network tells 10 apart"),
+        ("zero\none\nzero\n", "classes.txt, line 3: 'zero' stands there already"),
+        ("zero\n\none\n", "classes.txt, line 2: is empty"),
+        ("", "classes.txt: is empty"),
+    ):
+        (folder / "classes.txt").write_text(content)
+        done = CliRunner().invoke(app, ["attack", *words, "--classes", "classes.txt"])
+        assert done.exit_code == 1
+        assert message in done.output
+    shutil.rmtree(folder / "pictures/train/nine")
+    shutil.rmtree(folder / "pictures/test/nine")
+    assert "the folders are 9 classes, the network tells 10 apart; --classes" in CliRunner().invoke(app, ["attack", *words]).output
+
+
+def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
+    """By `check`, `prepare` and `attack`, before anything takes long."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k in range(2):
+            place = folder / f"pictures/{split}/class{k}"
+            place.mkdir(parents=True)
+            for i in range(20):
+                Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / f"{i}.png")
+    words = ["--params", str(ROOT / "params/digits.yaml")]
+    for word in ("data={source: folder, path: pictures, validation: 4, test: null}", "data.size=8"):
+        words += ["--override", word]
+    files = ["--out", "data.npz", "--card", "card.json"]
+    none = ["--override", "evaluation.attack.protocols.standard.n=0", "--override", "evaluation.attack.protocols.released.n=0"]
+    none += ["--override", "evaluation.attack.protocols.standard_l2.n=0"]
+    works = [*none, "--override", "evaluation.attack.protocols.standard_binary={eps: 0.15, pgd: {step_size: 0.0375}, n: 4}"]
+    for command, more in (("check", []), ("prepare", files)):
+        done = CliRunner().invoke(app, [command, *words, *more])
+        assert done.exit_code == 1, done.output
+        assert "apgd_t needs at least 4 classes, here are 2; set its n to 0" in done.output
+        assert "apgd_dlr needs at least 3 classes" in done.output
+        assert "works protocols.standard_binary={eps: 0.15, pgd: {step_size: 0.0375}, n: 60}" in done.output
+        assert not (folder / "data.npz").exists()
+        done = CliRunner().invoke(app, [command, *words, *works, *more])
+        assert done.exit_code == 0, done.output
 
 
 def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:

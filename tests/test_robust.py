@@ -422,6 +422,137 @@ def test_limits_of_checks_are_points_of_accuracy() -> None:
     assert checks.black_box(fewer, verdicts).value == 0.25
 
 
+class Reading(nn.Module):
+    """Digits, ten classes: by the nearest class mean. `read` is how it takes its images, `name` which output each class has."""
+
+    def __init__(self, x: Tensor, y: Tensor, read: Any = lambda x: x, name: Any = lambda k: k, classes: int = 10) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((classes, x[0].numel()), 1e3))
+        for k in y.unique().tolist():
+            self.mean[name(k)] = x[y == k].flatten(1).mean(0)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(self.read(x).flatten(1), self.mean).square()
+
+
+def digits_in_colour() -> tuple[Tensor, Tensor]:
+    """200 test digits, each channel with a shading of its own."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images[:200]).float().div(16)[:, None]
+    return torch.cat([grey, grey.flip(2) / 2, 1 - grey], 1), torch.from_numpy(bunch.target[:200])
+
+
+def failing(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, str]:
+    """Those of the checks of labels and images that fail, with what they say."""
+    asked = settings(0.01, 0, checks={"n": 4, "steps": 20, "restarts": 1, "sweep": (1.0,)})
+    names = ("above chance", "classes in the network's order", "images as the network reads them")
+    found = [check for check in audit(model.eval(), x, y, asked).metrics["checks"] if check["name"] in names]
+    assert len(found) == len(names)
+    return {check["name"]: check["says"] for check in found if check["passed"] is False}
+
+
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [
+        (lambda x: ((x + 1) * 0.501).round(), "pixels in [-1, 1]"),  # of [0, 1] everything becomes 1
+        (lambda x: x / 255, "pixels in [0, 255]"),
+        (lambda x: x.flip(1), "channels in the reverse order (BGR)"),
+        (lambda x: 1 - x, "inverted pixels"),
+        (lambda x: x.transpose(2, 3), "rows as columns"),
+    ],
+)
+def test_a_network_that_reads_images_otherwise_is_told(read: Any, told: str) -> None:
+    x, y = digits_in_colour()
+    assert failing(Reading(x, y), x, y) == {}
+    says = failing(Reading(x, y, read), x, y)["images as the network reads them"]
+    assert says == f"points of accuracy that another reading of the images adds: {told}"
+
+
+TEXT = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]  # the numbers of 12 folders that were sorted as text
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "told"),
+    [
+        (lambda k: TEXT[k], 12, 'it looks as if numbers from 0 were sorted as text ("10" before "2") for the labels'),
+        (TEXT.index, 12, 'it looks as if numbers from 0 were sorted as text ("10" before "2") for the network'),
+        (lambda k: k + 1, 11, "it looks as if labels are counted from 0, the network's classes from 1"),
+        (lambda k: 9 - k, 10, "it looks as if labels are in the reverse order"),
+        (lambda k: {3: 5, 5: 3}.get(k, k), 10, "it looks as if label 3 is its 5, 5 is its 3"),
+    ],
+)
+def test_a_network_with_its_classes_in_another_order_is_told(name: Any, classes: int, told: str) -> None:
+    x, y = digits_in_colour()
+    says = failing(Reading(x, y, name=name, classes=classes), x, y)["classes in the network's order"]
+    assert says == f"share of images that another order of the classes makes right: {told}"
+
+
+def test_a_weak_network_is_above_chance_and_one_that_guesses_is_not() -> None:
+    """No alarm for few images or classes, which tell nothing; an untrained network is no permutation."""
+    rng, n = np.random.default_rng(0), 300
+
+    def of(accuracy: float, classes: int, n: int, share: float = 0.0) -> list[str | bool | None]:
+        y = rng.integers(0, classes, n)
+        y[rng.random(n) < share] = 0
+        prediction = np.where(rng.random(n) < accuracy, y, rng.permutation(y))
+        verdicts = Verdicts(torch.from_numpy(y), torch.from_numpy(prediction), classes=classes)
+        return [checks.above_chance(verdicts).passed, checks.classes_in_order(verdicts).passed]
+
+    assert all(of(0.2, 10, n) == [True, True] for _ in range(20))
+    assert all(of(0.4, 2, n) == [True, True] for _ in range(20))
+    assert all(of(0.5, 2, n, 0.8) == [True, True] for _ in range(20))  # nine of ten of one class
+    assert all(of(0.9, classes, size)[0] is not False for classes, size in ((2, 6), (3, 5), (10, 8), (2, 1)) for _ in range(20))
+    guesses = [of(0.0, classes, n) for classes in (2, 10, 100) for _ in range(20)]
+    assert sum(passed is False for passed, _ in guesses) >= 54  # p is 0.05
+    assert all(order for _, order in guesses)
+    constant = Verdicts(torch.arange(100) % 10, torch.zeros(100, dtype=torch.int64), classes=10)
+    assert checks.above_chance(constant).passed is False
+    turned = Verdicts(torch.arange(40) % 2, (torch.arange(40) + 1) % 2, classes=2)
+    assert checks.above_chance(turned).passed is False
+    assert checks.classes_in_order(turned).passed is False
+    assert checks.above_chance(Verdicts(torch.zeros(50), torch.zeros(50), classes=2)).passed is None  # one class alone
+
+
+def test_an_untrained_network_is_no_permutation() -> None:
+    x, y = digits_in_colour()
+    for seed in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
+        assert "classes in the network's order" not in failing(model, x, y)
+
+
+def test_two_and_three_classes_have_a_protocol_of_their_own() -> None:
+    """Verdicts in closed form, with the attacks of the row but less effort; with more classes, targets are all others."""
+    n = 12
+    x, protocol = images(n), {"eps": 0.02, "pgd": {"step_size": 0.005}, "n": n}
+    few, steps = {"square": {"queries": 50}}, {"steps": 10}
+    for classes in (2, 3, 5):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).eval()
+        with torch.no_grad():
+            model[1].weight.copy_(Linear().weight[:classes])
+            model[1].bias.copy_(-0.5 * model[1].weight.sum(1))
+        y = model(x).argmax(1)
+        like, own = ("standard_binary", ("apgd_ce", "fab")) if classes < 4 else ("standard", ("apgd_ce", "apgd_t", "fab_t"))
+        row = {"like": like, **protocol, "attacks": {**few, **dict.fromkeys(own, steps)}}
+        asked = AttackSettings.model_validate({"protocols": {"standard": {**protocol, "n": 0}, "own": row}})
+        assert list(asked.protocols["own"].attacks) == [*own, "square"]
+        found = audit(model, x, y, asked, with_checks=False)
+        weight = model[1].weight.detach()
+        margins = model(x).detach()[range(n), y][:, None] - model(x).detach()
+        lengths = (weight[y][:, None] - weight[None]).abs().sum(2)
+        radius = (margins / lengths.clamp_min(1e-9)).masked_fill(lengths == 0, torch.inf).amin(1)
+        near = ((radius - 0.02).abs() < 2e-4).sum()
+        assert 0 < int((radius > 0.02).sum()) < n
+        assert abs(found.metrics["own_autoattack_correct"] - int((radius > 0.02).sum())) <= near
+        assert found.metrics["own_n_targets"] == ({} if classes < 4 else {"apgd_t": 4, "fab_t": 4})
+    with pytest.raises(ValueError, match="standard_binary: norm, range, noise"):
+        AttackSettings.model_validate({"protocols": {"standard": protocol, "standard_binary": {**protocol, "norm": "L2"}}})
+
+
 def test_autoattacks_own_word_on_square_is_heard() -> None:
     assert ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.8}) == []
     (told,) = ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.7})
@@ -454,7 +585,10 @@ def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> N
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), "apgd_t needs at least 4 classes, here are 3; set its n to 0"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(16, 3)),
+            "'standard': apgd_t needs at least 4 classes, here are 3; set its n to 0; .*works protocols.standard_binary={eps: 0.01, ",
+        ),
         (nn.Identity(), "logits of shape"),
         (Of(Linear(), lambda z: (z, z)), "returned tuple for one image"),
         (Of(Linear(), lambda z: z / 0), "not finite"),

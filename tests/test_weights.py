@@ -99,8 +99,9 @@ FILES: dict[str, tuple[Any, str]] = {  # what is in a file, and where the weight
 
 @pytest.mark.parametrize("factory", ["plain", "parallel", "wrapped", "averaged"])
 def test_weights_are_found_however_they_are_wrapped(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
-    x = images()
-    expected = plain()(x)
+    x, reference = images(), plain()
+    reference.load_state_dict(STATE)
+    expected = reference(x)
     for name, (content, route) in FILES.items():
         torch.save(content, "weights.pt")
         model = outside_model(f"somebodys:{factory}", Path("weights.pt"))

@@ -28,7 +28,8 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
         return np.ascontiguousarray(raw.images[order]), _reordered(path, raw.classes, raw.labels[order], classes)
     if size is not None or classes is not None:
-        raise DataError(f"{path}: --size and --classes are for folders and archives; images and labels of an .npz stay as they are")
+        option = "--classes" if size is None else "--size"
+        raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
