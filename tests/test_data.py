@@ -569,9 +569,12 @@ RECORD = header(tarfile.XHDTYPE, 17) + padded(b"17 comment=aaaaa\n")
 LONG = 3_000_000
 LONG_NAME = header(tarfile.GNUTYPE_LONGNAME, 1500) + padded(b"a" * 1500)
 BROKEN_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # what becomes of a tar (its end mark cut off)
-    "long name": (lambda tar: tar + header(tarfile.GNUTYPE_LONGNAME, LONG) + bytes(LONG), "bytes of names and headers"),
-    "pax": (lambda tar: tar + header(tarfile.XHDTYPE, LONG) + bytes(LONG), "bytes of names and headers"),
-    "first pax": (lambda tar: header(tarfile.XGLTYPE, LONG) + bytes(LONG), "bytes of names and headers"),
+    "long name": (
+        lambda tar: tar + header(tarfile.GNUTYPE_LONGNAME, LONG) + bytes(LONG),
+        "more bytes of names and headers than are allowed",
+    ),
+    "pax": (lambda tar: tar + header(tarfile.XHDTYPE, LONG) + bytes(LONG), "more bytes of names and headers than are allowed"),
+    "first pax": (lambda tar: header(tarfile.XGLTYPE, LONG) + bytes(LONG), "more bytes of names and headers than are allowed"),
     "terabytes": (lambda tar: tar + header(b"0", 2**33 - 1, "train/ant/x.txt") * 3 + bytes(512), "unexpected end"),
     "more than the limit": (lambda tar: tar + header(b"0", 2**35, "notes.txt") + bytes(1024), "unpacks to more than"),
     "records without end": (lambda tar: tar + RECORD * 900 + bytes(1024), "corrupt or truncated"),
@@ -624,6 +627,10 @@ def test_streams_are_bounded_in_all_and_in_what_decoding_takes(tmp_path: Path, f
             limits.setattr(members, "STREAM_LIMIT", 5_000_000)
             with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
                 sources.folder(settings(several))
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "HEADERS_LIMIT", 12_000)
+        with pytest.raises(DataError, match=r"headers than are allowed, 1,048,576 for a member and 12,000 in all"):
+            sources.folder(settings(path))
     with monkeypatch.context() as limits:
         limits.setattr(members, "XZ_MEMORY", 2**20)
         with pytest.raises(DataError, match=r"a\.tar\.xz: the archive is corrupt or truncated .*emory"):

@@ -35,6 +35,7 @@ FILE_LIMIT = 64 * 2**20  # bytes of an image file
 COUNT_LIMIT = 500_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
+HEADERS_LIMIT = 2**30  # bytes of headers in all
 NAME_LIMIT = 1000  # characters of a path
 XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
 PIECE = 2**20
@@ -278,7 +279,7 @@ class _TarStream:
 
     def __init__(self, path: Path, source: BinaryIO) -> None:
         self.path, self.source = path, source
-        self.at = self.headers = 0  # bytes so far; bytes of headers since the last member
+        self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
         self.last = b""  # what tarfile read last
 
     def tell(self) -> int:
@@ -294,8 +295,10 @@ class _TarStream:
 
     def read(self, size: int) -> bytes:
         self.headers += size
-        if self.headers > HEADER_LIMIT:
-            raise DataError(f"{self.path}: a member has more than {HEADER_LIMIT:,} bytes of names and headers, which is the limit")
+        self.all_headers += size
+        if self.headers > HEADER_LIMIT or self.all_headers > HEADERS_LIMIT:
+            limits = f"{HEADER_LIMIT:,} for a member and {HEADERS_LIMIT:,} in all"
+            raise DataError(f"{self.path}: has more bytes of names and headers than are allowed, {limits}")
         self.last = self.take(size)
         return self.last
 
