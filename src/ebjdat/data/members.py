@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ebjdat.errors import DataError
@@ -32,7 +32,7 @@ ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", "
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 
 FILE_LIMIT = 64 * 2**20  # bytes of an image file
-COUNT_LIMIT = 500_000  # files and folders
+COUNT_LIMIT = 400_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
 HEADERS_LIMIT = 2**30  # bytes of headers in all
@@ -89,8 +89,8 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
 
 
 def is_junk(name: str, is_folder: bool) -> bool:
-    parts = PurePosixPath(name).parts
-    if not parts or any(part.startswith(".") or part.lower() in JUNK for part in parts):
+    parts = name.split("/")
+    if not name or any(part.startswith(".") or part.lower() in JUNK for part in parts):
         return True
     stem, _, suffix = parts[-1].lower().partition(".")
     return not is_folder and stem in PAPERS and f".{suffix}" not in IMAGE_SUFFIXES
@@ -182,10 +182,10 @@ def _of_archive(path: Path, read: Callable[[Path], Iterator[Member]]) -> Iterato
         for member in read(path):
             if len(member.name) > NAME_LIMIT:
                 raise DataError(f"{path}: '{member.name[:40]}...' has {len(member.name):,} characters; at most {NAME_LIMIT:,} are allowed")
-            parts = PurePosixPath(member.name.replace("\\", "/")).parts
-            if member.name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
+            parts = member.name.replace("\\", "/").split("/")
+            if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
                 raise DataError(f"{path}: the member {member.name!r} leads out of the archive; it was not read")
-            name = "/".join(PurePosixPath(member.name).parts)
+            name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
             if not member.is_folder and name in seen:
                 raise DataError(f"{path}: has two members {name!r}; pack it anew")
             seen.add(name)
