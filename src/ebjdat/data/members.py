@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ebjdat.errors import DataError
@@ -32,9 +32,10 @@ ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", "
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 
 FILE_LIMIT = 64 * 2**20  # bytes of an image file
-COUNT_LIMIT = 500_000  # files and folders
+COUNT_LIMIT = 400_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
+HEADERS_LIMIT = 2**30  # bytes of headers in all
 NAME_LIMIT = 1000  # characters of a path
 XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
 PIECE = 2**20
@@ -88,8 +89,8 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
 
 
 def is_junk(name: str, is_folder: bool) -> bool:
-    parts = PurePosixPath(name).parts
-    if not parts or any(part.startswith(".") or part.lower() in JUNK for part in parts):
+    parts = name.split("/")
+    if not name or any(part.startswith(".") or part.lower() in JUNK for part in parts):
         return True
     stem, _, suffix = parts[-1].lower().partition(".")
     return not is_folder and stem in PAPERS and f".{suffix}" not in IMAGE_SUFFIXES
@@ -181,10 +182,10 @@ def _of_archive(path: Path, read: Callable[[Path], Iterator[Member]]) -> Iterato
         for member in read(path):
             if len(member.name) > NAME_LIMIT:
                 raise DataError(f"{path}: '{member.name[:40]}...' has {len(member.name):,} characters; at most {NAME_LIMIT:,} are allowed")
-            parts = PurePosixPath(member.name.replace("\\", "/")).parts
-            if member.name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0]):
+            parts = member.name.replace("\\", "/").split("/")
+            if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
                 raise DataError(f"{path}: the member {member.name!r} leads out of the archive; it was not read")
-            name = "/".join(PurePosixPath(member.name).parts)
+            name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
             if not member.is_folder and name in seen:
                 raise DataError(f"{path}: has two members {name!r}; pack it anew")
             seen.add(name)
@@ -278,7 +279,7 @@ class _TarStream:
 
     def __init__(self, path: Path, source: BinaryIO) -> None:
         self.path, self.source = path, source
-        self.at = self.headers = 0  # bytes so far; bytes of headers since the last member
+        self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
         self.last = b""  # what tarfile read last
 
     def tell(self) -> int:
@@ -294,8 +295,10 @@ class _TarStream:
 
     def read(self, size: int) -> bytes:
         self.headers += size
-        if self.headers > HEADER_LIMIT:
-            raise DataError(f"{self.path}: a member has more than {HEADER_LIMIT:,} bytes of names and headers, which is the limit")
+        self.all_headers += size
+        if self.headers > HEADER_LIMIT or self.all_headers > HEADERS_LIMIT:
+            limits = f"{HEADER_LIMIT:,} for a member and {HEADERS_LIMIT:,} in all"
+            raise DataError(f"{self.path}: has more bytes of names and headers than are allowed, {limits}")
         self.last = self.take(size)
         return self.last
 

@@ -164,7 +164,7 @@ def _place(member: Member) -> tuple[str, str | None, str | None, tuple[str, ...]
 
     Names of classes are in Unicode's composed form, whichever the file system has.
     """
-    parts = PurePosixPath(member.name).parts
+    parts = tuple(member.name.split("/"))
     at = next((i for i, part in enumerate(parts[:2]) if part.lower() in SPLITS), None)
     if at is None or (len(parts) == at + 1 and not member.is_folder):
         return "", None, None, ()
