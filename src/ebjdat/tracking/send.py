@@ -362,8 +362,10 @@ class Sender:
 
     def _refuse_moved(self, location: str) -> None:
         """Raise TrackingError where an SQLite store would have its artifacts written to the place that it was moved from."""
-        place = url2pathname(urlsplit(location).path) if self._folder and location.startswith("file:") else ""
-        if place and location != HERE and Path(place).name == ARTIFACTS and Path(place).resolve() != self._folder / ARTIFACTS:
+        if self._folder is None or location == HERE or not location.startswith("file:"):
+            return
+        place = Path(url2pathname(urlsplit(location).path))
+        if place.name == ARTIFACTS and place.resolve() != self._folder / ARTIFACTS:
             file = Path(self._uri.removeprefix(SQLITE)).name
             raise TrackingError(
                 f"{file} has its artifacts in {place}, not beside it: it was copied or moved here. Rename it; `ebjdat sync` fills a new one"
