@@ -46,9 +46,13 @@ except settings.ParamsError as error:
 RAW = settings.merge(
     {}, *(layer for _, layer in settings.read_layers(PARAMS, OVERRIDES))
 )
-SETTINGS = shlex.join(
-    ["--params", PARAMS, *(w for o in OVERRIDES for w in ("--override", o))]
-)
+
+
+def SETTINGS(wildcards):
+    """The options that name the settings. (In a text that is no function's, Snakemake takes braces for wildcards.)"""
+    words = ["--params", PARAMS, *(w for o in OVERRIDES for w in ("--override", o))]
+    return shlex.join(words)
+
 
 EXPERIMENTS = list(PROFILE.experiments)
 SEEDS = list(PROFILE.seeds)
@@ -62,6 +66,11 @@ GPU = int(
 # An archive of images is an input; where it is missing, the command says so better than Snakemake would.
 ARCHIVE = [p for p in [PROFILE.data.path] if p and Path(p).is_file()]
 OOD_PATH = PROFILE.evaluation.reliability.ood_path
+for path in (PROFILE.data.path, OOD_PATH):
+    if path and re.search(r"[{}]|, ", path):
+        raise WorkflowError(
+            f"{path!r}: braces and ', ' in a path mean something else to Snakemake and DVC; rename it"
+        )
 DATA = f"data/{RUN}/data.npz"
 CARD = f"data/{RUN}/card.json"
 CHECKPOINTS = f"checkpoints/{RUN}"

@@ -400,10 +400,10 @@ class Sender:
 
     def _refuse_moved(self, location: str) -> None:
         """Raise TrackingError where an SQLite store would have its artifacts written to the place that it was moved from."""
-        if self._folder is None or not location.startswith("file:"):
+        if self._folder is None or location == HERE or not location.startswith("file:"):
             return
-        place = url2pathname(urlsplit(location).path)
-        if location != HERE and Path(place).name == ARTIFACTS and Path(place).resolve() != self._folder / ARTIFACTS:
+        place = Path(url2pathname(urlsplit(location).path))
+        if place.name == ARTIFACTS and place.resolve() != self._folder / ARTIFACTS:
             file = Path(self._uri.removeprefix(SQLITE)).name
             raise TrackingError(
                 f"{file} has its artifacts in {place}, not beside it: it was copied or moved here. Rename it; `ebjdat sync` fills a new one"
