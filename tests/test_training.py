@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import signal
 import subprocess
@@ -377,6 +378,13 @@ def test_one_flipped_bit_in_a_training_state_is_refused(tmp_path: Path) -> None:
         assert not torch.equal(torch.load(file, weights_only=True)["model"], weights)
         with pytest.raises(loop.TrainingError, match=r"step\.pt: damaged training state .*delete it to start again"):
             loop._read(file, torch.device("cpu"))
+
+
+def test_a_disk_that_is_full_for_a_training_state_is_said_to_be_full() -> None:
+    """torch.save alone raises a RuntimeError about positions in a file."""
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'") as found:
+        loop._write({"model": torch.arange(100_000.0)}, Path("/dev/full"))
+    assert found.value.errno == errno.ENOSPC
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:

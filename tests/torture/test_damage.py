@@ -129,7 +129,7 @@ def of_killed_stages(campaign: Campaign) -> None:
     tried = [
         ("training state", "finetune eb_jdat", r"move state/.*/step\.pt 3", "step.pt"),
         ("training state", "finetune eb_jdat", r"move state/.*/step\.pt 3", "epoch.pt"),
-        ("attack state", "attack eb_jdat", r"move state/.*\.npz [23]", "standard.npz"),
+        ("attack state", "attack eb_jdat", r"move state/.*/released\.npz", "standard.npz"),
         ("journals", "finetune eb_jdat", r"move checkpoints/", "*.journal.jsonl"),
     ]
     lane = finished(campaign.reference.folder, campaign.folder / "damage-state")

@@ -460,7 +460,7 @@ class Progress:
             "selected": vars(self.selected),
             **learner.state(),
         }
-        write_atomic(folder / (WITHIN_EPOCH if self.step else END_OF_EPOCH), lambda temporary: torch.save(content, temporary))
+        write_atomic(folder / (WITHIN_EPOCH if self.step else END_OF_EPOCH), lambda temporary: _write(content, temporary))
         self._saved = time.monotonic()
 
     @classmethod
@@ -509,6 +509,17 @@ def _to_cpu(value: Any) -> Any:
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _write(content: Mapping[str, Any], path: Path) -> None:
+    """Raises OSError where the disk refuses, e.g. when it is full: torch itself raises RuntimeError, which says nothing of it."""
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        raise
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
