@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,21 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
             assert 0 <= result[f"{key}_low"] <= result[key] <= result[f"{key}_high"] <= 1
     assert [result[f"n_ood_{name}"] for name in ("in", "noise", "inverted", "shuffled")] == [100] * 4
     assert result["ood_missing"] == {}
+    assert result["n_calibration_not_finite"] == 0
+
+    # the same network with logits so large that fp32 cannot hold those of half the images
+    loaded = checkpoint.load(weights)
+    large = float(torch.finfo(torch.float32).max / np.median(np.abs(plain).max(1)))
+    heads = {name: loaded.weights[name] * large for name in ("head.weight", "head.bias")}
+    checkpoint.save(replace(loaded, weights={**loaded.weights, **heads}), tmp_path / "large.safetensors")
+    reliability.run(context, "classifier", 0, tmp_path / "data.npz", tmp_path / "large.safetensors", outputs[1], None)
+    found, others = read_json(outputs[1].metrics), np.load(outputs[1].values, allow_pickle=False)
+    assert 30 < found["n_calibration_not_finite"] < 70
+    assert found["n_calibration"] == found["n_ood_in"] == len(others["labels"]) == 100 - found["n_calibration_not_finite"]
+    kept = np.abs(plain).max(1) * large < 0.99 * torch.finfo(torch.float32).max
+    assert abs(kept.sum() - found["n_calibration"]) <= 3
+    assert np.isfinite(others["logits"]).all()
+    assert found["n_detect_standard"] <= found["n_calibration"]
 
     attack = context.profile.evaluation.attack
     assert list(attack.protocols) == ["standard", "released", "standard_l2"]
