@@ -163,7 +163,9 @@ def test_arrays_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
 
 
 def test_verdicts_of_an_interrupted_evaluation(tmp_path: Path) -> None:
-    kept = Verdicts(torch.tensor([0, 1]), torch.tensor([0, 0]), "key", {"pgd20": torch.tensor([1, -1], dtype=torch.int8)}, {"pgd20": 1})
+    stands = {"pgd20": torch.tensor([1, -1], dtype=torch.int8)}
+    lost = torch.zeros(2, dtype=torch.bool)
+    kept = Verdicts(torch.tensor([0, 1]), torch.tensor([0, 0]), "key", stands, lost, {"pgd20": 1})
     kept.save(tmp_path / "standard.npz")
     again = Verdicts.load(tmp_path / "standard.npz", torch.device("cpu"))
     assert (again.key, again.done) == ("key", {"pgd20": 1})
@@ -173,6 +175,7 @@ def test_verdicts_of_an_interrupted_evaluation(tmp_path: Path) -> None:
         "y": np.zeros(3, np.int64),
         "prediction": np.zeros(2),
         "stands.pgd20": np.zeros(5, np.int8),
+        "lost": np.zeros(3, bool),
         "attacks": np.array(["fab"]),
         "done": np.array([[1]]),
         "excess": np.zeros(3),
@@ -239,7 +242,7 @@ def test_names_of_runs_that_no_folder_can_have_are_refused_at_check(tmp_path: Pa
     for stem in ("a" * 100, "b" * 60):
         (tmp_path / f"{stem}.yaml").write_text("seeds: [0]\n")
         overrides.append(str(tmp_path / f"{stem}.yaml"))
-    with pytest.raises(ParamsError, match=r"digits\.yaml: .*168 bytes; allowed are 150; shorten the files' names"):
+    with pytest.raises(ParamsError, match=r"digits\.yaml: .*168 characters; allowed are 150; shorten the files' names"):
         params.load(ROOT / "params/digits.yaml", overrides)
     assert params.run_name("params/digits.yaml", overrides[:1]) == f"digits+{'a' * 100}"
     (tmp_path / "x\x1b[2J.yaml").write_text("seeds: [0]\n")

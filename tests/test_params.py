@@ -282,7 +282,7 @@ def test_run_names_keep_overridden_results_apart() -> None:
 
 
 def test_every_registered_strategy_can_be_imported() -> None:
-    registries = [v for k, v in vars(registry).items() if k.isupper() and k[0] != "_" and k != "RELEASE"]
+    registries = [v for k, v in vars(registry).items() if k.isupper() and k[0] != "_" and k not in ("RELEASE", "FEWEST_CLASSES")]
     assert len(registries) >= 9
     for entries in registries:
         for name, entry in entries.items():

@@ -115,6 +115,7 @@ NotNegative = Annotated[float, Number, Field(ge=0, le=LARGEST)]
 Signed = Annotated[float, Number, Field(ge=-LARGEST, le=LARGEST)]
 Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(one_printable_line)]
 FilePath = Line
+Label = Annotated[str, Field(min_length=1, max_length=LONGEST), AfterValidator(one_printable_line)]
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
 EntryName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST)]
@@ -124,7 +125,7 @@ Norm = Literal["Linf", "L2"]
 
 class DataSettings(Settings):
     source: Annotated[str, known(registry.SOURCES)]
-    label: Annotated[Line, Field(max_length=LONGEST)] | None = None  # how the data set is called in tables; default: the source's name
+    label: Label | None = None  # how the data set is called in tables; default: the source's name
     path: FilePath | None = None  # source folder: a folder or archive of class folders
     size: Annotated[int, Number, Field(ge=8, le=1024)] | None = None  # source folder: scale the shorter side to it, crop the centre
     channels: Literal[1, 3] | None = None  # source folder: read all images as grey or RGB; None: grey where all files store grey

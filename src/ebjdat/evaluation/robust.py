@@ -94,9 +94,9 @@ class Verdicts:
                 seconds=dict(zip(names, file["seconds"].tolist(), strict=True)),
                 flags=file["flags"].tolist(),
             )
-            kinds = {(tuple(value.shape), value.dtype) for value in (found.y, found.prediction)}
-            verdicts = {(tuple(value.shape), value.dtype) for value in found.stands.values()}
-            if kinds != {(tuple(found.y.shape), torch.int64)} or verdicts - {(tuple(found.y.shape), torch.int8)}:
+            wanted = [(torch.int64, found.prediction), (torch.int64, found.y), (torch.bool, found.lost)]
+            wanted += [(torch.int8, verdicts) for verdicts in found.stands.values()]
+            if found.y.ndim != 1 or any(value.dtype != kind or value.shape != found.y.shape for kind, value in wanted):
                 raise ValueError("verdicts of other shapes or types")
             return found
 
