@@ -169,7 +169,7 @@ def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
     (after_snakemake.folder / path).unlink()
     for name in ("x{a}.zip", "a, b.zip"):
         refused = after_snakemake.run(
-            "snakemake", "--dry-run", "--config", f'overrides=["data.path={name}", "data.source=folder"]', ok=False
+            "snakemake", "--dry-run", "--config", f'overrides=["evaluation.reliability.ood_path={name}"]', ok=False
         )
         assert f"{name!r}: braces and ', ' in a path mean something else" in refused
     outputs = {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
