@@ -12,7 +12,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-if "/.dvc/tmp/exps/" in f"{workflow.basedir}/":
+if ".dvc/tmp/exps/" in f"{workflow.basedir}/":
     # DVC runs an experiment in a copy of the checkout, with its programs but the copy's code.
     sys.path.insert(0, f"{workflow.basedir}/src")
 try:
@@ -150,11 +150,13 @@ CODE = {
 # settings and code were when the run began (not as its parameter: it would then run again on its own).
 INPUTS = digest(RAW, *sorted({Path(f) for group in CODE.values() for f in group}))[:16]
 # Jobs run this Python, also where its folder is not on PATH.
-os.environ["PATH"] = (
-    f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+os.environ.update(
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 )
 if workflow.is_main_process and git_commit() == "unknown":
-    os.environ["EBJDAT_COMMIT"] = "unknown"  # why was said; each job would say it again
+    os.environ.update(
+        EBJDAT_COMMIT="unknown"
+    )  # why was said; each job would say it again
 shell.prefix(
     f"set -euo pipefail; export EBJDAT_INPUTS={INPUTS}; "
     "export PYTHONPATH=$PWD/src${{PYTHONPATH:+:$PYTHONPATH}}; "
