@@ -168,9 +168,11 @@ def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
     assert len(re.findall(rf"^    input: .*, {re.escape(path)}, src/", text, re.M)) == 2  # reliability of both experiments
     (after_snakemake.folder / path).unlink()
     for name in ("x{a}.zip", "a, b.zip"):
+        (after_snakemake.folder / name).touch()
         refused = after_snakemake.run(
             "snakemake", "--dry-run", "--config", f'overrides=["evaluation.reliability.ood_path={name}"]', ok=False
         )
+        (after_snakemake.folder / name).unlink()
         assert f"{name!r}: braces and ', ' in a path mean something else" in refused
     outputs = {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
     assert outputs
