@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 import ebjdat
-from ebjdat import params
+from ebjdat import params, yamlfile
 from ebjdat.checkout import CheckoutError, refuse_another
 from ebjdat.cli import app
 from ebjdat.files import commit_of
@@ -24,6 +24,12 @@ from ebjdat.files import commit_of
 from .conftest import ROOT
 
 UNUSUAL = "my $x $$HOME 'ü' #2 & {a} \"q\" (1).tar.xz"
+
+
+# Without what a make that runs these tests hands on to others below it.
+OF_A_SHELL = {
+    k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS")) and k not in ("PROFILE", "OVERRIDES", "QUOTED_OVERRIDES")
+}
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -129,7 +135,7 @@ def test_its_own_and_installed_code_are_not_refused(package: Path, tmp_path: Pat
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(["make", *arguments], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", *arguments], cwd=folder, env={**OF_A_SHELL, **environment}, capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -166,7 +172,7 @@ def test_make_hands_overrides_on_as_they_were_written(how: str) -> None:
 
 
 def test_caches_are_kept_in_the_checkout_where_home_has_no_place(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    environment = {k: v for k, v in OF_A_SHELL.items() if k not in ("HOME", "XDG_CACHE_HOME")}
     for more, place in (({}, f"{ROOT}/.cache"), ({"HOME": "/proc/none"}, f"{ROOT}/.cache"), ({"HOME": str(tmp_path)}, "")):
         done = subprocess.run(["make", SAY, "say"], cwd=ROOT, env={**environment, **more}, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[2] == place
@@ -178,7 +184,7 @@ def test_a_path_is_read_as_it_was_written(value: str) -> None:
     read = yaml.load(written, Loader=yaml.BaseLoader)
     words = read if isinstance(read, list) else params.split_overrides(read)
     assert words == [f"data.path={value}", "seeds=[0]"]
-    assert str(params.parse_assignment(words[0])["data"]["path"]) == value
+    assert str(yamlfile.parse_assignment(words[0])["data"]["path"]) == value
 
 
 @pytest.mark.parametrize("text", ["data.path=my images.tar.xz", "data.path='my images", "images.zip"])

@@ -319,7 +319,7 @@ def test_protocols_of_samples_are_data(profile: Profile) -> None:
         ("{mine: {like: released, slect: 0.5}}", "unknown key; did you mean 'select'?"),
         ("{Mine: {like: released}}", "should match pattern"),
         ("{mine: 3}", "protocols.mine"),
-        ("[released]", "valid dictionary"),
+        ("[released]", "valid mapping"),
     ],
 )
 def test_impossible_protocols_of_samples(protocols: str, expected: str) -> None:

@@ -238,7 +238,7 @@ def test_what_auto_cannot_have_is_named_and_what_was_asked_for_is_an_error(x: Te
     assert list(tmp_path.iterdir()) == []
     assert list(ood.choose(x[:, :1], DIGITS, ReliabilitySettings())[0]) == list(ood.MADE)
     for asked in ("folder", "auto"):  # a path asks for what is there
-        with pytest.raises(DataError, match=r"ood: 'folder' cannot be had: nowhere: there is no such folder"):
+        with pytest.raises(DataError, match=r"ood: 'folder' cannot be had: 'nowhere': there is no such folder"):
             ood.choose(x, data, ReliabilitySettings(ood=asked, ood_path="nowhere"))
 
 
