@@ -299,7 +299,7 @@ def test_commands_say_what_made_a_row_and_what_is_not_known(profile: Profile, fi
     assert (checkout, notes) == ("git checkout abc", "")
     words = shlex.split(run)
     assert words[:4] == ["snakemake", "--cores", "all", "--config"]
-    assert words[4:7] == ["profile=digits", "overrides=params/overrides/ci.yaml 'data.path=my images'", "--"]
+    assert words[4:7] == ["profile=digits", 'overrides=["params/overrides/ci.yaml", "data.path=my images"]', "--"]
     assert words[7:] == [f"results/digits+ci/classifier/seed0/{stage}.json" for stage in tables.STAGES]
 
     def commit(stage: str, name: str) -> None:
