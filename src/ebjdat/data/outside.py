@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from ebjdat.data import prepared
 from ebjdat.data.sources import DataError, folder
+from ebjdat.files import arrays_of
 from ebjdat.params import DataSettings
 
 LONGEST_NAMES = 2**20  # bytes of a file of class names
@@ -31,17 +31,15 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
         option = "--classes" if size is None else "--size"
         raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            images, labels = (file["images"], file["labels"]) if {"images", "labels"} <= names else (None, None)
+        found = arrays_of(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    names = set(found)
     if {"images", "labels", "test", "data_hash"} <= names:
         return prepared.load(path).split("test")
-    if images is None or labels is None:
+    if not {"images", "labels"} <= names:
         raise DataError(f"{path}: arrays `images` and `labels` are needed, found {', '.join(sorted(names)) or 'none'}")
+    images, labels = found["images"], found["labels"]
     if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
         raise DataError(f"{path}: {problem}")
     return np.ascontiguousarray(images), labels.astype(np.int64)
