@@ -27,6 +27,10 @@ FIRST = (
     "test_step",
     "test_stages",
     "test_any_model",
+    "test_training",
+    "test_tracking",
+    "test_healing",
+    "test_robust",
     "browser/",
 )
 
