@@ -137,7 +137,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
             for i in range(count):
                 shade = rng.integers(0, 255, (40, 36, 3)) // 4 + 60 * k
                 Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
-    few = ["--override", "protocols={standard: {n: 0}, released: {n: 0}}", "--override", "checks={n: 8, steps: 25, restarts: 1}"]
+    few = ["--override", "protocols={standard: {n: 0}, released: {n: 0}}", "--override", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"]
     run(
         "--model",
         "somenets:resnet18",

@@ -266,7 +266,7 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
 def command(folder: Path, name: str) -> list[str]:
     return [
         *(sys.executable, "-m", "ebjdat.cli", "finetune", "--params", str(ROOT / "params/digits.yaml")),
-        *("--override", str(ROOT / "params/overrides/ci.yaml"), "--override", "experiments.eb_jdat.training.epochs=4"),
+        *("--override", str(ROOT / "params/overrides/ci.yaml"), "--override", "experiments.eb_jdat.training.epochs=3"),
         *("--override", "runtime.checkpoint_minutes=0.0001", "--experiment", "eb_jdat", "--seed", "0"),
         *("--data", str(folder / "data.npz"), "--initial", str(folder / "initial.safetensors")),
         *("--out", f"{name}.safetensors", "--metrics", f"{name}.json", "--curve", f"{name}.csv"),
