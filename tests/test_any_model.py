@@ -137,7 +137,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
             for i in range(count):
                 shade = rng.integers(0, 255, (40, 36, 3)) // 4 + 60 * k
                 Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
-    few = ["--override", "protocols={standard: {n: 0}, released: {n: 0}}", "--override", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"]
+    no_protocols, few_checks = "protocols={standard: {n: 0}, released: {n: 0}}", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"
     run(
         "--model",
         "somenets:resnet18",
@@ -151,7 +151,10 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
         "6",
         "--source",
         "somenets:resnet18",
-        *few,
+        "--override",
+        no_protocols,
+        "--override",
+        few_checks,
     )
     result = read_json(folder / "net.json")
     images, labels = outside.images_of(folder / "pictures", 32)
