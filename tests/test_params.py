@@ -344,6 +344,29 @@ def test_files_that_settings_name_are_looked_for_before_anything_trains(tmp_path
     assert not (tmp_path / "data.npz").exists()
 
 
+PATHS = {
+    "check": "--params=params/cifar10-folder.yaml --override=data.path={}",
+    "check_root": "--params=params/cifar10.yaml --override=data.root={}",
+    "check_ood": "--params=params/digits.yaml --override=evaluation.reliability.ood_path={}",
+    "check_params": "--params={}",
+    "check_override": "--params=params/digits.yaml --override={}",
+    "prepare": "--params=params/digits.yaml --out={} --card=card.json",
+    "inspect": "{}",
+    "attack": "--model=torch.nn:Identity --weights={} --data=none.npz --out=out.json",
+    "attack_data": "--model=torch.nn:Identity --data={} --out=out.json",
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_no_file_can_have_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    told = CliRunner().invoke(app, [name.partition("_")[0], *PATHS[name].format("a" * 300).split()])
+    assert (told.exit_code, type(told.exception)) == (1, SystemExit)
+    assert told.stderr.count("\n") == 1
+    assert "aaaa" in told.stderr
+    assert "File name too long" in told.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

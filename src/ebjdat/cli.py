@@ -34,7 +34,10 @@ NO_OVERRIDES: list[str] = []
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Expected errors end with their message and exit code 1, also another checkout's code; Ctrl-C says that what was done is kept."""
+    """Expected errors end with their message and exit code 1; Ctrl-C says that what was done is kept.
+
+    Expected are also another checkout's code, and what the operating system says of a file, as "File name too long".
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -52,7 +55,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             )
             raise typer.Exit(130) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
                 raise
             typer.secho(message(f"error: {error}; nothing was left half-written, run again when it is mended"), fg="red", err=True)
             raise typer.Exit(1) from None

@@ -1163,20 +1163,31 @@ class Named:
         return f"{self.key}: {self.path} " + ("is here" if self.here else self.otherwise)
 
 
+def _is_here(key: str, path: str | Path) -> bool:
+    """Raises ParamsError for a path that no file can have."""
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        raise ParamsError(f"{key}: {brief(path)}: {error.strerror}") from error
+
+
 def named_files(profile: Profile) -> Iterator[Named]:
     """The files and folders outside of `results` that a profile reads, and whether they are there."""
     data, reliability, generate = profile.data, profile.evaluation.reliability, profile.evaluation.generate
     if data.source == "folder" and data.path:
-        yield Named("data.path", data.path, Path(data.path).exists(), False, "is not here yet; put the folder or archive there")
+        here = _is_here("data.path", data.path)
+        yield Named("data.path", data.path, here, False, "is not here yet; put the folder or archive there")
     for key, source in [("data.root", data.source), *(("evaluation.reliability.ood", name) for name in reliability.ood)]:
         if source in KNOWN_FILES:
             file = Path(data.root, KNOWN_FILES[source])
-            yield Named(key, str(file), file.exists(), False, f"is not here yet; {source} is fetched to data.root when it is read")
+            here = _is_here(key, file)
+            yield Named(key, str(file), here, False, f"is not here yet; {source} is fetched to data.root when it is read")
     if path := reliability.ood_path:
-        yield Named("evaluation.reliability.ood_path", path, Path(path).exists(), True, "is not here; put the folder or archive there")
+        here = _is_here(key := "evaluation.reliability.ood_path", path)
+        yield Named(key, path, here, True, "is not here; put the folder or archive there")
     if (path := generate.inception_weights) and generate.extractor != "reference":
-        there = Path(path).is_file()
-        yield Named("evaluation.generate.inception_weights", path, there, True, "is not here; put the file of Inception's weights there")
+        here = _is_here(key := "evaluation.generate.inception_weights", path) and Path(path).is_file()
+        yield Named(key, path, here, True, "is not here; put the file of Inception's weights there")
 
 
 def require_files(profile: Profile) -> None:

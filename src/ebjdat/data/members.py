@@ -73,7 +73,7 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r}: there is no such folder or archive ({_reason(error)}); set data.path") from error
+        raise DataError(f"{str(path)!r}: there is no such folder or archive ({_reason(error)})") from error
     name = path.name.lower()
     if stat.S_ISDIR(mode):
         found = _of_folder(path, follow_links)
