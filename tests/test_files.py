@@ -280,3 +280,28 @@ def test_dvcs_lock_file_of_a_living_process_is_respected(tmp_path: Path, monkeyp
     dvc_results.RUNNING.write_text(json.dumps({"write": {"/a": {"pid": os.getppid(), "cmd": "dvc repro"}}}))
     with pytest.raises(dvc_results.BusyError, match="`dvc repro`"):
         dvc_results.refuse_beside_dvc()
+
+
+NO_DVC_LOCKS = [
+    "<<<<<<< HEAD\n",
+    "[1, 2]",
+    "stages: 3",
+    "stages: {a: [b]}",
+    "stages: {a: {outs: [path]}}",
+    "stages: {a: {outs: [{md5: 1}]}}",
+]
+
+
+@pytest.mark.parametrize("text", [*NO_DVC_LOCKS, "[" * 2000])
+def test_a_dvc_lock_that_is_none_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dvc_results.locked_outputs("digits") == {}  # no file
+    Path("dvc.lock").write_text(text)
+    with pytest.raises(dvc_results.DvcError, match=r"^dvc\.lock: not as DVC writes it"):
+        dvc_results.locked_outputs("digits")
+
+
+def test_what_a_dvc_lock_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - {path: y, md5: 0f, size: 3}\n  b: {cmd: z}\n")
+    assert dvc_results.locked_outputs("digits") == {"a": {"y": "0f"}, "b": {}}

@@ -217,6 +217,21 @@ def test_a_package_that_is_missing_is_named_before_anything_runs(broken: Callabl
     assert not (spoilt.folder / "done.json").exists()
 
 
+@pytest.mark.parametrize("name", ["box.json", "done.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"[" * 100_000, b"\xff"])
+def test_a_damaged_list_is_one_line_there_and_here(home: Project, box: Box, tmp_path: Path, name: str, content: bytes) -> None:
+    spoilt = tmp_path / "box"
+    spoilt.mkdir()
+    for file in ("run.py", "box.json"):
+        shutil.copy(box.folder / file, spoilt)
+    (spoilt / "done.json").write_text('{"stages": {}}')
+    (spoilt / name).write_bytes(content)
+    said = Box(spoilt, box.site).run("--status", code=2)
+    assert said.startswith(f"{spoilt / name}: damaged")
+    assert said.count("\n") == 1
+    assert refused(home, spoilt).count("\n") == 1
+
+
 def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
     box.stopped(signal.SIGKILL, "prepare", r": python")  # the stage does not outlive it
     deadline = time.monotonic() + 60

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -29,7 +28,7 @@ import dvc_stages
 
 from ebjdat.checkout import refuse_another
 from ebjdat.errors import UserError
-from ebjdat.files import git_commit, write_json
+from ebjdat.files import git_commit, read_json, write_json
 from ebjdat.params import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names, split_overrides
 
 FORMAT = 1
@@ -334,8 +333,7 @@ class Returned:
         if not (box / "done.json").is_file():
             raise BoxError([f"{box}: nothing was run in it (no done.json)"])
         try:
-            manifest = json.loads((box / "box.json").read_text(encoding="utf-8"))
-            entries = json.loads((box / "done.json").read_text(encoding="utf-8"))["stages"]
+            manifest, entries = read_json(box / "box.json"), read_json(box / "done.json")["stages"]
             formed = {name: entry for name, entry in entries.items() if "outputs" in entry}
             names = [manifest["run"], manifest["profile"], *manifest["files"], *manifest["settings_files"]]
             names += [name for s in manifest["stages"] for name in (s["log"], *s["inputs"], *s["outputs"])]

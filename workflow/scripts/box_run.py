@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 DONE = HERE / "done.json"
@@ -84,11 +84,18 @@ def sha256(name: str) -> str:
         return ""
 
 
-def read_done() -> dict[str, Stage]:
+def read_file(path: Path, advice: str) -> dict[str, Any]:
+    """A file of the box, which names stages. Exits with one line where it is damaged."""
     try:
-        return dict(json.loads(DONE.read_text(encoding="utf-8"))["stages"])
-    except FileNotFoundError:
-        return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        len(found["stages"])
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{path}: damaged or not there ({type(error).__name__}); {advice}")
+
+
+def read_done() -> dict[str, Stage]:
+    return dict(read_file(DONE, "delete it, and the stages run again")["stages"]) if DONE.exists() else {}
 
 
 def write_done(stages: dict[str, Stage]) -> None:
@@ -199,7 +206,7 @@ def run(stage: Stage, manifest: dict[str, Any], stop: Stop, goes_on: bool, lock:
         return process.wait()
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(2)
 
@@ -291,7 +298,7 @@ def main() -> int:
     asked = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 (nothing has checked that before)
         fail(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
-    manifest = json.loads((HERE / "box.json").read_text(encoding="utf-8"))
+    manifest = read_file(HERE / "box.json", "bring it here again from where the box was packed")
     stages = chosen(manifest["stages"], asked.only)
     if asked.status:
         show(stages, manifest, read_done())

@@ -143,10 +143,10 @@ def locked_outputs(profile: str) -> dict[str, dict[str, str]]:
     if not lock.exists():
         return {}
     try:
-        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DvcError(f"{lock} cannot be read (an unfinished merge?): {error}") from None
-    return {stage: {o["path"]: o.get("md5", "") for o in entry.get("outs", [])} for stage, entry in content.get("stages", {}).items()}
+        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+        return {stage: {str(o["path"]): str(o.get("md5", "")) for o in entry.get("outs", [])} for stage, entry in stages.items()}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise DvcError(f"{lock}: not as DVC writes it (an unfinished merge?): {type(error).__name__}: {error}") from None
 
 
 def outputs_of(stage: dict[str, Any]) -> list[str]:
@@ -160,7 +160,7 @@ def current(profile: str, stages: dict[str, dict[str, Any]]) -> list[str]:
         return []
     prefix = "" if profile == dvc_stages.DEFAULT else f"{file}:"
     changed = json.loads(run("dvc", "status", "--json", str(file)))
-    # dvc.yaml may be older than the settings, and then not name what a stage depends on now.
+    # dvc.yaml, which DVC has just read, may be older than the settings, and then not name what a stage depends on now.
     written = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
     found, good = [], set()
     for name, stage in stages.items():

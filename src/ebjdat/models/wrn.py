@@ -77,7 +77,7 @@ class WideResNet(nn.Module):
         self.norm = _norm(settings, widths[3])
         self.head = nn.Linear(widths[3], classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there torch would import its compiler, for seconds
                 nn.init.kaiming_normal_(module.weight, a=self.slope, mode="fan_in")
 
     def penultimate(self, h: Tensor) -> Tensor:
