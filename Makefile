@@ -39,7 +39,7 @@ install: .venv/.installed ## create .venv with the pinned versions (Python >= 3.
 .venv/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.12, for example."; exit 1; }
-	@if [ -e $@ ] && [ -z "$(VENV)" ]; then echo ".venv was made in another place: it is made again"; rm -rf .venv; fi
+	@if [ -e $@ ] && [ -z "$(VENV)" ]; then echo ".venv was made in another place, or by an earlier version: it is made again"; rm -rf .venv; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock

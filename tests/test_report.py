@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from ebjdat import params
 from ebjdat.cli import app
-from ebjdat.files import FileError, read_json, write_json
+from ebjdat.files import FileError, read_json, write_result
 from ebjdat.params import Profile
 from ebjdat.report import claims, inline, page, tables
 from ebjdat.report.figures import animate, sample_grids, save
@@ -90,7 +90,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
         for seed in profile.seeds:
             folder = results / name / f"seed{seed}"
             correct = 90 - i - seed
-            write_json(
+            write_result(
                 folder / "finetune.json",
                 {
                     "finetune_seconds": 10.0 + seed,
@@ -102,7 +102,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                     **(DIVERGED if name == "eb_jdat" else {"collapse_epoch": None, "recoveries": 0, "events": []}),
                 },
             )
-            write_json(folder / "attack.json", attack_result(profile, correct, autoattack))
+            write_result(folder / "attack.json", attack_result(profile, correct, autoattack))
             write_verdicts(folder / "verdicts.parquet", profile, correct, autoattack)
             generated = {"frechet": 12.5 + i, "frechet_start": 9.0, "frechet_buffer": None, "frechet_extractor": "reference"}
             generated |= {
@@ -114,7 +114,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                 "reference_score_std": 0.1,
             }
             generated |= {"released_frechet": 7.25, "released_n_samples": 90, "n_samples": 200, "n_buffer": 0, "class_agreement": 0.9}
-            write_json(folder / "generate.json", {**generated, "git_commit": "abc"})
+            write_result(folder / "generate.json", {**generated, "git_commit": "abc"})
             shutil.copy(pictures / "chains.gif", folder)
             energies = {
                 f"energy_{k}": float(i)
@@ -134,8 +134,10 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
                 "energy_gap_generated": 1.0,
                 "energy_gap_generated_se": 0.2,
             }
-            write_json(folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"})
-            write_json(folder / "reliability.json", RELIABILITY)
+            write_result(
+                folder / "energy.json", {**energies, **gaps, "n_energy_clean": 100, "n_energy_generated": 200, "git_commit": "abc"}
+            )
+            write_result(folder / "reliability.json", RELIABILITY)
             groups = ("clean", "adversarial", "generated")
             np.savez(folder / "energy.npz", **{p + g: np.random.default_rng(i).normal(size=50) for g in groups for p in ("", "joint_")})
             pd.DataFrame({"epoch": [1, 2], "validation_clean_acc": [0.5, 0.9], "energy_clean": [-1, -2]}).to_csv(
@@ -145,7 +147,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
             shutil.copy(pictures / "samples.png", folder / "reliability.png")
     for name in profile.pretraining:
         for seed in profile.seeds:
-            write_json(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"pretrain_seconds": 5.0})
+            write_result(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"pretrain_seconds": 5.0})
 
 
 def write_page(profile: Profile, results: Path, rows: list[tables.Row], card: dict[str, Any] = CARD, overrides: Any = ()) -> str:
@@ -304,7 +306,7 @@ def test_commands_say_what_made_a_row_and_what_is_not_known(profile: Profile, fi
 
     def commit(stage: str, name: str) -> None:
         path = filled / f"classifier/seed0/{stage}.json"
-        write_json(path, {**read_json(path), "git_commit": name})
+        write_result(path, {**read_json(path), "git_commit": name})
 
     commit("attack", "def")
     command, notes = page.reproduce("digits", filled, row, [])
@@ -357,7 +359,7 @@ def test_several_seeds_divergences_are_summed_and_a_pretrainings_are_listed(tmp_
     rows = [dataclasses.replace(r, metrics={**r.metrics, **more.get(r.seed, {})}) if r.experiment == "eb_jdat" else r for r in rows]
     record = aggregate(profile, rows).set_index("experiment").loc["eb_jdat"]
     assert tables.collapse_cell(record) == "2 of 3: epoch 2, 5; 3 healed"
-    write_json(tmp_path / "pretraining/clean/seed0/pretrain.json", {"pretrain_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]})
+    write_result(tmp_path / "pretraining/clean/seed0/pretrain.json", {"pretrain_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]})
     events = {(r.experiment, r.seed): r.metrics["events"] for r in collect(profile, tmp_path, "d1")}
     assert events["pgd_at", 0] == ["pretraining clean, epoch 1, step 2: seen; done"]
     assert events["pgd_at", 1] == events["classifier", 0] == []
@@ -666,7 +668,7 @@ def test_reports_never_import_torch() -> None:
 def change(path: Path, **values: Any) -> None:
     """Values of a result file; None leaves the name out."""
     found = {**read_json(path), **values}
-    write_json(path, {name: value for name, value in found.items() if value is not None or name not in values})
+    write_result(path, {name: value for name, value in found.items() if value is not None or name not in values})
 
 
 @pytest.mark.parametrize(
@@ -703,11 +705,33 @@ def test_a_result_that_is_not_what_its_name_says_names_its_file(
     assert len(told) < 600
 
 
+def test_no_changed_bit_of_a_result_reaches_the_report(profile: Profile, filled: Path) -> None:
+    path = filled / "eb_jdat/seed0/attack.json"
+    whole, rows = path.read_bytes(), collect(profile, filled, "d1")
+    number = whole.index(b'"clean_acc": 0.') + len(b'"clean_acc": 0.')
+    bits = [(number, 0), *((i * 97 % len(whole), i % 8) for i in range(200))]
+    refused = 0
+    for place, bit in bits:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        try:
+            assert collect(profile, filled, "d1") == rows  # a blank that became another
+        except FileError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 150
+    path.write_bytes(whole.replace(b'"digest"', b'"tsegid"'))
+    with pytest.raises(FileError, match="without digest, so of an earlier version"):
+        collect(profile, filled, "d1")
+    path.write_bytes(whole[:number] + b"1" + whole[number + 1 :])
+    with pytest.raises(FileError, match="changed since it was written"):
+        collect(profile, filled, "d1")
+
+
 def test_a_result_that_is_missing_names_its_file(profile: Profile, filled: Path) -> None:
     (filled / "pretraining/clean/seed0/pretrain.json").unlink()
     with pytest.raises(FileError, match=r"pretrain\.json: there is no such file; run the stage that makes it first"):
         collect(profile, filled, "d1")
-    write_json(filled / "card.json", {**CARD, "sizes": [1]})
+    write_result(filled / "card.json", {**CARD, "sizes": [1]})
     with pytest.raises(FileError, match=r"card\.json: .*sizes"):
         tables.read_card(filled / "card.json")
 
@@ -720,7 +744,7 @@ def test_what_was_not_finite_is_not_shown_as_a_number(profile: Profile, filled: 
         "reliability": ("ece", "temperature"),
     }.items():
         path = filled / f"eb_jdat/seed0/{stage}.json"
-        write_json(path, {**read_json(path), **dict.fromkeys(names)})
+        write_result(path, {**read_json(path), **dict.fromkeys(names)})
     with np.load(filled / "eb_jdat/seed0/energy.npz") as file:
         arrays = dict(file)
     arrays |= {"clean": np.full(50, np.nan), "generated": np.where(np.arange(50) % 2, np.inf, arrays["generated"])}

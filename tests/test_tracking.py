@@ -873,6 +873,7 @@ def test_a_server_that_cannot_be_reached_is_told_without_its_password(monkeypatc
         ("sqlite:///:memory:", "in memory keeps nothing"),
         ("sqlite:///file:x.db?mode=ro&uri=true", "says that nothing may be written"),
         ("sqlite:////proc/version", "cannot be written|is no SQLite database"),
+        (f"sqlite:///{'a' * 300}", "File name too long"),
     ],
 )
 def test_a_file_that_cannot_take_anything_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, why: str) -> None:
@@ -889,6 +890,31 @@ def test_a_file_that_cannot_take_anything_is_said_at_once(monkeypatch: pytest.Mo
     assert "Every journal is kept" in told.output
     assert time.monotonic() - began < 2
     assert len(list(journal.finished())) == 1
+
+
+def test_an_address_that_no_file_can_have_stops_no_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("EBJDAT_TRACKING", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{'a' * 300}")
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+    assert journal.read(Path("results/f.journal.jsonl"))
+    assert "File name too long" in capfd.readouterr().err
+
+
+def test_what_a_store_refuses_after_everything_was_sent_is_one_line(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    """A server that lets runs be read, not changed."""
+    from mlflow.exceptions import MlflowException
+
+    stage("finetune", {"x": 1})
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("403 for someone:secret\nand more")
+
+    monkeypatch.setattr(Sender, "_adopt", refuse)
+    told = CliRunner().invoke(app, ["sync"])
+    assert (told.exit_code, type(told.exception)) == (1, SystemExit)
+    assert "MlflowException: 403 for" in told.output
+    assert "They are kept" in told.output
 
 
 def test_a_stage_says_at_its_end_that_the_store_cannot_take_anything(
@@ -957,6 +983,20 @@ def test_a_damaged_journal_is_named_with_its_line(lines: bytes) -> None:
     outcome = Sender("sqlite:///mlflow.db").send(journal.finished())
     assert len(outcome.errors) == 1
     assert re.match(r"results/bad\.journal\.jsonl: cannot be read \(line [12]: .*\); delete it if it is damaged$", outcome.errors[0])
+
+
+def test_a_journal_of_more_than_anybody_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("big.journal.jsonl")
+    path.write_bytes(json.dumps(BEGIN).encode() + b"\n" + b'{"time": 1}\n' * 3)
+    assert len(journal.read(path)) == 4
+    assert len(journal.read(path, most=1)) == 1
+    monkeypatch.setattr(journal, "MOST_EVENTS", 3)
+    with pytest.raises(ValueError, match="more than 3 lines"):
+        journal.read(path)
+    with path.open("ab") as file:
+        file.truncate(journal.LARGEST + 1)  # of zeros, which take no room
+    with pytest.raises(ValueError, match="bytes; 67,108,864 are allowed"):
+        journal.read(path)
 
 
 def test_a_stage_goes_on_beside_a_damaged_journal_of_its_own() -> None:

@@ -33,6 +33,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: the pro
 NO_OVERRIDES: list[str] = []
 
 
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this runs in was deleted: change to another") from None
+
+
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Expected errors end with their message and exit code 1; Ctrl-C says that what was done is kept.
 
@@ -42,7 +49,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            refuse_another(Path.cwd())
+            refuse_another(_here())
             command(*args, **kwargs)
         except UserError as error:
             typer.secho(message(f"error: {error}"), fg="red", err=True)
@@ -349,7 +356,7 @@ def sync() -> None:
         sender = Sender(background.tracking_uri())
         outcome = sender.send(paths)
         if not outcome.errors:
-            sender.adopt(journal.finished())
+            outcome.errors += sender.adopt(journal.finished()).errors
     background.note(outcome.errors[0] if outcome.errors else None)
     if outcome.errors:
         raise TrackingError(

@@ -36,6 +36,7 @@ class FileError(UserError):
 
 
 NOT_FINITE = "not_finite"  # in a JSON object: the names beside it whose value was NaN or infinite
+DIGEST = "digest"
 
 # What points git elsewhere than to the repository around a file; hooks set it.
 GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
@@ -66,6 +67,24 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """JSON, which knows no NaN or infinity: they become null, and their names are listed under "not_finite" beside them."""
     write_text(path, json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_result(path: Path | str, values: Mapping[str, Any]) -> None:
+    """A stage's result, or a data card: JSON, with a digest of all that it says."""
+    said = {name: value for name, value in values.items() if name != DIGEST}
+    write_json(path, {**said, DIGEST: digest(_plain(said))})
+
+
+def read_result(path: Path | str) -> dict[str, Any]:
+    """What `write_result` wrote, without the digest. Raises FileError, also where anything in it is not as it was written."""
+    found = read_json(path)
+    with reading(Path(path)):
+        told = found.pop(DIGEST, None)
+        if told is None:
+            raise ValueError(f"without {DIGEST}, so of an earlier version")
+        if told != digest(found):
+            raise ValueError(f"changed since it was written (its {DIGEST} is of other values)")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ebjdat import registry
 from ebjdat.data.sources import Raw, check_range, said_of_skipped
 from ebjdat.errors import DataError
-from ebjdat.files import arrays_of, write_json, write_npz
+from ebjdat.files import arrays_of, write_npz, write_result
 from ebjdat.params import DataSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
@@ -187,7 +187,7 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
     names = ("images", "labels", "train", "validation", "test", "class_mean")
     arrays = {name: getattr(prepared, name) for name in names}
     write_npz(path, {**arrays, "classes": np.array(prepared.classes), "data_hash": np.array(prepared.data_hash)})
-    write_json(card_path, card)
+    write_result(card_path, card)
 
 
 def load(path: Path) -> Prepared:

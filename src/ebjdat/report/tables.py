@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from ebjdat.errors import brief, printable
-from ebjdat.files import FileError, read_json, reading, write_text
+from ebjdat.files import FileError, read_result, reading, write_text
 from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, form_values, prefix_of
 from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
@@ -178,8 +178,8 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
         for seed in profile.seeds:
             folder = results / name / f"seed{seed}"
             protocols = profile.evaluation.attack.protocols.keys() | profile.evaluation.generate.protocols.keys()
-            parts = {stage: read_result(folder / f"{stage}.json", stage, protocols) for stage in STAGES}
-            before = read_result(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json", "pretrain", protocols)
+            parts = {stage: stage_result(folder / f"{stage}.json", stage, protocols) for stage in STAGES}
+            before = stage_result(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json", "pretrain", protocols)
             metrics: dict[str, Any] = {"collapse_epoch": None}
             for part in parts.values():
                 metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
@@ -204,7 +204,7 @@ class Card(BaseModel, strict=True):
 
 def read_card(path: Path) -> dict[str, Any]:
     """The data card. Raises FileError."""
-    found = read_json(path)
+    found = read_result(path)
     with reading(path):
         _valid(Card, found)
     return found
@@ -218,9 +218,9 @@ def _valid(model: type[BaseModel], found: Mapping[str, Any]) -> None:
         raise ValueError(f"{'.'.join(map(str, one['loc']))}: {one['msg']}") from None
 
 
-def read_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str, Any]:
+def stage_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str, Any]:
     """A stage's result file. Raises FileError where it is damaged, lacks what is needed, or a value is not what its name says."""
-    found = read_json(path)
+    found = read_result(path)
     with reading(path):
         if len(found) > MANY:
             raise ValueError(f"{len(found):,} names")

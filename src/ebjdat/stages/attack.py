@@ -18,7 +18,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.evaluation.robust import classes_of, judging
-from ebjdat.files import digest, git_commit, write_json
+from ebjdat.files import digest, git_commit, write_result
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.outside import outside_model
 from ebjdat.params import AttackSettings, prefix_of
@@ -144,7 +144,7 @@ def _write(
 ) -> None:
     about = {**about, "git_commit": git_commit(), "version": __version__, "settings": settings.model_dump()}
     write_table(table, verdicts_out, about)
-    write_json(out, {**metrics, **about})
+    write_result(out, {**metrics, **about})
     for name, protocol in settings.protocols.items():
         prefix = prefix_of(name)
         n, pgd = metrics[f"{prefix}n_attack"], f"pgd{protocol.pgd.steps}"

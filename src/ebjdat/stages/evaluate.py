@@ -16,7 +16,7 @@ from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.evaluation import frechet, robust
 from ebjdat.evaluation import generate as generation
-from ebjdat.files import git_commit, read_npz, reading, write_atomic, write_json, write_npz
+from ebjdat.files import git_commit, read_npz, reading, write_atomic, write_npz, write_result
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
@@ -79,7 +79,7 @@ def generate(
             frames, steps = generation.watched_chains(model, pool, chain, settings, conditional=bound)
             watched[f"down {key}"] = frames.cpu().numpy()
         write_atomic(chains_out, lambda path: figures.animate(watched, steps, len(data.classes), path))
-        write_json(out, {**result, "git_commit": git_commit()})
+        write_result(out, {**result, "git_commit": git_commit()})
         tracker.final(result)
         tracker.artifact(grid_out)
         tracker.artifact(chains_out)
@@ -133,6 +133,6 @@ def energy(
         write_npz(values_out, {**marginal, **{f"joint_{k}": v for k, v in joint.items()}})
         title = f"{experiment}, seed {seed}"
         write_atomic(figure_out, lambda path: figures.save(figures.energy_histograms({title: marginal}, {title: joint}), path))
-        write_json(out, {**result, "git_commit": git_commit()})
+        write_result(out, {**result, "git_commit": git_commit()})
         tracker.final(result)
         tracker.artifact(figure_out)

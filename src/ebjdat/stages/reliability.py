@@ -12,7 +12,7 @@ from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import calibration, detection, ood, robust
-from ebjdat.files import git_commit, write_atomic, write_json, write_npz
+from ebjdat.files import git_commit, write_atomic, write_npz, write_result
 from ebjdat.models.modes import UnitRange
 from ebjdat.progress import Bar
 from ebjdat.stages.context import Context
@@ -86,6 +86,6 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
         write_npz(out.values, values)
         diagram = figures.reliability_diagram(curves, f"{experiment}, seed {seed}")
         write_atomic(out.figure, lambda path: figures.save(diagram, path))
-        write_json(out.metrics, {**result, "git_commit": git_commit()})
+        write_result(out.metrics, {**result, "git_commit": git_commit()})
         tracker.final(result)
         tracker.artifact(out.figure)

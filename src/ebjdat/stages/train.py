@@ -16,7 +16,7 @@ from torch import Tensor
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
-from ebjdat.files import digest, git_commit, write_json, write_text
+from ebjdat.files import digest, git_commit, write_result, write_text
 from ebjdat.models import wrn
 from ebjdat.params import ModelSettings
 from ebjdat.stages.context import Context, alone, source_files
@@ -184,7 +184,7 @@ def _write(
     lines = [",".join(columns), *(",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in result.rows)]
     write_text(out.curve, "\n".join(lines) + "\n")
     told = {"collapse_epoch": None, **metrics, "events": header.events}
-    write_json(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
+    write_result(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
     tracker.final(metrics)
     tracker.artifact(out.curve)
     tracker.model(out.checkpoint)

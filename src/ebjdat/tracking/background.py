@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-from ebjdat.errors import UserError, message, printable
+from ebjdat.errors import UserError, in_a_line, message, printable
 from ebjdat.files import digest, lock, read_json, write_json
 from ebjdat.tracking.journal import UNFINISHED, is_written, unfinished
 
@@ -104,6 +104,13 @@ def note(error: str | None) -> None:
 
 def unusable(uri: str) -> str | None:
     """Why an SQLite store cannot take anything, which MLflow would find out after minutes; None where it can, or is another store."""
+    try:
+        return _unusable(uri)
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
+        return in_a_line(error)
+
+
+def _unusable(uri: str) -> str | None:
     found = re.match(r"sqlite(?:\+\w+)?://(?:/([^?]*))?(?:\?(.*))?", uri)
     if found is None:
         return None

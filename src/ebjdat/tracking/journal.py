@@ -21,7 +21,8 @@ from ebjdat.files import parse_json, write_text
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
 PATIENCE = 20  # tenths of a second that a journal's lock is tried
-LARGEST = 512 * 2**20  # bytes of a journal that is read; ours have a few millions
+LARGEST = 64 * 2**20  # bytes of a journal that is read; ours have a few millions
+MOST_EVENTS = 500_000  # and lines
 
 
 class Begin(BaseModel, strict=True):
@@ -112,24 +113,36 @@ class Journal:
         self._file.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a journal; a line in the making is left out. Raises ValueError that says which line is none of a journal."""
+def read(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The events of a journal, or its first ones; a line in the making is left out.
+
+    Raises ValueError that says which line is none of a journal.
+    """
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path.stat().st_size:,} bytes; {LARGEST:,} are allowed")
     events: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
-        try:
-            event = parse_json(line)
-            Event.model_validate(event)
-        except ValidationError as error:
-            one = error.errors(include_url=False, include_input=False)[0]
-            raise ValueError(f"line {number}: {'.'.join(map(str, one['loc']))}: {one['msg']}") from None
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not events and not {"begin", "params", "tags", "data"} <= event.keys():
-            raise ValueError("line 1: does not say what it is about")
-        events.append(event)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if len(events) == most or not line.endswith(b"\n"):
+                break
+            if number > MOST_EVENTS:
+                raise ValueError(f"more than {MOST_EVENTS:,} lines, which is the limit")
+            events.append(_event(line, number))
     return events
+
+
+def _event(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = parse_json(line)
+        Event.model_validate(event)
+    except ValidationError as error:
+        one = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"line {number}: {'.'.join(map(str, one['loc']))}: {one['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if number == 1 and not {"begin", "params", "tags", "data"} <= event.keys():
+        raise ValueError("line 1: does not say what it is about")
+    return event
 
 
 def write_finished(events: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,29 +124,26 @@ class Sender:
     def send(self, paths: Iterable[Path]) -> Outcome:
         """Send what is new in these journals, in the order in which they were begun. Finished ones under state/ are then deleted."""
         outcome = Outcome()
-        journals = []
+        begun = []
         for path in paths:
-            try:
+            with _reading(path, outcome):
                 state = (is_written(path), path.stat().st_size)
                 if self._done.get(path) != state:
-                    journals.append((path, state, read(path)))
-            except FileNotFoundError:
-                pass  # finished and deleted in the meantime
-            except (OSError, ValueError) as error:
-                outcome.errors.append(f"{path}: cannot be read ({brief(error, 200)}); delete it if it is damaged")
+                    begun += [(first, path, state) for first in read(path, most=1)]
         seen: set[str] = set()
-        for path, state, events in sorted(journals, key=lambda found: found[2][0]["time"] if found[2] else 0):
-            name = events[0]["begin"]["id"] if events else ""
-            if name in seen or not events:
+        for first, path, state in sorted(begun, key=lambda found: found[0]["time"]):
+            name, events = first["begin"]["id"], []
+            if name not in seen:
+                with _reading(path, outcome):
+                    events = read(path)
+            if not events:
                 continue
             seen.add(name)
             try:
                 with contextlib.chdir(self._folder or self._home):
                     sent = self._send(events, alive=state[0])
             except Exception as error:  # whatever a store, a server or a network throws
-                first = str(error).splitlines()[0] if str(error) else ""
-                whose = f"{path}: " if isinstance(error, DAMAGED) else ""
-                outcome.errors.append(brief(without_secrets(f"{whose}{type(error).__name__}: {first[:2000]}"), 300))
+                outcome.errors.append(_told(error, f"{path}: " if isinstance(error, DAMAGED) else ""))
                 self._cursors.pop(name, None)  # what has arrived is to be asked again
                 self._known.clear()
                 self._experiments.clear()
@@ -199,13 +196,23 @@ class Sender:
         self._client.set_tag(cursor.run, "journal_lines", str(lines))
         cursor.lines = lines
 
-    def adopt(self, paths: Iterable[Path]) -> None:
+    def adopt(self, paths: Iterable[Path]) -> Outcome:
         """Make the runs of these journals, which lie beside the current results, the ones that are not superseded.
 
         After `dvc checkout` went back to other results, others would be.
         """
-        self._connect()
-        begins = [events[0]["begin"] for events in map(read, paths) if events]
+        outcome, begins = Outcome(), []
+        for path in paths:
+            with _reading(path, outcome):
+                begins += [first["begin"] for first in read(path, most=1)]
+        try:
+            self._connect()
+            self._adopt(begins)
+        except Exception as error:  # whatever a store, a server or a network throws
+            outcome.errors.append(_told(error))
+        return outcome
+
+    def _adopt(self, begins: Sequence[Mapping[str, Any]]) -> None:
         for experiment in {begin["run"] for begin in begins}:
             runs = {run.data.tags["journal"]: run for run in self._search(self._experiment(experiment), "tags.journal != ''")}
             for begin in (begin for begin in begins if begin["run"] == experiment and begin["id"] in runs):
@@ -433,6 +440,23 @@ class Sender:
         self._client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()])
         if run.info.status == "RUNNING":  # its process was killed
             self._client.set_terminated(run.info.run_id, "KILLED")
+
+
+@contextlib.contextmanager
+def _reading(path: Path, outcome: Outcome) -> Iterator[None]:
+    """A journal that cannot be read is a word in the outcome; one that was finished and deleted in the meantime is none."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        outcome.errors.append(f"{path}: cannot be read ({brief(error, 200)}); delete it if it is damaged")
+
+
+def _told(error: Exception, whose: str = "") -> str:
+    """Another program's error in one line, without secrets."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return brief(without_secrets(f"{whose}{type(error).__name__}: {first[:2000]}"), 300)
 
 
 def _of(begin: Mapping[str, Any]) -> str:
