@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import yaml
 from ebjdat.params import merge
 
 from ..conftest import ROOT
+from . import warm
 
 TINY = {
     "data": {"n_train": 130, "n_test": 40},
@@ -25,6 +29,21 @@ TINY = {
         "generate": {"n": 40},
     },
 }
+
+
+@cache
+def warm_python() -> Path:
+    """The folder of a `python` that starts `python -m ebjdat` sooner; what serves it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="ebjdat-warm-"))
+    atexit.register(shutil.rmtree, folder)
+    server = subprocess.Popen(
+        [sys.executable, "-P", str(Path(warm.__file__)), str(folder / "asked")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.kill)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    warm.client(folder / "bin", folder / "asked")
+    return folder / "bin"
 
 
 @dataclass(frozen=True)
@@ -43,10 +62,11 @@ class Project:
         }
 
     def run(self, *command: str, ok: bool = True, **environment: str) -> str:
+        made = self.environment(**environment)
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=self.environment(**environment),
+            env={**made, "PATH": f"{warm_python()}:{made['PATH']}", "BASH_ENV": f"{warm_python()}/first"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,85 @@
+"""Starts `python -m ebjdat` in forks of a process that has imported torch and the other libraries: seconds less for each stage.
+
+The package itself is imported in the fork, from the checkout that it runs in. Commands reach it through a `python` that stands
+first on PATH (CLIENT), with its arguments, folder, environment and open files; every other call of that `python` is the real one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+
+LIBRARIES = (
+    *("numpy", "scipy.stats", "scipy.linalg", "scipy.optimize", "torch", "torch._dynamo", "torch_fidelity", "sklearn.calibration"),
+    *("sklearn.datasets", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "PIL.Image", "safetensors.torch", "pydantic", "typer"),
+)
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+if sys.argv[1:3] != ["-m", "ebjdat"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"x"], [0, 1, 2])
+    order = {{"arguments": sys.argv[3:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    server.sendall(json.dumps(order).encode())
+    server.shutdown(socket.SHUT_WR)
+    status = server.recv(16)
+sys.exit(int(status or 1))
+"""
+
+
+def client(folder: Path, address: Path) -> None:
+    """Write the `python` that asks the server at this address."""
+    folder.mkdir()
+    file = folder / "python"
+    file.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    file.chmod(0o755)
+    (folder / "first").write_text(f'PATH="{folder}:$PATH"\n')  # BASH_ENV: Snakemake puts its own Python's folder before all others
+
+
+def serve(address: str) -> None:
+    """Until standard input ends. Returns in every fork that is to run a command, prepared for it."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer
+        print("ready", flush=True)
+        while True:
+            asked, _ = listening.accept()
+            if os.fork():
+                asked.close()
+                continue
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _, files, _, _ = socket.recv_fds(asked, 1, 3)
+            with asked.makefile("rb") as file:
+                order = json.load(file)
+            if worker := os.fork():
+                with contextlib.suppress(BrokenPipeError):
+                    asked.sendall(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
+                os._exit(0)
+            asked.close()
+            break
+    for number, kept in enumerate(files):
+        os.dup2(kept, number)
+        os.close(kept)
+    os.chdir(order["folder"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = ["ebjdat", *order["arguments"]]
+    sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+
+
+if __name__ == "__main__":
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    assert "ebjdat" not in sys.modules
+    serve(sys.argv[1])
+    runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
