@@ -25,10 +25,10 @@ from sklearn.datasets import load_digits
 
 import ebjdat.files
 from ebjdat import params
-from ebjdat.data import members, prepared, sources
+from ebjdat.data import members, outside, prepared, sources
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
 from ebjdat.data.prepared import Prepared
-from ebjdat.data.sources import DataError
+from ebjdat.errors import DataError
 from ebjdat.files import arrays_of
 from ebjdat.params import AugmentSettings, DataSettings
 from ebjdat.stages import prepare
@@ -251,7 +251,9 @@ def test_limits_keep_classes_and_the_first_test_examples(digits: Prepared) -> No
     for wrong, message in (
         ({"n_train": 5}, "n_train is 5; at least one"),
         ({"n_train": 1200}, "the training split has 1170"),
-        ({"test": 5}, "test is 5"),
+        ({"test": 5}, "test is 5: allowed are 10 .one per digit. to 1787"),
+        ({"test": 1790, "validation": 6}, "test is 1790: allowed are 10 .one per digit. to 1787"),
+        ({"test": 1787, "validation": 9}, "at least 2 training images per class"),
     ):
         with pytest.raises(DataError, match=message):
             prepared.prepare(DataSettings.model_validate({"source": "digits", "test": 497, "validation": 130, **wrong}))
@@ -743,8 +745,55 @@ def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) 
 
 def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
     masks = {f"{s}/{c}/{i}.png": picture(i % 2, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
-    with pytest.raises(DataError, match=r"a\.zip: no pixel is above 1; pixels in 0\.\.255 are needed\. Were they divided by 255"):
+    with pytest.raises(DataError, match=r"a\.zip, training images: no pixel is above 1; pixels in 0\.\.255 are needed\. Were they"):
         prepared.prepare(settings(as_zip(tmp_path / "a.zip", masks)))
+    half = {name: picture(200, mode="L") if name.startswith("train") else content for name, content in masks.items()}
+    path = as_folder(tmp_path / "half", half)
+    with pytest.raises(DataError, match=r"half, test images: no pixel is above 1"):
+        prepared.prepare(settings(path))
+    for size in (None, 8):
+        with pytest.raises(DataError, match="half: no pixel is above 1"):
+            outside.images_of(path, size)
+
+
+def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path, files: Files) -> None:
+    path = as_zip(tmp_path / "a.zip", {n.replace("/ant/", "/cafe\u0301/"): c for n, c in files.items()})
+    for name in ("caf\u00e9", "cafe\u0301"):
+        raw = sources.folder(settings(path, classes=["cat", name, "bee"]))
+        assert raw.classes == ("cat", "caf\u00e9", "bee")
+        assert (raw.images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[raw.labels]).mean() == 1
+        (tmp_path / "names.txt").write_text(f"cat\n{name}\nbee\n", encoding="utf-8")
+        names = outside.class_names(tmp_path / "names.txt")
+        assert names == raw.classes
+        images, labels = outside.images_of(path, classes=names)
+        assert (images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[labels]).all()
+    with pytest.raises(DataError, match="each has to be named once"):
+        sources.folder(settings(path, classes=["cat", "bee", "caf\u00e9", "cafe\u0301"]))
+    (tmp_path / "names.txt").write_text("caf\u00e9\ncafe\u0301\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2: .* stands there already"):
+        outside.class_names(tmp_path / "names.txt")
+
+
+def test_a_zip_with_backslashes_has_folders_too(tmp_path: Path, files: Files) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for folder in sorted({name.rpartition("/")[0] for name in files} | {"train", "test"}):
+            archive.writestr(folder.replace("/", "\\") + "\\", b"")
+        for name, content in files.items():
+            archive.writestr(name.replace("/", "\\"), content)
+    raw = sources.folder(settings(tmp_path / "a.zip"))
+    assert raw.reading["skipped"] == {}
+    assert raw.images.shape == (24, 3, 8, 8)
+
+
+def test_a_class_too_rare_for_a_part_of_the_training_split_is_named(tmp_path: Path) -> None:
+    counts = {"train/rare": 2, "train/usual": 40, "test/rare": 2, "test/usual": 2}
+    files = {f"{name}/{i}.png": picture(10 * k + i) for k, (name, n) in enumerate(counts.items()) for i in range(n)}
+    path = as_zip(tmp_path / "a.zip", files)
+    expected = r"data\.n_train is 10: data\.validation \(20\) leaves 1 training images of 'rare', and .* needs 2 of each class"
+    with pytest.raises(DataError, match=expected):
+        prepared.prepare(settings(path, validation=20, n_train=10))
+    assert len(prepared.prepare(settings(path, validation=20, n_train=22))[0].train) == 22
+    assert len(prepared.prepare(settings(path, validation=20))[0].train) == 22
 
 
 def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:

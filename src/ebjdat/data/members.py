@@ -220,7 +220,7 @@ def _of_zip(path: Path) -> Iterator[Member]:
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack without a bound
                 problem = f"is compressed by method {info.compress_type}; stored and deflate are allowed"
             name = info.filename.replace("\\", "/")  # as some Windows programs write it
-            yield Member(name, info.is_dir(), info.file_size, problem, partial(_of_zip_member, archive, info))
+            yield Member(name, name.endswith("/"), info.file_size, problem, partial(_of_zip_member, archive, info))
 
 
 def _of_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat.data import prepared
-from ebjdat.data.sources import DataError, folder
+from ebjdat.data.sources import check_range, folder
+from ebjdat.errors import DataError
 from ebjdat.files import arrays_of
 from ebjdat.params import DataSettings
 
@@ -26,7 +28,9 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     if path.suffix != ".npz":
         raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
-        return np.ascontiguousarray(raw.images[order]), _reordered(path, raw.classes, raw.labels[order], classes)
+        images = np.ascontiguousarray(raw.images[order])
+        check_range(images, str(path))
+        return images, _reordered(path, raw.classes, raw.labels[order], classes)
     if size is not None or classes is not None:
         option = "--classes" if size is None else "--size"
         raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
@@ -42,6 +46,7 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     images, labels = found["images"], found["labels"]
     if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
         raise DataError(f"{path}: {problem}")
+    check_range(images, str(path))
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
@@ -55,11 +60,7 @@ def _wrong_images(images: NDArray[np.generic]) -> str | None:
         mended = " (images[:, None])" if images.ndim == 3 else ""
         mended = " (images.transpose(0, 3, 1, 2))" if images.ndim == 4 and images.shape[3] in (1, 3) else mended
         return found + mended
-    if not images.size:
-        return found
-    if images.max() <= 1:
-        return f"images hold no value above {images.max()}: as uint8 they go up to 255 (of 0 and 1: images * 255)"
-    return None
+    return None if images.size else found
 
 
 def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
@@ -82,7 +83,8 @@ def class_names(path: Path) -> tuple[str, ...]:
             raise DataError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
         if path.stat().st_size > LONGEST_NAMES:
             raise DataError(f"{path}: has {path.stat().st_size:,} bytes; class names, one a line, take at most {LONGEST_NAMES:,}")
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))  # as names of folders are
+        names = tuple(line.strip() for line in text.splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a text file of class names ({error})") from error
     while names and not names[-1]:

@@ -86,6 +86,13 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
         if settings.n_train < classes:
             raise DataError(f"data.n_train is {settings.n_train}; at least one image for each of the {classes} classes is needed")
         if settings.n_train <= len(train) - classes:
+            counts = np.bincount(raw.labels[train], minlength=classes)
+            if counts.min() < 2:
+                raise DataError(
+                    f"data.n_train is {settings.n_train}: data.validation ({settings.validation}) leaves {counts.min()} training images of "
+                    f"{raw.classes[counts.argmin()]!r}, and a stratified part needs 2 of each class; lower data.validation, or take all "
+                    f"{len(train)} (data.n_train: null)"
+                )
             train, _ = train_test_split(train, train_size=settings.n_train, stratify=raw.labels[train], random_state=seed)
         train = train[: settings.n_train]  # nearly all: shuffled already, and the rest is too small to stratify
     test = np.flatnonzero(raw.test)
@@ -101,7 +108,9 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
 def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     """Read the source, make the splits and the data card."""
     raw: Raw = registry.load(registry.SOURCES, settings.source)(settings)
-    check_range(raw.images, settings.path or settings.name)
+    peaks = raw.images.max((1, 2, 3))
+    for split, part in (("training", ~raw.test), ("test", raw.test)):
+        check_range(peaks[part], f"{settings.path or settings.name}, {split} images")
     train, validation, test = make_splits(raw, settings)
     kept = np.concatenate([train, validation, test])
     images, labels = raw.images[kept], raw.labels[kept]

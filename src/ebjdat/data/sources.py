@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ebjdat.data.decode import decode
 from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, members
-from ebjdat.errors import DataError as DataError
+from ebjdat.errors import DataError
 from ebjdat.params import DataSettings
 
 DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
@@ -48,8 +48,9 @@ def digits(settings: DataSettings) -> Raw:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = bunch.target.astype(np.int64)
-    if (settings.test or 0) < len(bunch.target_names):
-        raise DataError(f"data.test is {settings.test}; at least one image for each of the {len(bunch.target_names)} digits is needed")
+    n, classes = len(labels), len(bunch.target_names)
+    if not classes <= (settings.test or 0) <= n - classes:
+        raise DataError(f"data.test is {settings.test}: allowed are {classes} (one per digit) to {n - classes}, of {n} images")
     _, test_index = train_test_split(np.arange(len(labels)), test_size=settings.test, stratify=labels, random_state=settings.split_seed)
     test = np.zeros(len(labels), bool)
     test[test_index] = True
@@ -193,6 +194,7 @@ def _some(names: Iterable[str], most: int = 10) -> str:
 def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], str]:
     """Classes in the order of their labels, and what that order is."""
     if given is not None:
+        given = [unicodedata.normalize("NFC", name) for name in given]  # as those of the folders are
         absent, unknown = sorted(set(given) - found), sorted(found - set(given))
         if absent or unknown or len(set(given)) < len(given):
             raise DataError(
@@ -249,7 +251,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def check_range(images: NDArray[np.uint8], where: str) -> None:
-    """Raises DataError where uint8 images (N, C, H, W) have no pixel above 1: they were divided by 255, or are masks."""
+    """Raises DataError where uint8 images, or the highest pixel of each, have none above 1: they were divided by 255, or are masks."""
     if images.size and images.max() <= 1:
         raise DataError(
             f"{where}: no pixel is above {images.max()}; pixels in 0..255 are needed. Were they divided by 255 (then multiply again), "
