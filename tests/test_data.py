@@ -434,6 +434,35 @@ def test_every_file_is_read_counted_or_known_junk(kind: str, enclosing: str, tmp
     assert warning.startswith(f"skipped 8 files: 3 .avif ('{enclosing}train/ant/")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_image_is_left_out_without_a_word(kind: str, tmp_path: Path, files: Files) -> None:
+    """Names of papers before a number are images; classes that look like junk are said; what lies in real junk is not."""
+    names = ("license.0.png", "notice.12.png", "README.photo.jpeg", "authors.1.2.png", "license.png")
+    images = {f"train/ant/{name}": picture(200 + i) for i, name in enumerate(names)}
+    said = {f"{split}/{folder}/{i}.png": picture(i) for split in ("train", "test") for folder in ("CVS", ".net") for i in range(2)}
+    said |= {"train/ant/.hidden.png": picture(1), ".cache/1.jpg": picture(1), "train/bee/__pycache__/deep/1.PNG": picture(1)}
+    junk = {name: picture(1) for name in (".git/1.png", "__MACOSX/train/ant/x.png", "train/bee/@eaDir/1.png", "train/bee/._1.png")}
+    junk |= dict.fromkeys(("train/CVS/Root", "train/ant/.gitkeep", "train/ant/LICENSE.0.md", ".cache/train/x", "authors"), b"x")
+    path = KINDS[kind](tmp_path, {**files, **images, **said, **junk})
+    raw = sources.folder(settings(path))
+    assert raw.classes == ("ant", "bee", "cat")
+    assert len(raw.images) == 24 + len(images)
+    skipped = raw.reading["skipped"]
+    assert {kind: found["n"] for kind, found in skipped.items()} == {"in a folder that is ignored": 10, "whose name begins with a dot": 1}
+    assert sources.said_of_skipped(skipped).startswith("skipped 11 files: 10 in a folder that is ignored ('")
+
+
+def test_an_ignored_folder_is_no_reason_to_refuse(tmp_path: Path, files: Files) -> None:
+    path = as_folder(tmp_path / "images", {**files, "train/.here/1.png": picture(1)})
+    (path / "train/.loop").symlink_to(path)
+    (path / "train/.there").symlink_to(tmp_path)
+    (path / "train/.here/nowhere").symlink_to("none")
+    os.mkfifo(path / "train/.here/x.png")
+    raw = sources.folder(settings(path))
+    assert raw.reading["skipped"]["in a folder that is ignored"]["n"] == 2
+    assert len(raw.images) == 24
+
+
 @pytest.mark.parametrize("suffix", ["jpe", "jfif", "JPG", "ppm", "pgm", "pbm", "pnm", "gif", "webp", "Tif"])
 def test_images_of_every_suffix_are_read(suffix: str, tmp_path: Path, files: Files) -> None:
     """Half of the images have it; the format is that of the content."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from ebjdat.errors import DataError
@@ -40,12 +40,15 @@ NAME_LIMIT = 1000  # characters of a path
 XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
 PIECE = 2**20
 
-# What operating systems, NAS and version control leave beside files, by lower-case name; all that begins with "." is left out too.
+# By lower-case name: what systems leave beside files. Images in it are copies, previews or deleted ones, and no class is called so.
 JUNK = {
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information", "lost+found"),
-    *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "cvs", "__pycache__"),
+    *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", ".git", ".svn", ".hg", ".dvc", ".ds_store", ".appledouble"),
+    *(".trashes", ".trash-1000", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".thumbnails", ".ipynb_checkpoints"),
 }
+IGNORED = {"cvs", "__pycache__"}  # beside what begins with a dot: left out as well, but an image that lies there is said
 PAPERS = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}  # files that explain a data set
+PAPER_SUFFIXES = {"", ".md", ".txt", ".rst", ".html", ".pdf"}
 
 CORRUPT = (
     *(tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError, struct.error),
@@ -69,7 +72,7 @@ class Member:
 
 
 def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
-    """Every entry of a folder or archive but JUNK. Raises DataError where it cannot be read as a whole."""
+    """Every entry of a folder or archive that is not junk. Raises DataError where it cannot be read as a whole."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -89,11 +92,22 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
 
 
 def is_junk(name: str, is_folder: bool) -> bool:
-    parts = name.split("/")
-    if not name or any(part.startswith(".") or part.lower() in JUNK for part in parts):
+    """Whether this is left out without a word. An image is, only in or as JUNK and as what macOS writes beside a file (`._*`)."""
+    parts = name.lower().split("/")
+    if not name or any(part.startswith("._") or part in JUNK for part in parts):
         return True
-    stem, _, suffix = parts[-1].lower().partition(".")
-    return not is_folder and stem in PAPERS and f".{suffix}" not in IMAGE_SUFFIXES
+    suffix = PurePosixPath(parts[-1]).suffix
+    if is_folder or suffix in IMAGE_SUFFIXES:
+        return False
+    return ignored(name) is not None or (parts[-1].split(".")[0] in PAPERS and suffix in PAPER_SUFFIXES)
+
+
+def ignored(name: str) -> str | None:
+    """Why an image of this name is not read though it may be meant, or None."""
+    *above, last = name.lower().split("/")
+    if any(part.startswith(".") or part in IGNORED for part in above):
+        return "in a folder that is ignored"
+    return "whose name begins with a dot" if last.startswith(".") else None
 
 
 def _reason(error: BaseException) -> str:
@@ -109,6 +123,8 @@ def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
             with os.scandir(root / name) as entries:
                 found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
         except OSError as error:
+            if ignored(f"{name}/x"):
+                continue
             raise DataError(f"{root}: the folder {name or '.'!r} cannot be read ({_reason(error)})") from error
         below = []
         for last, is_folder in found:

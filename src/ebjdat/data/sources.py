@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat.data.decode import decode
-from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, members
+from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, ignored, members
 from ebjdat.errors import DataError
 from ebjdat.params import DataSettings
 
@@ -113,6 +113,10 @@ def folder(settings: DataSettings) -> Raw:
     rules: Counter[str] = Counter()
     total = highest = 0
     for member in members(path, settings.follow_links):
+        if reason := ignored(member.name if not member.is_folder else f"{member.name}/x"):
+            if not member.is_folder:
+                skipped[reason].append(member.name)
+            continue
         top, split, label, rest = _place(member)
         if split is None:
             if not member.is_folder:
