@@ -34,6 +34,7 @@ from ebjdat.params import AugmentSettings, DataSettings
 from ebjdat.stages import prepare
 
 from .conftest import ROOT
+from .test_images import deep_colours
 
 Files = dict[str, bytes]
 
@@ -832,11 +833,16 @@ def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:
         return memory.getvalue()
 
     files = {f"{s}/{c}/{i}.png": deep(4095 - i) for s in ("train", "test") for c in "ab" for i in range(4)}
-    with pytest.raises(DataError, match="the highest value of its 16 16-bit grey images is 4095"):
+    with pytest.raises(DataError, match="its 16 16-bit images have no value above 4095, so they would be"):
         sources.folder(settings(as_zip(tmp_path / "a.zip", files)))
     raw = sources.folder(settings(as_zip(tmp_path / "b.zip", {**files, "train/a/0.png": deep(65535)})))
     assert raw.reading["converted"] == {"16-bit grey to 8 bits (v >> 8)": 16}
     assert raw.images.max() == 255
+    for kind, colour in deep_colours(np.arange(4096 - 64, 4096, dtype=np.uint16).reshape(8, 8)).items():
+        with pytest.raises(DataError, match="its 16 16-bit images have no value above 4"):
+            sources.folder(settings(as_zip(tmp_path / "c.zip", dict.fromkeys(files, colour))))
+        raw = sources.folder(settings(as_zip(tmp_path / "c.zip", {**dict.fromkeys(files, colour), "train/a/0.png": deep(65535)})))
+        assert sum(n for rule, n in raw.reading["converted"].items() if rule.startswith("16-bit")) == 16, kind
 
 
 def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:

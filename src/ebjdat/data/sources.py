@@ -20,7 +20,7 @@ from ebjdat.params import DataSettings
 
 DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
 CLASS_NAME_LIMIT = 255  # bytes, as of file systems
-DARK = 4096  # a set of 16-bit images without a value as high as this is nearly black in 8 bits
+DARK = 17 << 8  # a set of 16-bit images without a value as high as this is nearly black in 8 bits; one of 12 bits has none
 SPLITS = ("train", "test")
 MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # what torchvision raises where a set is not whole
 
@@ -155,7 +155,7 @@ def folder(settings: DataSettings) -> Raw:
     deep = sum(n for rule, n in rules.items() if rule.startswith("16-bit"))
     if deep and highest < DARK:
         raise DataError(
-            f"{path}: the highest value of its {deep} 16-bit grey images is {highest}, so they would be (nearly) black in 8 bits; "
+            f"{path}: its {deep} 16-bit images have no value above {highest}, so they would be (nearly) black in 8 bits; "
             "scale them to 0..65535, or store 8 bits"
         )
     classes, order = _ordered({c for split in SPLITS for c in images[split]}, settings.classes, path)
