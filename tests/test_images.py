@@ -202,8 +202,16 @@ def test_transparent_pixels_lie_on_the_background(kind: str, background: int) ->
 def test_a_shape_in_the_alpha_channel_is_kept_or_refused() -> None:
     icon = saved(rgba(np.zeros_like(GREY)), "PNG")
     assert np.abs(decode(icon, "x").array - (255 - ALPHA.astype(int))).max() == 0
-    with pytest.raises(DataError, match=r"icon has its shape in the alpha channel alone, and vanishes on background 0; set data\.back"):
+    with pytest.raises(DataError, match=r"icon vanishes on background 0 .0 levels of contrast are left.; set data\.back"):
         decode(icon, "icon", background=0)
+    for level, contrast in ((250, 5), (254, 1), (240, 15)):
+        pale = saved(rgba(np.full_like(GREY, level)), "PNG")
+        with pytest.raises(DataError, match=rf"icon vanishes on background 255 .{contrast} levels"):
+            decode(pale, "icon")
+        assert np.ptp(decode(pale, "icon", background=0).array) == level
+    assert np.ptp(decode(saved(rgba(np.full_like(GREY, 239)), "PNG"), "icon").array) == 16
+    nearly_opaque = Image.fromarray(np.dstack([np.full_like(GREY, 200)] * 3 + [250 + GREY // 52]))
+    assert np.ptp(decode(saved(nearly_opaque, "PNG"), "icon").array) <= 2  # a plain picture, whatever it lies on
     clear = Image.new("RGBA", (8, 8), (9, 9, 9, 0))
     with pytest.raises(DataError, match="icon is wholly transparent"):
         decode(saved(clear, "PNG"), "icon")

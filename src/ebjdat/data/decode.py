@@ -15,6 +15,7 @@ from ebjdat.errors import DataError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no format that starts another program
 PIXEL_LIMIT = 50_000_000  # of an image that is to be scaled down; decoding takes up to 16 bytes for each
 SIDE_LIMIT = 1024  # pixels, of images that are taken as they are
+FAINT = 16  # levels of 255; a picture with less contrast, where alpha has as much, is hidden by its background
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
@@ -100,7 +101,7 @@ def _is_deep(image: Image.Image, content: bytes) -> bool:
     """Whether a file has 16 bits for a value. Asked before loading."""
     if image.format == "PNG":
         return content[24] == 16
-    tiles, tags = getattr(image, "tile", None), getattr(image, "tag_v2", {})
+    tiles, tags = getattr(image, "tile", []), getattr(image, "tag_v2", {})
     if image.format == "PPM":
         return bool(tiles) and tiles[0].args[-1:] == (65535,)
     return image.format == "TIFF" and max(tags.get(BITS, (1,))) == 16
@@ -160,14 +161,15 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
 
 
 def _composed(flat: Image.Image, alpha: Image.Image, where: str, background: int) -> Image.Image:
-    """Over a grey level. Raises DataError where nothing of the picture is left."""
-    low, high = alpha.getextrema()
-    if high == 0:
+    """Over a grey level. Raises DataError where (nearly) nothing of the picture is left, and another level would show it."""
+    shades = np.asarray(alpha)
+    if not shades.any():
         raise DataError(f"{where} is wholly transparent")
     canvas = Image.new(flat.mode, flat.size, background if flat.mode == "L" else (background,) * 3)
     canvas.paste(flat, mask=alpha)
-    if low != high and all(len(set(channel.getextrema())) == 1 for channel in canvas.split()):
-        raise DataError(f"{where} has its shape in the alpha channel alone, and vanishes on background {background}; set data.background")
+    contrast = max(int(np.ptp(np.asarray(channel))) for channel in canvas.split())
+    if np.ptp(shades) and (contrast == 0 or contrast < FAINT <= np.ptp(shades)):
+        raise DataError(f"{where} vanishes on background {background} ({contrast} levels of contrast are left); set data.background")
     return canvas
 
 
