@@ -111,7 +111,7 @@ def folder(settings: DataSettings) -> Raw:
     tops: dict[str, str] = {}  # the folder that is each split
     skipped: dict[str, list[str]] = defaultdict(list)
     rules: Counter[str] = Counter()
-    total = highest = 0
+    area = depth = highest = 0
     for member in members(path, settings.follow_links):
         if reason := ignored(member.name if not member.is_folder else f"{member.name}/x"):
             if not member.is_folder:
@@ -145,8 +145,8 @@ def folder(settings: DataSettings) -> Raw:
         images[split][label].append((member.name, pixels.array))
         rules.update(pixels.rules)
         highest = max(highest, pixels.highest)
-        total += pixels.array.nbytes
-        if total > DATA_LIMIT:
+        area, depth = area + pixels.array[0].size, max(depth, len(pixels.array))
+        if area * depth > DATA_LIMIT:  # one colour image makes all of them RGB
             raise DataError(f"{path}: images take more than {DATA_LIMIT:,} bytes as uint8, which is the limit; set a smaller data.size")
 
     left_out = {kind: {"n": len(names), "example": names[0]} for kind, names in sorted(skipped.items())}
