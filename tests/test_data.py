@@ -933,7 +933,7 @@ MEMBERS: dict[str, tuple[bytes, str]] = {  # of an .npz, deflated
     "too short": (stated((4, 8)) + bytes(8), "which is not what follows"),
     "too long": (stated((4, 8)) + bytes(99), "which is not what follows"),
     "header of 4 GB": (b"\x93NUMPY\2\0" + b"\xff" * 4 + bytes(50_000_000), "not a readable .npz"),
-    "swollen": (stated((70_000_000,)) + bytes(70_000_000), "expands from"),
+    "swollen": (stated((70_000_000,)) + bytes(70_000_000), "an array expands from"),
     "version 9": (b"\x93NUMPY\x09\0" + bytes(99), "not a readable .npz|format version"),
     "no array": (b"hello", "not a readable .npz"),
     "nothing": (b"", "not a readable .npz"),
@@ -948,6 +948,29 @@ def test_npz_members_are_checked_before_they_are_read(kind: str, tmp_path: Path)
         archive.writestr("images.npy", content)
     with peak_below(8_000_000), pytest.raises(DataError, match=expected):
         arrays_of(tmp_path / "a.npz")
+
+
+def test_small_npz_members_do_not_swell_together_and_only_those_asked_for_are_read(tmp_path: Path) -> None:
+    zeros = {f"a{i}": np.zeros(12 * 2**20, np.uint8) for i in range(6)}  # 72 MiB from 72 kB
+    path = npz(tmp_path / "a.npz", {"b": np.arange(3), **zeros}, compress=True)
+    with peak_below(8_000_000), pytest.raises(DataError, match=r"6 arrays together expand from 7\d,\d{3} to 75,498,240 bytes; 200 times"):
+        arrays_of(path)
+    with peak_below(8_000_000):
+        assert list(arrays_of(path, names=("b", "none"))) == ["b"]
+        assert list(ebjdat.files.read_npz(path, ["b"])) == ["b"]
+    assert len(arrays_of(path, names=list(zeros)[:5])) == 5
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    path = npz(tmp_path / "b.npz", {"images": images, "labels": np.arange(4), **zeros}, compress=True)
+    with peak_below(8_000_000):
+        assert np.array_equal(outside.images_of(path)[0], images)
+
+
+def test_grey_images_count_as_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = {f"{s}/{c}/{i}.png": picture(i, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
+    monkeypatch.setattr(sources, "DATA_LIMIT", 16 * 64)
+    assert sources.folder(settings(as_zip(tmp_path / "a.zip", grey))).images.nbytes == 16 * 64
+    with pytest.raises(DataError, match="images take more than 1,024 bytes as uint8"):
+        sources.folder(settings(as_zip(tmp_path / "b.zip", {**grey, "train/a/0.png": picture(1)})))
 
 
 def test_npz_files_are_read_as_numpy_reads_them(tmp_path: Path) -> None:

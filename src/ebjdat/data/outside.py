@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ebjdat.data import prepared
 from ebjdat.data.sources import check_range, folder
 from ebjdat.errors import DataError
-from ebjdat.files import arrays_of
+from ebjdat.files import arrays_of, names_of
 from ebjdat.params import DataSettings
 
 LONGEST_NAMES = 2**20  # bytes of a file of class names
@@ -35,14 +35,14 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
         option = "--classes" if size is None else "--size"
         raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
     try:
-        found = arrays_of(path)
+        names = set(names_of(path))
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    names = set(found)
     if {"images", "labels", "test", "data_hash"} <= names:
         return prepared.load(path).split("test")
     if not {"images", "labels"} <= names:
         raise DataError(f"{path}: arrays `images` and `labels` are needed, found {', '.join(sorted(names)) or 'none'}")
+    found = arrays_of(path, names=("images", "labels"))
     images, labels = found["images"], found["labels"]
     if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
         raise DataError(f"{path}: {problem}")

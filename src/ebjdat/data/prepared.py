@@ -202,7 +202,7 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
 def load(path: Path) -> Prepared:
     """Read prepared data. Raises DataError when the file is missing, damaged, or not what `save` writes."""
     try:
-        arrays = arrays_of(path)
+        arrays = arrays_of(path, names={*DTYPES, "classes", "data_hash"})
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no prepared data; run the prepare stage first") from error
     except DataError as error:
