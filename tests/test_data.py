@@ -967,9 +967,9 @@ def test_small_npz_members_do_not_swell_together_and_only_those_asked_for_are_re
 
 def test_grey_images_count_as_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = {f"{s}/{c}/{i}.png": picture(i, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
-    monkeypatch.setattr(sources, "DATA_LIMIT", 16 * 64)
+    monkeypatch.setattr(sources, "DATA_LIMIT", 47 * 64)
     assert sources.folder(settings(as_zip(tmp_path / "a.zip", grey))).images.nbytes == 16 * 64
-    with pytest.raises(DataError, match="images take more than 1,024 bytes as uint8"):
+    with pytest.raises(DataError, match="images take more than 3,008 bytes as uint8"):
         sources.folder(settings(as_zip(tmp_path / "b.zip", {**grey, "train/a/0.png": picture(1)})))
 
 
