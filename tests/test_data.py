@@ -640,6 +640,11 @@ def padded(content: bytes) -> bytes:
     return content + bytes(-len(content) % 512)
 
 
+def pax(records: bytes) -> bytes:
+    return header(tarfile.XHDTYPE, len(records)) + padded(records)
+
+
+DIGITS = b"1000000 comment=" + b"1" * 999_983 + b"\n"  # tarfile looks at each of them from each of them
 RECORD = header(tarfile.XHDTYPE, 17) + padded(b"17 comment=aaaaa\n")
 LONG = 3_000_000
 LONG_NAME = header(tarfile.GNUTYPE_LONGNAME, 1500) + padded(b"a" * 1500)
@@ -653,6 +658,11 @@ BROKEN_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # what becomes
     "terabytes": (lambda tar: tar + header(b"0", 2**33 - 1, "train/ant/x.txt") * 3 + bytes(512), "unexpected end"),
     "more than the limit": (lambda tar: tar + header(b"0", 2**35, "notes.txt") + bytes(1024), "unpacks to more than"),
     "records without end": (lambda tar: tar + RECORD * 900 + bytes(1024), "corrupt or truncated"),
+    "a record of digits": (lambda tar: tar + pax(DIGITS) + bytes(1024), "corrupt or truncated"),
+    "overlapping records": (lambda tar: tar + pax(b"2 " * 500_000 + b"=\n") + bytes(1024), "a pax record is broken"),
+    "a record before it begins": (lambda tar: tar + pax(b"2 comment=a\n") + bytes(1024), "a pax record is broken"),
+    "negative name": (lambda tar: tar + negative(header(tarfile.GNUTYPE_LONGNAME, 0)) + bytes(1024), "a size is negative"),
+    "sparse by a record": (lambda tar: tar + pax(b"25 GNU.sparse.major=1.00\n") + header(b"0", 0) + bytes(1024), "as a sparse file"),
     "sparse": (lambda tar: tar + header(tarfile.GNUTYPE_SPARSE, 0) + bytes(1024), "packed as a sparse file"),
     "fifo": (lambda tar: tar + header(tarfile.FIFOTYPE, 0) + bytes(1024), "is a link or special file"),
     "no end mark": (lambda tar: tar, "its end mark is missing"),
@@ -702,10 +712,37 @@ def test_streams_are_bounded_in_all_and_in_what_decoding_takes(tmp_path: Path, f
         limits.setattr(members, "HEADERS_LIMIT", 12_000)
         with pytest.raises(DataError, match=r"headers than are allowed, 1,048,576 for a member and 12,000 in all"):
             sources.folder(settings(path))
+    path.write_bytes(pax(b"6 a=b\n" * 30 + DIGITS) + plain)
+    assert sources.folder(settings(path)).images.shape == (24, 3, 8, 8)
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "RECORDS_LIMIT", 30)
+        with pytest.raises(DataError, match="has more than 30 pax records"):
+            sources.folder(settings(path))
+    path.write_bytes(RECORD * 25 + plain)
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "COUNT_LIMIT", 24)
+        with pytest.raises(DataError, match="has more than 24 headers of names and records"):
+            sources.folder(settings(path))
     with monkeypatch.context() as limits:
         limits.setattr(members, "XZ_MEMORY", 2**20)
         with pytest.raises(DataError, match=r"a\.tar\.xz: the archive is corrupt or truncated .*emory"):
             sources.folder(settings(tmp_path / "a.tar.xz"))
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_of_every_form_are_read(form: int, tmp_path: Path, files: Files) -> None:
+    """Long names, names in UTF-8 and Latin-1, times in fractions, sizes and comments in pax records."""
+    more = {f"train/\u00e9/{'x' * 90}{i}.png": picture(i) for i in range(4)} | {f"test/\u00e9/{i}.png": picture(90 + i) for i in range(2)}
+    records = {"comment": "9" * 5000, "LIBARCHIVE.xattr.user.x": "a=b\nc"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers={"comment": "all"}) as archive:
+        for name, content in {**files, **more}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1.5
+            member.pax_headers = {**records, "size": str(len(content))} if form == tarfile.PAX_FORMAT else {}
+            archive.addfile(member, io.BytesIO(content))
+    raw = sources.folder(settings(tmp_path / "a.tar"))
+    assert raw.classes == ("ant", "bee", "cat", "\u00e9")
+    assert np.array_equal(raw.images, sources.folder(settings(as_folder(tmp_path / "images", {**files, **more}))).images)
 
 
 def test_numbers_and_sizes_of_files_are_bounded(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

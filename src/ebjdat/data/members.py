@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -35,7 +36,8 @@ FILE_LIMIT = 64 * 2**20  # bytes of an image file
 COUNT_LIMIT = 400_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
-HEADERS_LIMIT = 2**30  # bytes of headers in all
+HEADERS_LIMIT = 2**30  # bytes of headers in all; 400,000 members with pax records have 0.6 GB
+RECORDS_LIMIT = 4_000_000  # pax records in all
 NAME_LIMIT = 1000  # characters of a path
 XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
 PIECE = 2**20
@@ -290,13 +292,63 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
     return file
 
 
+PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,1000})=")
+PAX_NEEDED = (b"path", b"size", b"hdrcharset")
+
+
+class _Header(tarfile.TarInfo):
+    """A header that says to the stream, before tarfile reads on, what follows it."""
+
+    def _proc_member(self, archive: Any) -> Any:
+        archive.fileobj.follows(self)
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 class _TarStream:
-    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all."""
+    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all.
+
+    Of pax records it hands on PAX_NEEDED alone: with records that overlap, or long rows of digits, tarfile's own reading takes
+    time and memory by their square.
+    """
 
     def __init__(self, path: Path, source: BinaryIO) -> None:
         self.path, self.source = path, source
         self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
+        self.extra = self.records = 0  # headers of names and records; pax records
+        self.pax: int | None = None  # bytes of pax records that tarfile reads next
         self.last = b""  # what tarfile read last
+
+    def follows(self, header: tarfile.TarInfo) -> None:
+        """Called with each header, before what follows it is read."""
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise self._sparse()
+        if header.type in (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            self.extra += 1
+            self.pax = header.size if header.type in PAX else None
+        if self.extra > COUNT_LIMIT:
+            raise DataError(f"{self.path}: has more than {COUNT_LIMIT:,} headers of names and records, which is the limit")
+
+    def _sparse(self) -> DataError:
+        return DataError(f"{self.path}: has a member that is packed as a sparse file; pack it anew without that")
+
+    def needed(self, body: bytes) -> bytes:
+        """Of pax records those that a reader needs. Raises tarfile.ReadError unless each begins where the one before it ends."""
+        kept, at = {}, 0
+        while at < len(body):
+            found = PAX_RECORD.match(body, at)
+            end = at + int(found[1]) if found else 0
+            if found is None or end <= found.end() or body[end - 1 : end] != b"\n":
+                raise tarfile.ReadError("a pax record is broken")
+            self.records += 1
+            if self.records > RECORDS_LIMIT:
+                raise DataError(f"{self.path}: has more than {RECORDS_LIMIT:,} pax records, which is the limit")
+            if found[2].startswith(b"GNU.sparse."):
+                raise self._sparse()
+            if found[2] in PAX_NEEDED:
+                kept[found[2]] = body[at:end]
+            at = end
+        return b"".join(kept.values()) + bytes(tarfile.BLOCKSIZE)
 
     def tell(self) -> int:
         return self.at
@@ -310,13 +362,16 @@ class _TarStream:
             raise tarfile.ReadError("unexpected end of data")
 
     def read(self, size: int) -> bytes:
+        if size < 0:
+            raise tarfile.ReadError("a size is negative")
         self.headers += size
         self.all_headers += size
         if self.headers > HEADER_LIMIT or self.all_headers > HEADERS_LIMIT:
             limits = f"{HEADER_LIMIT:,} for a member and {HEADERS_LIMIT:,} in all"
             raise DataError(f"{self.path}: has more bytes of names and headers than are allowed, {limits}")
         self.last = self.take(size)
-        return self.last
+        pax, self.pax = self.pax, None
+        return self.last if pax is None else self.needed(self.last[:pax])
 
     def take(self, size: int) -> bytes:
         """The next bytes; fewer only at the end."""
@@ -340,11 +395,9 @@ class _TarStream:
 def _of_tar(path: Path) -> Iterator[Member]:
     with path.open("rb") as file, closing(_unpacked(file)) as source:
         stream = _TarStream(path, source)
-        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:") as archive:
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
                 stream.headers = 0
-                if info.issparse():
-                    raise DataError(f"{path}: {info.name!r} is packed as a sparse file; pack it anew without that")
                 plain = info.isdir() or info.isfile()
                 problem = None if plain else "is a link or special file; only folders and files are allowed"
                 yield Member(info.name, info.isdir(), info.size, problem, partial(stream.take, info.size))
