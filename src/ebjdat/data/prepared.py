@@ -168,6 +168,7 @@ def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
 
 
 def _data_hash(hashes: Mapping[str, str]) -> str:
+    # Sorted: it is printed in results, so it stays as it was made, though it does not say which array has which hash (the card does).
     return hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()[:16]
 
 
