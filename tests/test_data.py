@@ -708,6 +708,13 @@ def test_streams_are_bounded_in_all_and_in_what_decoding_takes(tmp_path: Path, f
             limits.setattr(members, "STREAM_LIMIT", 5_000_000)
             with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
                 sources.folder(settings(several))
+        with monkeypatch.context() as limits:
+            limits.setattr(members, "SWOLLEN", 3_000_000)
+            with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
+                sources.folder(settings(several))
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "SWOLLEN", 0)
+        assert sources.folder(settings(path)).images.shape == (24, 3, 8, 8)
     with monkeypatch.context() as limits:
         limits.setattr(members, "HEADERS_LIMIT", 12_000)
         with pytest.raises(DataError, match=r"headers than are allowed, 1,048,576 for a member and 12,000 in all"):

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from ebjdat.errors import DataError
-from ebjdat.files import ZipSource
+from ebjdat.files import EXPANSION, ZipSource
 
 ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar", ".zip")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -35,6 +35,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".we
 FILE_LIMIT = 64 * 2**20  # bytes of an image file
 COUNT_LIMIT = 400_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
+SWOLLEN = 2**30  # bytes that a tar may unpack to from whatever size; more only from a part in EXPANSION
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
 HEADERS_LIMIT = 2**30  # bytes of headers in all; 400,000 members with pax records have 0.6 GB
 RECORDS_LIMIT = 4_000_000  # pax records in all
@@ -312,8 +313,8 @@ class _TarStream:
     time and memory by their square.
     """
 
-    def __init__(self, path: Path, source: BinaryIO) -> None:
-        self.path, self.source = path, source
+    def __init__(self, path: Path, file: BinaryIO, source: BinaryIO) -> None:
+        self.path, self.file, self.source = path, file, source  # source: what the file unpacks to
         self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
         self.extra = self.records = 0  # headers of names and records; pax records
         self.pax: int | None = None  # bytes of pax records that tarfile reads next
@@ -381,6 +382,8 @@ class _TarStream:
         while len(data) < size and (piece := self.source.read(min(PIECE, size - len(data)))):
             data += piece
         self.at += len(data)
+        if self.at > SWOLLEN and self.at > EXPANSION * self.file.tell():
+            raise DataError(f"{self.path}: unpacks to more than {EXPANSION} times its size, which is the limit")
         return bytes(data)
 
     def end(self) -> None:
@@ -394,7 +397,7 @@ class _TarStream:
 
 def _of_tar(path: Path) -> Iterator[Member]:
     with path.open("rb") as file, closing(_unpacked(file)) as source:
-        stream = _TarStream(path, source)
+        stream = _TarStream(path, file, source)
         with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
                 stream.headers = 0
