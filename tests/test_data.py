@@ -830,6 +830,16 @@ def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
             outside.images_of(path, size)
 
 
+@pytest.mark.parametrize(
+    ("path", "size", "expected"),
+    [("a\nb", None, r"'a\\nb': path: printable"), ("a", 4, "'a': size: .* equal to 8"), ("x" * 5000, None, "path: .* at most 4096 char")],
+)
+def test_paths_and_sizes_that_no_settings_allow_are_one_line(path: str, size: int | None, expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        outside.images_of(Path(path), size)
+    assert "\n" not in str(caught.value)
+
+
 def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path, files: Files) -> None:
     path = as_zip(tmp_path / "a.zip", {n.replace("/ant/", "/cafe\u0301/"): c for n, c in files.items()})
     for name in ("caf\u00e9", "cafe\u0301"):

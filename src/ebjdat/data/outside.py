@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ebjdat.data import prepared
 from ebjdat.data.sources import check_range, folder
-from ebjdat.errors import DataError
+from ebjdat.errors import DataError, brief
 from ebjdat.files import arrays_of, names_of
 from ebjdat.params import DataSettings
 
@@ -26,7 +27,13 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     order, which the labels then have; it may hold more. Raises DataError.
     """
     if path.suffix != ".npz":
-        raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
+        try:
+            settings = DataSettings(source="folder", path=str(path), size=size, validation=1)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            why = wrong["msg"].removeprefix("Value error, ")
+            raise DataError(f"{brief(ascii(str(path)), 80)}: {wrong['loc'][0]}: {why}") from error
+        raw = folder(settings)
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
         images = np.ascontiguousarray(raw.images[order])
         check_range(images, str(path))
