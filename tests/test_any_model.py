@@ -256,6 +256,7 @@ def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> 
         (lambda x: x, lambda y: y[:, None], r"\(labels\[:, 0\]\)"),
         (lambda x: x, lambda y: y.astype(np.float32), "labels are float32"),
         (lambda x: x, lambda y: y > 3, "labels are bool"),
+        (lambda x: x, lambda y: y.astype("m8[s]"), "labels are timedelta64"),
         (lambda x: x, lambda y: np.full(4, 2**63 + 1, np.uint64), "they go from 9223372036854775809 to 9223372036854775809"),
         (lambda x: x.transpose(0, 2, 3, 1), lambda y: y, r"\(images.transpose\(0, 3, 1, 2\)\)"),
         (lambda x: x[:, 0], lambda y: y, r"\(images\[:, None\]\)"),

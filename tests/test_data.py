@@ -435,6 +435,14 @@ def test_every_file_is_read_counted_or_known_junk(kind: str, enclosing: str, tmp
     assert warning.startswith(f"skipped 8 files: 3 .avif ('{enclosing}train/ant/")
 
 
+def test_classes_that_look_alike_are_said(tmp_path: Path, files: Files) -> None:
+    names = [f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("Ant", "c at") for i in range(3)]
+    more = {name: picture(200 + i) for i, name in enumerate(names)}
+    _, card = prepared.prepare(settings(as_zip(tmp_path / "a.zip", {**files, **more}), validation=5))
+    assert "classes that differ in case or spaces alone: 'Ant', 'ant', 'c at', 'cat'" in card["warnings"]
+    assert len(card["classes"]) == 5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_image_is_left_out_without_a_word(kind: str, tmp_path: Path, files: Files) -> None:
     """Names of papers before a number are images; classes that look like junk are said; what lies in real junk is not."""

@@ -76,7 +76,7 @@ def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
         mended = " (of one-hot rows: labels.argmax(1))" if labels.ndim == 2 and labels.shape[1:] != (1,) else ""
         mended = " (labels[:, 0])" if labels.shape == (n, 1) else mended
         return found + mended
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":
         return found
     if labels.min() < 0 or labels.max() > HIGHEST_LABEL:
         return f"{found}; they go from {labels.min()} to {labels.max()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     doubles, notes, warnings = duplicates(prepared), _notes(raw), []
     if raw.reading.get("skipped"):
         warnings.append(said_of_skipped(raw.reading["skipped"]))
+    if alike := _alike(raw.classes):
+        warnings.append(f"classes that differ in case or spaces alone: {alike}")
     warnings += [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]]
     card = {
         "name": settings.name,
@@ -149,6 +151,14 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "data_hash": prepared.data_hash,
     }
     return prepared, card
+
+
+def _alike(classes: Sequence[str]) -> str:
+    """Names of classes that people take for one another, the first ten."""
+    groups = defaultdict(list)
+    for name in classes:
+        groups["".join(name.casefold().split())].append(name)
+    return ", ".join([repr(name) for names in groups.values() if len(names) > 1 for name in names][:10])
 
 
 def _notes(raw: Raw) -> list[str]:
