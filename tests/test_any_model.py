@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from ebjdat.cli import app
 from ebjdat.data import outside
 from ebjdat.data.prepared import Prepared
-from ebjdat.data.sources import DataError
+from ebjdat.errors import DataError
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
 from ebjdat.models.outside import ModelError, outside_model
@@ -256,10 +256,11 @@ def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> 
         (lambda x: x, lambda y: y[:, None], r"\(labels\[:, 0\]\)"),
         (lambda x: x, lambda y: y.astype(np.float32), "labels are float32"),
         (lambda x: x, lambda y: y > 3, "labels are bool"),
+        (lambda x: x, lambda y: y.astype("m8[s]"), "labels are timedelta64"),
         (lambda x: x, lambda y: np.full(4, 2**63 + 1, np.uint64), "they go from 9223372036854775809 to 9223372036854775809"),
         (lambda x: x.transpose(0, 2, 3, 1), lambda y: y, r"\(images.transpose\(0, 3, 1, 2\)\)"),
         (lambda x: x[:, 0], lambda y: y, r"\(images\[:, None\]\)"),
-        (lambda x: (x > 99).astype(np.uint8), lambda y: y, "images hold no value above 1: as uint8 they go up to 255"),
+        (lambda x: (x > 99).astype(np.uint8), lambda y: y, "no pixel is above 1; pixels in 0..255 are needed"),
         (lambda x: x.astype(np.float32), lambda y: y, r"np.rint\(images \* 255\)"),
         (lambda x: x[:, :, :0], lambda y: y, r"images are uint8 \(4, 1, 0, 8\)"),
     ],

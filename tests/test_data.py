@@ -25,15 +25,16 @@ from sklearn.datasets import load_digits
 
 import ebjdat.files
 from ebjdat import params
-from ebjdat.data import members, prepared, sources
+from ebjdat.data import members, outside, prepared, sources
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
 from ebjdat.data.prepared import Prepared
-from ebjdat.data.sources import DataError
+from ebjdat.errors import DataError
 from ebjdat.files import arrays_of
 from ebjdat.params import AugmentSettings, DataSettings
 from ebjdat.stages import prepare
 
 from .conftest import ROOT
+from .test_images import deep_colours
 
 Files = dict[str, bytes]
 
@@ -251,7 +252,9 @@ def test_limits_keep_classes_and_the_first_test_examples(digits: Prepared) -> No
     for wrong, message in (
         ({"n_train": 5}, "n_train is 5; at least one"),
         ({"n_train": 1200}, "the training split has 1170"),
-        ({"test": 5}, "test is 5"),
+        ({"test": 5}, "test is 5: allowed are 10 .one per digit. to 1787"),
+        ({"test": 1790, "validation": 6}, "test is 1790: allowed are 10 .one per digit. to 1787"),
+        ({"test": 1787, "validation": 9}, "at least 2 training images per class"),
     ):
         with pytest.raises(DataError, match=message):
             prepared.prepare(DataSettings.model_validate({"source": "digits", "test": 497, "validation": 130, **wrong}))
@@ -432,6 +435,43 @@ def test_every_file_is_read_counted_or_known_junk(kind: str, enclosing: str, tmp
     assert warning.startswith(f"skipped 8 files: 3 .avif ('{enclosing}train/ant/")
 
 
+def test_classes_that_look_alike_are_said(tmp_path: Path, files: Files) -> None:
+    names = [f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("Ant", "c at") for i in range(3)]
+    more = {name: picture(200 + i) for i, name in enumerate(names)}
+    _, card = prepared.prepare(settings(as_zip(tmp_path / "a.zip", {**files, **more}), validation=5))
+    assert "classes that differ in case or spaces alone: 'Ant', 'ant', 'c at', 'cat'" in card["warnings"]
+    assert len(card["classes"]) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_image_is_left_out_without_a_word(kind: str, tmp_path: Path, files: Files) -> None:
+    """Names of papers before a number are images; classes that look like junk are said; what lies in real junk is not."""
+    names = ("license.0.png", "notice.12.png", "README.photo.jpeg", "authors.1.2.png", "license.png")
+    images = {f"train/ant/{name}": picture(200 + i) for i, name in enumerate(names)}
+    said = {f"{split}/{folder}/{i}.png": picture(i) for split in ("train", "test") for folder in ("CVS", ".net") for i in range(2)}
+    said |= {"train/ant/.hidden.png": picture(1), ".cache/1.jpg": picture(1), "train/bee/__pycache__/deep/1.PNG": picture(1)}
+    junk = {name: picture(1) for name in (".git/1.png", "__MACOSX/train/ant/x.png", "train/bee/@eaDir/1.png", "train/bee/._1.png")}
+    junk |= dict.fromkeys(("train/CVS/Root", "train/ant/.gitkeep", "train/ant/LICENSE.0.md", ".cache/train/x", "authors"), b"x")
+    path = KINDS[kind](tmp_path, {**files, **images, **said, **junk})
+    raw = sources.folder(settings(path))
+    assert raw.classes == ("ant", "bee", "cat")
+    assert len(raw.images) == 24 + len(images)
+    skipped = raw.reading["skipped"]
+    assert {kind: found["n"] for kind, found in skipped.items()} == {"in a folder that is ignored": 10, "whose name begins with a dot": 1}
+    assert sources.said_of_skipped(skipped).startswith("skipped 11 files: 10 in a folder that is ignored ('")
+
+
+def test_an_ignored_folder_is_no_reason_to_refuse(tmp_path: Path, files: Files) -> None:
+    path = as_folder(tmp_path / "images", {**files, "train/.here/1.png": picture(1)})
+    (path / "train/.loop").symlink_to(path)
+    (path / "train/.there").symlink_to(tmp_path)
+    (path / "train/.here/nowhere").symlink_to("none")
+    os.mkfifo(path / "train/.here/x.png")
+    raw = sources.folder(settings(path))
+    assert raw.reading["skipped"]["in a folder that is ignored"]["n"] == 2
+    assert len(raw.images) == 24
+
+
 @pytest.mark.parametrize("suffix", ["jpe", "jfif", "JPG", "ppm", "pgm", "pbm", "pnm", "gif", "webp", "Tif"])
 def test_images_of_every_suffix_are_read(suffix: str, tmp_path: Path, files: Files) -> None:
     """Half of the images have it; the format is that of the content."""
@@ -608,6 +648,11 @@ def padded(content: bytes) -> bytes:
     return content + bytes(-len(content) % 512)
 
 
+def pax(records: bytes) -> bytes:
+    return header(tarfile.XHDTYPE, len(records)) + padded(records)
+
+
+DIGITS = b"1000000 comment=" + b"1" * 999_983 + b"\n"  # tarfile looks at each of them from each of them
 RECORD = header(tarfile.XHDTYPE, 17) + padded(b"17 comment=aaaaa\n")
 LONG = 3_000_000
 LONG_NAME = header(tarfile.GNUTYPE_LONGNAME, 1500) + padded(b"a" * 1500)
@@ -621,6 +666,11 @@ BROKEN_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # what becomes
     "terabytes": (lambda tar: tar + header(b"0", 2**33 - 1, "train/ant/x.txt") * 3 + bytes(512), "unexpected end"),
     "more than the limit": (lambda tar: tar + header(b"0", 2**35, "notes.txt") + bytes(1024), "unpacks to more than"),
     "records without end": (lambda tar: tar + RECORD * 900 + bytes(1024), "corrupt or truncated"),
+    "a record of digits": (lambda tar: tar + pax(DIGITS) + bytes(1024), "corrupt or truncated"),
+    "overlapping records": (lambda tar: tar + pax(b"2 " * 500_000 + b"=\n") + bytes(1024), "a pax record is broken"),
+    "a record before it begins": (lambda tar: tar + pax(b"2 comment=a\n") + bytes(1024), "a pax record is broken"),
+    "negative name": (lambda tar: tar + negative(header(tarfile.GNUTYPE_LONGNAME, 0)) + bytes(1024), "a size is negative"),
+    "sparse by a record": (lambda tar: tar + pax(b"25 GNU.sparse.major=1.00\n") + header(b"0", 0) + bytes(1024), "as a sparse file"),
     "sparse": (lambda tar: tar + header(tarfile.GNUTYPE_SPARSE, 0) + bytes(1024), "packed as a sparse file"),
     "fifo": (lambda tar: tar + header(tarfile.FIFOTYPE, 0) + bytes(1024), "is a link or special file"),
     "no end mark": (lambda tar: tar, "its end mark is missing"),
@@ -666,14 +716,48 @@ def test_streams_are_bounded_in_all_and_in_what_decoding_takes(tmp_path: Path, f
             limits.setattr(members, "STREAM_LIMIT", 5_000_000)
             with pytest.raises(DataError, match="unpacks to more than 5,000,000 bytes"):
                 sources.folder(settings(several))
+        with monkeypatch.context() as limits:
+            limits.setattr(members, "SWOLLEN", 3_000_000)
+            with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
+                sources.folder(settings(several))
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "SWOLLEN", 0)
+        assert sources.folder(settings(path)).images.shape == (24, 3, 8, 8)
     with monkeypatch.context() as limits:
         limits.setattr(members, "HEADERS_LIMIT", 12_000)
         with pytest.raises(DataError, match=r"headers than are allowed, 1,048,576 for a member and 12,000 in all"):
+            sources.folder(settings(path))
+    path.write_bytes(pax(b"6 a=b\n" * 30 + DIGITS) + plain)
+    assert sources.folder(settings(path)).images.shape == (24, 3, 8, 8)
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "RECORDS_LIMIT", 30)
+        with pytest.raises(DataError, match="has more than 30 pax records"):
+            sources.folder(settings(path))
+    path.write_bytes(RECORD * 25 + plain)
+    with monkeypatch.context() as limits:
+        limits.setattr(members, "COUNT_LIMIT", 24)
+        with pytest.raises(DataError, match="has more than 24 headers of names and records"):
             sources.folder(settings(path))
     with monkeypatch.context() as limits:
         limits.setattr(members, "XZ_MEMORY", 2**20)
         with pytest.raises(DataError, match=r"a\.tar\.xz: the archive is corrupt or truncated .*emory"):
             sources.folder(settings(tmp_path / "a.tar.xz"))
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_of_every_form_are_read(form: int, tmp_path: Path, files: Files) -> None:
+    """Long names, names in UTF-8 and Latin-1, times in fractions, sizes and comments in pax records."""
+    more = {f"train/\u00e9/{'x' * 90}{i}.png": picture(i) for i in range(4)} | {f"test/\u00e9/{i}.png": picture(90 + i) for i in range(2)}
+    records = {"comment": "9" * 5000, "LIBARCHIVE.xattr.user.x": "a=b\nc"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers={"comment": "all"}) as archive:
+        for name, content in {**files, **more}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1.5
+            member.pax_headers = {**records, "size": str(len(content))} if form == tarfile.PAX_FORMAT else {}
+            archive.addfile(member, io.BytesIO(content))
+    raw = sources.folder(settings(tmp_path / "a.tar"))
+    assert raw.classes == ("ant", "bee", "cat", "\u00e9")
+    assert np.array_equal(raw.images, sources.folder(settings(as_folder(tmp_path / "images", {**files, **more}))).images)
 
 
 def test_numbers_and_sizes_of_files_are_bounded(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,8 +827,65 @@ def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) 
 
 def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
     masks = {f"{s}/{c}/{i}.png": picture(i % 2, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
-    with pytest.raises(DataError, match=r"a\.zip: no pixel is above 1; pixels in 0\.\.255 are needed\. Were they divided by 255"):
+    with pytest.raises(DataError, match=r"a\.zip, training images: no pixel is above 1; pixels in 0\.\.255 are needed\. Were they"):
         prepared.prepare(settings(as_zip(tmp_path / "a.zip", masks)))
+    half = {name: picture(200, mode="L") if name.startswith("train") else content for name, content in masks.items()}
+    path = as_folder(tmp_path / "half", half)
+    with pytest.raises(DataError, match=r"half, test images: no pixel is above 1"):
+        prepared.prepare(settings(path))
+    for size in (None, 8):
+        with pytest.raises(DataError, match="half: no pixel is above 1"):
+            outside.images_of(path, size)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "expected"),
+    [("a\nb", None, r"'a\\nb': path: printable"), ("a", 4, "'a': size: .* equal to 8"), ("x" * 5000, None, "path: .* at most 4096 char")],
+)
+def test_paths_and_sizes_that_no_settings_allow_are_one_line(path: str, size: int | None, expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        outside.images_of(Path(path), size)
+    assert "\n" not in str(caught.value)
+
+
+def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path, files: Files) -> None:
+    path = as_zip(tmp_path / "a.zip", {n.replace("/ant/", "/cafe\u0301/"): c for n, c in files.items()})
+    for name in ("caf\u00e9", "cafe\u0301"):
+        raw = sources.folder(settings(path, classes=["cat", name, "bee"]))
+        assert raw.classes == ("cat", "caf\u00e9", "bee")
+        assert (raw.images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[raw.labels]).mean() == 1
+        (tmp_path / "names.txt").write_text(f"cat\n{name}\nbee\n", encoding="utf-8")
+        names = outside.class_names(tmp_path / "names.txt")
+        assert names == raw.classes
+        images, labels = outside.images_of(path, classes=names)
+        assert (images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[labels]).all()
+    with pytest.raises(DataError, match="each has to be named once"):
+        sources.folder(settings(path, classes=["cat", "bee", "caf\u00e9", "cafe\u0301"]))
+    (tmp_path / "names.txt").write_text("caf\u00e9\ncafe\u0301\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2: .* stands there already"):
+        outside.class_names(tmp_path / "names.txt")
+
+
+def test_a_zip_with_backslashes_has_folders_too(tmp_path: Path, files: Files) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for folder in sorted({name.rpartition("/")[0] for name in files} | {"train", "test"}):
+            archive.writestr(folder.replace("/", "\\") + "\\", b"")
+        for name, content in files.items():
+            archive.writestr(name.replace("/", "\\"), content)
+    raw = sources.folder(settings(tmp_path / "a.zip"))
+    assert raw.reading["skipped"] == {}
+    assert raw.images.shape == (24, 3, 8, 8)
+
+
+def test_a_class_too_rare_for_a_part_of_the_training_split_is_named(tmp_path: Path) -> None:
+    counts = {"train/rare": 2, "train/usual": 40, "test/rare": 2, "test/usual": 2}
+    files = {f"{name}/{i}.png": picture(10 * k + i) for k, (name, n) in enumerate(counts.items()) for i in range(n)}
+    path = as_zip(tmp_path / "a.zip", files)
+    expected = r"data\.n_train is 10: data\.validation \(20\) leaves 1 training images of 'rare', and .* needs 2 of each class"
+    with pytest.raises(DataError, match=expected):
+        prepared.prepare(settings(path, validation=20, n_train=10))
+    assert len(prepared.prepare(settings(path, validation=20, n_train=22))[0].train) == 22
+    assert len(prepared.prepare(settings(path, validation=20))[0].train) == 22
 
 
 def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:
@@ -754,11 +895,16 @@ def test_sixteen_bits_that_hold_twelve_are_refused(tmp_path: Path) -> None:
         return memory.getvalue()
 
     files = {f"{s}/{c}/{i}.png": deep(4095 - i) for s in ("train", "test") for c in "ab" for i in range(4)}
-    with pytest.raises(DataError, match="the highest value of its 16 16-bit grey images is 4095"):
+    with pytest.raises(DataError, match="its 16 16-bit images have no value above 4095, so they would be"):
         sources.folder(settings(as_zip(tmp_path / "a.zip", files)))
     raw = sources.folder(settings(as_zip(tmp_path / "b.zip", {**files, "train/a/0.png": deep(65535)})))
     assert raw.reading["converted"] == {"16-bit grey to 8 bits (v >> 8)": 16}
     assert raw.images.max() == 255
+    for kind, colour in deep_colours(np.arange(4096 - 64, 4096, dtype=np.uint16).reshape(8, 8)).items():
+        with pytest.raises(DataError, match="its 16 16-bit images have no value above 4"):
+            sources.folder(settings(as_zip(tmp_path / "c.zip", dict.fromkeys(files, colour))))
+        raw = sources.folder(settings(as_zip(tmp_path / "c.zip", {**dict.fromkeys(files, colour), "train/a/0.png": deep(65535)})))
+        assert sum(n for rule, n in raw.reading["converted"].items() if rule.startswith("16-bit")) == 16, kind
 
 
 def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
@@ -849,7 +995,7 @@ MEMBERS: dict[str, tuple[bytes, str]] = {  # of an .npz, deflated
     "too short": (stated((4, 8)) + bytes(8), "which is not what follows"),
     "too long": (stated((4, 8)) + bytes(99), "which is not what follows"),
     "header of 4 GB": (b"\x93NUMPY\2\0" + b"\xff" * 4 + bytes(50_000_000), "not a readable .npz"),
-    "swollen": (stated((70_000_000,)) + bytes(70_000_000), "expands from"),
+    "swollen": (stated((70_000_000,)) + bytes(70_000_000), "an array expands from"),
     "version 9": (b"\x93NUMPY\x09\0" + bytes(99), "not a readable .npz|format version"),
     "no array": (b"hello", "not a readable .npz"),
     "nothing": (b"", "not a readable .npz"),
@@ -864,6 +1010,29 @@ def test_npz_members_are_checked_before_they_are_read(kind: str, tmp_path: Path)
         archive.writestr("images.npy", content)
     with peak_below(8_000_000), pytest.raises(DataError, match=expected):
         arrays_of(tmp_path / "a.npz")
+
+
+def test_small_npz_members_do_not_swell_together_and_only_those_asked_for_are_read(tmp_path: Path) -> None:
+    zeros = {f"a{i}": np.zeros(12 * 2**20, np.uint8) for i in range(6)}  # 72 MiB from 72 kB
+    path = npz(tmp_path / "a.npz", {"b": np.arange(3), **zeros}, compress=True)
+    with peak_below(8_000_000), pytest.raises(DataError, match=r"6 arrays together expand from 7\d,\d{3} to 75,498,240 bytes; 200 times"):
+        arrays_of(path)
+    with peak_below(8_000_000):
+        assert list(arrays_of(path, names=("b", "none"))) == ["b"]
+        assert list(ebjdat.files.read_npz(path, ["b"])) == ["b"]
+    assert len(arrays_of(path, names=list(zeros)[:5])) == 5
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    path = npz(tmp_path / "b.npz", {"images": images, "labels": np.arange(4), **zeros}, compress=True)
+    with peak_below(8_000_000):
+        assert np.array_equal(outside.images_of(path)[0], images)
+
+
+def test_grey_images_count_as_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = {f"{s}/{c}/{i}.png": picture(i, mode="L") for s in ("train", "test") for c in "ab" for i in range(4)}
+    monkeypatch.setattr(sources, "DATA_LIMIT", 47 * 64)
+    assert sources.folder(settings(as_zip(tmp_path / "a.zip", grey))).images.nbytes == 16 * 64
+    with pytest.raises(DataError, match="images take more than 3,008 bytes as uint8"):
+        sources.folder(settings(as_zip(tmp_path / "b.zip", {**grey, "train/a/0.png": picture(1)})))
 
 
 def test_npz_files_are_read_as_numpy_reads_them(tmp_path: Path) -> None:

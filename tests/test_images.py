@@ -102,6 +102,38 @@ def test_a_grey_picture_is_the_same_in_every_kind_of_file(kind: str) -> None:
     assert decode(content, kind, channels=3).array.shape == (3, 8, 8)
 
 
+def deep_colours(values: Array) -> dict[str, bytes]:
+    """8x8 files of 16-bit values in every mode that Pillow reads as 8 bits."""
+    full = np.full_like(values, 65535)
+
+    def rows(*bands: Array, order: str = ">u2") -> Array:
+        return np.stack(bands, -1).astype(order).reshape(8, -1)
+
+    return {
+        "rgb png": png(rows(values, values, values), 2, 16),
+        "rgba png": png(rows(values, values, values, full), 6, 16),
+        "grey and alpha png": png(rows(values, full), 4, 16),
+        "rgb tiff": tiff([rows(values, values, values, order="<u2").tobytes()], 16, 3),
+        "rgba tiff": tiff([rows(values, values, values, full, order="<u2").tobytes()], 16, 4, t338=2),
+        "cmyk tiff": tiff([rows(*[values] * 4, order="<u2").tobytes()], 16, 4, t262=5),
+        "ppm": b"P6 8 8 65535\n" + rows(values, values, values).tobytes(),
+        "plain ppm": b"P3 8 8 65535\n" + b" ".join(b"%d" % v for v in rows(values, values, values).flatten()),
+    }
+
+
+@pytest.mark.parametrize("kind", deep_colours(DEEP))
+def test_the_depth_of_16_bit_colour_is_seen(kind: str) -> None:
+    found = decode(deep_colours(DEEP)[kind], kind)
+    assert found.highest == 65535
+    assert f"16-bit {'grey' if kind.startswith('grey') else 'colour'} to 8 bits (v >> 8)" in found.rules
+    if not kind.startswith("cmyk"):
+        assert (found.array == GREY).all()
+    low = decode(deep_colours(np.full_like(DEEP, 3000))[kind], kind)
+    assert 3000 <= low.highest < 3500
+    shallow = decode(grey_as("PNG", "RGBA"), kind)
+    assert (shallow.highest, shallow.rules) == (0, ())
+
+
 def test_deep_grey_keeps_its_high_byte_and_colour_does_as_well() -> None:
     assert (decode(saved(Image.fromarray(LOW), "PNG"), "x").array == LOW >> 8).all()
     assert (decode(png(np.repeat(LOW[..., None], 3, 2).astype(">u2").reshape(8, -1), 2, 16), "x").array == LOW >> 8).all()
@@ -170,8 +202,16 @@ def test_transparent_pixels_lie_on_the_background(kind: str, background: int) ->
 def test_a_shape_in_the_alpha_channel_is_kept_or_refused() -> None:
     icon = saved(rgba(np.zeros_like(GREY)), "PNG")
     assert np.abs(decode(icon, "x").array - (255 - ALPHA.astype(int))).max() == 0
-    with pytest.raises(DataError, match=r"icon has its shape in the alpha channel alone, and vanishes on background 0; set data\.back"):
+    with pytest.raises(DataError, match=r"icon vanishes on background 0 .0 levels of contrast are left.; set data\.back"):
         decode(icon, "icon", background=0)
+    for level, contrast in ((250, 5), (254, 1), (240, 15)):
+        pale = saved(rgba(np.full_like(GREY, level)), "PNG")
+        with pytest.raises(DataError, match=rf"icon vanishes on background 255 .{contrast} levels"):
+            decode(pale, "icon")
+        assert np.ptp(decode(pale, "icon", background=0).array) == level
+    assert np.ptp(decode(saved(rgba(np.full_like(GREY, 239)), "PNG"), "icon").array) == 16
+    nearly_opaque = Image.fromarray(np.dstack([np.full_like(GREY, 200)] * 3 + [250 + GREY // 52]))
+    assert np.ptp(decode(saved(nearly_opaque, "PNG"), "icon").array) <= 2  # a plain picture, whatever it lies on
     clear = Image.new("RGBA", (8, 8), (9, 9, 9, 0))
     with pytest.raises(DataError, match="icon is wholly transparent"):
         decode(saved(clear, "PNG"), "icon")
@@ -230,6 +270,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "16-bit rgb png, one colour clear": (
         png(np.zeros((8, 48), np.uint8), 2, 16, (b"tRNS", struct.pack(">HHH", 999, 0, 0))),
         "transparent colour",
+    ),
+    "png with its header later": (
+        (whole := grey_as("PNG"))[:8] + struct.pack(">I4sI", 0, b"tEXt", zlib.crc32(b"tEXt")) + whole[8:],
+        "begin with its header|not a readable image",
     ),
     "animated gif": (frames("GIF"), "several frames or pages .GIF"),
     "animated webp": (frames("WEBP"), "several frames"),

@@ -384,6 +384,7 @@ def test_a_path_that_no_file_can_have_is_one_line(name: str, monkeypatch: pytest
         (["seeds=[1, true]"], "seeds.1: a number is allowed, found True"),
         (['seeds=["0"]'], "seeds.0: a number is allowed, found '0'"),
         (["data={source: folder, test: null, path: x, size: 1e6}"], "data.size: input should be less than or equal to 1024"),
+        (["data={source: folder, test: null, path: x, channels: true}"], "data.channels: a number is allowed, found True"),
         (['data.root="a\\nb"'], "data.root: printable characters on one line are allowed"),
         (["data.root=''"], "data.root: string should have at least 1 character"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ebjdat import params
 from ebjdat.data import prepared, sources
-from ebjdat.data.sources import DataError
+from ebjdat.errors import DataError
 from ebjdat.evaluation import calibration, detection, ood, robust
 from ebjdat.files import read_json
 from ebjdat.models.modes import UnitRange
@@ -225,6 +225,10 @@ def test_a_folder_is_read_from_its_test_images(tmp_path: Path) -> None:
     assert list(found) == [*ood.MADE, "folder"]
     assert missing == {}
     assert torch.equal(found["folder"], torch.full((2, 1, 8, 8), 200 / 255))
+    for label in ("a", "b"):
+        Image.fromarray(np.eye(12, dtype=np.uint8)).save(tmp_path / "test" / label / "1.png")
+    with pytest.raises(DataError, match="no pixel is above 1"):
+        ood.choose(torch.zeros(5, 1, 8, 8), DIGITS, ReliabilitySettings(ood_path=str(tmp_path)))
 
 
 def test_what_auto_cannot_have_is_named_and_what_was_asked_for_is_an_error(x: Tensor, tmp_path: Path) -> None:

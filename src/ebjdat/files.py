@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # settings use this module too, and must not wait for NumPy
 DIRECTORY_LIMIT = 64 * 2**20  # bytes of a zip's list of members
 MOST_ARRAYS = 10_000  # in an .npz
 HEADER = 2**16  # bytes at the start of an array in it, which hold its header
-SMALL = 64 * 2**20  # bytes that are read whatever they expand from
+SMALL = 64 * 2**20  # bytes, of a file's arrays together, that are read whatever they expand from
 EXPANSION = 200  # times; images and verdicts shrink less than that
 LARGEST = 64 * 2**20  # bytes of a file that is read as a whole; ours have thousands
 DEEPEST = 50  # levels of a JSON text; ours have about ten
@@ -166,7 +166,7 @@ def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArra
     """Arrays of a file of `write_npz`: these, or all. Raises FileError."""
     with reading(path, largest=None):
         try:
-            found = arrays_of(path)
+            found = arrays_of(path, names=names)
         except DataError as error:
             raise ValueError(str(error).removeprefix(f"{path}: ")) from error
         return {name: found[name] for name in names or found}
@@ -187,13 +187,35 @@ class ZipSource(io.BufferedReader):
         return super().read(size)
 
 
-def arrays_of(path: Path | str, limit: int = 8 * 2**30) -> dict[str, NDArray[Any]]:
-    """Arrays by name, without any pickled object. Raises DataError for a file that is no such thing, and FileNotFoundError.
+def names_of(path: Path | str) -> list[str]:
+    """What the arrays of an .npz file are called. Raises as arrays_of."""
+    with _npz(Path(path)) as (_, members):
+        return list(members)
 
-    What the file states is checked before memory is taken for it: arrays of more than `limit` bytes together, and those that
-    expand more than EXPANSION times, are refused.
+
+def arrays_of(path: Path | str, limit: int = 8 * 2**30, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Arrays by name, these (those of them that are there) or all, without any pickled object.
+
+    Raises DataError for a file that is no such thing, and FileNotFoundError. What the file states is checked before memory is
+    taken for it: arrays of more than `limit` bytes together, and more than SMALL bytes that expand from less than a part in
+    EXPANSION, are refused.
     """
     path = Path(path)
+    with _npz(path) as (archive, members):
+        wanted = {name: member for name, member in members.items() if names is None or name in names}
+        if (total := sum(member.file_size for member in wanted.values())) > limit:
+            raise DataError(f"{path}: its arrays have {total:,} bytes; at most {limit:,} are allowed")
+        swollen = [member for member in wanted.values() if member.file_size > EXPANSION * member.compress_size]
+        if (total := sum(member.file_size for member in swollen)) > SMALL:
+            stored = sum(member.compress_size for member in swollen)
+            some = "an array expands" if len(swollen) == 1 else f"{len(swollen)} arrays together expand"
+            raise DataError(f"{path}: {some} from {stored:,} to {total:,} bytes; {EXPANSION} times is the limit")
+        return {name: _read_npy(archive, member, f"{path}: {name[:80]!r}") for name, member in wanted.items()}
+
+
+@contextlib.contextmanager
+def _npz(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """An open .npz file and its members by the names of their arrays."""
     try:
         if not path.is_file():
             raise FileNotFoundError(path) if not path.exists() else DataError(f"{path}: is not a file")
@@ -202,9 +224,7 @@ def arrays_of(path: Path | str, limit: int = 8 * 2**30) -> dict[str, NDArray[Any
             names = [member.filename.removesuffix(".npy") for member in members]
             if len(members) > MOST_ARRAYS or len(set(names)) < len(names):
                 raise DataError(f"{path}: has {len(members)} members; at most {MOST_ARRAYS} arrays with names of their own are allowed")
-            if (total := sum(member.file_size for member in members)) > limit:
-                raise DataError(f"{path}: its arrays have {total:,} bytes; at most {limit:,} are allowed")
-            return {name: _read_npy(archive, member, f"{path}: {name[:80]!r}") for name, member in zip(names, members, strict=True)}
+            yield archive, dict(zip(names, members, strict=True))
     except (FileNotFoundError, DataError):
         raise
     except Exception as error:  # malformed bytes make the libraries fail in any way that there is
@@ -216,8 +236,6 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> 
 
     if not member.filename.endswith(".npy") or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{where} is no .npy member, stored or deflated")
-    if member.file_size > SMALL and member.file_size > EXPANSION * member.compress_size:
-        raise DataError(f"{where} expands from {member.compress_size:,} to {member.file_size:,} bytes; {EXPANSION} times is the limit")
     with archive.open(member) as file:
         start = io.BytesIO(file.read(HEADER))  # no longer header is read, whatever length it states
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -128,7 +128,7 @@ class DataSettings(Settings):
     label: Label | None = None  # how the data set is called in tables; default: the source's name
     path: FilePath | None = None  # source folder: a folder or archive of class folders
     size: Annotated[int, Number, Field(ge=8, le=1024)] | None = None  # source folder: scale the shorter side to it, crop the centre
-    channels: Literal[1, 3] | None = None  # source folder: read all images as grey or RGB; None: grey where all files store grey
+    channels: Annotated[Literal[1, 3], Number] | None = None  # source folder: read all as grey or RGB; None: grey where all files are
     background: Annotated[int, Number, Field(ge=0, le=255)] = 255  # source folder: grey level under transparent pixels
     classes: tuple[str, ...] | None = None  # source folder: class folders in the order of their labels; None: see docs/data.md
     follow_links: StrictBool = False  # source folder: also links that lead out of it, and not into this repository's DVC cache

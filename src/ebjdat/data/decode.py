@@ -15,6 +15,7 @@ from ebjdat.errors import DataError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no format that starts another program
 PIXEL_LIMIT = 50_000_000  # of an image that is to be scaled down; decoding takes up to 16 bytes for each
 SIDE_LIMIT = 1024  # pixels, of images that are taken as they are
+FAINT = 16  # levels of 255; a picture with less contrast, where alpha has as much, is hidden by its background
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
@@ -24,7 +25,7 @@ BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
 class Pixels:
     """array: uint8 (C, H, W), C = 1 of images that are stored as grey ones; rules: what was done to them beside reading.
 
-    highest: the highest value of 16-bit grey, before it became 8-bit; 0 of others.
+    highest: no 16-bit value was higher before it became 8-bit (of grey, one was as high); 0 of others.
     """
 
     array: NDArray[np.uint8]
@@ -88,14 +89,27 @@ def _problem(image: Image.Image, content: bytes) -> str | None:
             return "has 16-bit pixels with white as 0; store black as 0"
         if bits == 16 and tags.get(PLANAR, 1) != 1:
             return "has 16-bit pixels plane by plane; store them pixel by pixel"
+    if image.format == "PNG" and content[12:16] != b"IHDR":
+        return "does not begin with its header"
     transparent = image.info.get("transparency")
     if image.format == "PNG" and mode == "RGB" and isinstance(transparent, tuple) and content[24] == 16:
         return "has 16-bit RGB pixels and a transparent colour; store alpha"
     return None
 
 
+def _is_deep(image: Image.Image, content: bytes) -> bool:
+    """Whether a file has 16 bits for a value. Asked before loading."""
+    if image.format == "PNG":
+        return content[24] == 16
+    tiles, tags = getattr(image, "tile", []), getattr(image, "tag_v2", {})
+    if image.format == "PPM":
+        return bool(tiles) and tiles[0].args[-1:] == (65535,)
+    return image.format == "TIFF" and max(tags.get(BITS, (1,))) == 16
+
+
 def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, background: int, channels: int | None) -> Pixels:
     rules, highest, png = [], 0, image.format == "PNG"
+    is_deep = _is_deep(image, content)
     stored_grey = png and content[25] in (0, 4)  # colour types of PNG: grey, grey and alpha; Pillow reads the deep kind as RGBA
     turned = image.getexif().get(0x0112, 1) in range(2, 9)  # asked before loading, which turns a TIFF
     image.load()
@@ -105,6 +119,10 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
 
     mode, transparent = image.mode, image.info.get("transparency")
     alpha = None
+    if is_deep and mode not in (*DEEP, "I"):  # Pillow has made 8 bits of them
+        colours = [band for name, band in zip(image.getbands(), image.split(), strict=True) if name not in ("A", "a", "X")]
+        highest = max(int(np.asarray(band).max()) for band in colours) << 8 | 255
+        rules.append(f"16-bit {'grey' if stored_grey else 'colour'} to 8 bits (v >> 8)")
     if mode in (*DEEP, "I"):
         values = np.asarray(image).astype(np.uint16)
         highest = int(values.max())
@@ -143,14 +161,15 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
 
 
 def _composed(flat: Image.Image, alpha: Image.Image, where: str, background: int) -> Image.Image:
-    """Over a grey level. Raises DataError where nothing of the picture is left."""
-    low, high = alpha.getextrema()
-    if high == 0:
+    """Over a grey level. Raises DataError where (nearly) nothing of the picture is left, and another level would show it."""
+    shades = np.asarray(alpha)
+    if not shades.any():
         raise DataError(f"{where} is wholly transparent")
     canvas = Image.new(flat.mode, flat.size, background if flat.mode == "L" else (background,) * 3)
     canvas.paste(flat, mask=alpha)
-    if low != high and all(len(set(channel.getextrema())) == 1 for channel in canvas.split()):
-        raise DataError(f"{where} has its shape in the alpha channel alone, and vanishes on background {background}; set data.background")
+    contrast = max(int(np.ptp(np.asarray(channel))) for channel in canvas.split())
+    if np.ptp(shades) and (contrast == 0 or contrast < FAINT <= np.ptp(shades)):
+        raise DataError(f"{where} vanishes on background {background} ({contrast} levels of contrast are left); set data.background")
     return canvas
 
 

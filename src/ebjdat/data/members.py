@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -22,11 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from ebjdat.errors import DataError
-from ebjdat.files import ZipSource
+from ebjdat.files import EXPANSION, ZipSource
 
 ARCHIVE_SUFFIXES = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar", ".zip")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -34,18 +35,23 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".we
 FILE_LIMIT = 64 * 2**20  # bytes of an image file
 COUNT_LIMIT = 400_000  # files and folders
 STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
+SWOLLEN = 2**30  # bytes that a tar may unpack to from whatever size; more only from a part in EXPANSION
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
-HEADERS_LIMIT = 2**30  # bytes of headers in all
+HEADERS_LIMIT = 2**30  # bytes of headers in all; 400,000 members with pax records have 0.6 GB
+RECORDS_LIMIT = 4_000_000  # pax records in all
 NAME_LIMIT = 1000  # characters of a path
 XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
 PIECE = 2**20
 
-# What operating systems, NAS and version control leave beside files, by lower-case name; all that begins with "." is left out too.
+# By lower-case name: what systems leave beside files. Images in it are copies, previews or deleted ones, and no class is called so.
 JUNK = {
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information", "lost+found"),
-    *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "cvs", "__pycache__"),
+    *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", ".git", ".svn", ".hg", ".dvc", ".ds_store", ".appledouble"),
+    *(".trashes", ".trash-1000", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".thumbnails", ".ipynb_checkpoints"),
 }
+IGNORED = {"cvs", "__pycache__"}  # beside what begins with a dot: left out as well, but an image that lies there is said
 PAPERS = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}  # files that explain a data set
+PAPER_SUFFIXES = {"", ".md", ".txt", ".rst", ".html", ".pdf"}
 
 CORRUPT = (
     *(tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError, struct.error),
@@ -69,7 +75,7 @@ class Member:
 
 
 def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
-    """Every entry of a folder or archive but JUNK. Raises DataError where it cannot be read as a whole."""
+    """Every entry of a folder or archive that is not junk. Raises DataError where it cannot be read as a whole."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -89,11 +95,22 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
 
 
 def is_junk(name: str, is_folder: bool) -> bool:
-    parts = name.split("/")
-    if not name or any(part.startswith(".") or part.lower() in JUNK for part in parts):
+    """Whether this is left out without a word. An image is, only in or as JUNK and as what macOS writes beside a file (`._*`)."""
+    parts = name.lower().split("/")
+    if not name or any(part.startswith("._") or part in JUNK for part in parts):
         return True
-    stem, _, suffix = parts[-1].lower().partition(".")
-    return not is_folder and stem in PAPERS and f".{suffix}" not in IMAGE_SUFFIXES
+    suffix = PurePosixPath(parts[-1]).suffix
+    if is_folder or suffix in IMAGE_SUFFIXES:
+        return False
+    return ignored(name) is not None or (parts[-1].split(".")[0] in PAPERS and suffix in PAPER_SUFFIXES)
+
+
+def ignored(name: str) -> str | None:
+    """Why an image of this name is not read though it may be meant, or None."""
+    *above, last = name.lower().split("/")
+    if any(part.startswith(".") or part in IGNORED for part in above):
+        return "in a folder that is ignored"
+    return "whose name begins with a dot" if last.startswith(".") else None
 
 
 def _reason(error: BaseException) -> str:
@@ -109,6 +126,8 @@ def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
             with os.scandir(root / name) as entries:
                 found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
         except OSError as error:
+            if ignored(f"{name}/x"):
+                continue
             raise DataError(f"{root}: the folder {name or '.'!r} cannot be read ({_reason(error)})") from error
         below = []
         for last, is_folder in found:
@@ -220,7 +239,7 @@ def _of_zip(path: Path) -> Iterator[Member]:
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack without a bound
                 problem = f"is compressed by method {info.compress_type}; stored and deflate are allowed"
             name = info.filename.replace("\\", "/")  # as some Windows programs write it
-            yield Member(name, info.is_dir(), info.file_size, problem, partial(_of_zip_member, archive, info))
+            yield Member(name, name.endswith("/"), info.file_size, problem, partial(_of_zip_member, archive, info))
 
 
 def _of_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -274,13 +293,63 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
     return file
 
 
-class _TarStream:
-    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all."""
+PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,1000})=")
+PAX_NEEDED = (b"path", b"size", b"hdrcharset")
 
-    def __init__(self, path: Path, source: BinaryIO) -> None:
-        self.path, self.source = path, source
+
+class _Header(tarfile.TarInfo):
+    """A header that says to the stream, before tarfile reads on, what follows it."""
+
+    def _proc_member(self, archive: Any) -> Any:
+        archive.fileobj.follows(self)
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+class _TarStream:
+    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all.
+
+    Of pax records it hands on PAX_NEEDED alone: with records that overlap, or long rows of digits, tarfile's own reading takes
+    time and memory by their square.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, source: BinaryIO) -> None:
+        self.path, self.file, self.source = path, file, source  # source: what the file unpacks to
         self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
+        self.extra = self.records = 0  # headers of names and records; pax records
+        self.pax: int | None = None  # bytes of pax records that tarfile reads next
         self.last = b""  # what tarfile read last
+
+    def follows(self, header: tarfile.TarInfo) -> None:
+        """Called with each header, before what follows it is read."""
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise self._sparse()
+        if header.type in (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            self.extra += 1
+            self.pax = header.size if header.type in PAX else None
+        if self.extra > COUNT_LIMIT:
+            raise DataError(f"{self.path}: has more than {COUNT_LIMIT:,} headers of names and records, which is the limit")
+
+    def _sparse(self) -> DataError:
+        return DataError(f"{self.path}: has a member that is packed as a sparse file; pack it anew without that")
+
+    def needed(self, body: bytes) -> bytes:
+        """Of pax records those that a reader needs. Raises tarfile.ReadError unless each begins where the one before it ends."""
+        kept, at = {}, 0
+        while at < len(body):
+            found = PAX_RECORD.match(body, at)
+            end = at + int(found[1]) if found else 0
+            if found is None or end <= found.end() or body[end - 1 : end] != b"\n":
+                raise tarfile.ReadError("a pax record is broken")
+            self.records += 1
+            if self.records > RECORDS_LIMIT:
+                raise DataError(f"{self.path}: has more than {RECORDS_LIMIT:,} pax records, which is the limit")
+            if found[2].startswith(b"GNU.sparse."):
+                raise self._sparse()
+            if found[2] in PAX_NEEDED:
+                kept[found[2]] = body[at:end]
+            at = end
+        return b"".join(kept.values()) + bytes(tarfile.BLOCKSIZE)
 
     def tell(self) -> int:
         return self.at
@@ -294,13 +363,16 @@ class _TarStream:
             raise tarfile.ReadError("unexpected end of data")
 
     def read(self, size: int) -> bytes:
+        if size < 0:
+            raise tarfile.ReadError("a size is negative")
         self.headers += size
         self.all_headers += size
         if self.headers > HEADER_LIMIT or self.all_headers > HEADERS_LIMIT:
             limits = f"{HEADER_LIMIT:,} for a member and {HEADERS_LIMIT:,} in all"
             raise DataError(f"{self.path}: has more bytes of names and headers than are allowed, {limits}")
         self.last = self.take(size)
-        return self.last
+        pax, self.pax = self.pax, None
+        return self.last if pax is None else self.needed(self.last[:pax])
 
     def take(self, size: int) -> bytes:
         """The next bytes; fewer only at the end."""
@@ -310,6 +382,8 @@ class _TarStream:
         while len(data) < size and (piece := self.source.read(min(PIECE, size - len(data)))):
             data += piece
         self.at += len(data)
+        if self.at > SWOLLEN and self.at > EXPANSION * self.file.tell():
+            raise DataError(f"{self.path}: unpacks to more than {EXPANSION} times its size, which is the limit")
         return bytes(data)
 
     def end(self) -> None:
@@ -323,12 +397,10 @@ class _TarStream:
 
 def _of_tar(path: Path) -> Iterator[Member]:
     with path.open("rb") as file, closing(_unpacked(file)) as source:
-        stream = _TarStream(path, source)
-        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:") as archive:
+        stream = _TarStream(path, file, source)
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
                 stream.headers = 0
-                if info.issparse():
-                    raise DataError(f"{path}: {info.name!r} is packed as a sparse file; pack it anew without that")
                 plain = info.isdir() or info.isfile()
                 problem = None if plain else "is a link or special file; only folders and files are allowed"
                 yield Member(info.name, info.isdir(), info.size, problem, partial(stream.take, info.size))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ebjdat.data import prepared
-from ebjdat.data.sources import DataError, folder
-from ebjdat.files import arrays_of
+from ebjdat.data.sources import check_range, folder
+from ebjdat.errors import DataError, brief
+from ebjdat.files import arrays_of, names_of
 from ebjdat.params import DataSettings
 
 LONGEST_NAMES = 2**20  # bytes of a file of class names
@@ -24,24 +27,33 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     order, which the labels then have; it may hold more. Raises DataError.
     """
     if path.suffix != ".npz":
-        raw = folder(DataSettings(source="folder", path=str(path), size=size, validation=1))
+        try:
+            settings = DataSettings(source="folder", path=str(path), size=size, validation=1)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            why = wrong["msg"].removeprefix("Value error, ")
+            raise DataError(f"{brief(ascii(str(path)), 80)}: {wrong['loc'][0]}: {why}") from error
+        raw = folder(settings)
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
-        return np.ascontiguousarray(raw.images[order]), _reordered(path, raw.classes, raw.labels[order], classes)
+        images = np.ascontiguousarray(raw.images[order])
+        check_range(images, str(path))
+        return images, _reordered(path, raw.classes, raw.labels[order], classes)
     if size is not None or classes is not None:
         option = "--classes" if size is None else "--size"
         raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
     try:
-        found = arrays_of(path)
+        names = set(names_of(path))
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    names = set(found)
     if {"images", "labels", "test", "data_hash"} <= names:
         return prepared.load(path).split("test")
     if not {"images", "labels"} <= names:
         raise DataError(f"{path}: arrays `images` and `labels` are needed, found {', '.join(sorted(names)) or 'none'}")
+    found = arrays_of(path, names=("images", "labels"))
     images, labels = found["images"], found["labels"]
     if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
         raise DataError(f"{path}: {problem}")
+    check_range(images, str(path))
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
@@ -55,11 +67,7 @@ def _wrong_images(images: NDArray[np.generic]) -> str | None:
         mended = " (images[:, None])" if images.ndim == 3 else ""
         mended = " (images.transpose(0, 3, 1, 2))" if images.ndim == 4 and images.shape[3] in (1, 3) else mended
         return found + mended
-    if not images.size:
-        return found
-    if images.max() <= 1:
-        return f"images hold no value above {images.max()}: as uint8 they go up to 255 (of 0 and 1: images * 255)"
-    return None
+    return None if images.size else found
 
 
 def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
@@ -68,7 +76,7 @@ def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
         mended = " (of one-hot rows: labels.argmax(1))" if labels.ndim == 2 and labels.shape[1:] != (1,) else ""
         mended = " (labels[:, 0])" if labels.shape == (n, 1) else mended
         return found + mended
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":
         return found
     if labels.min() < 0 or labels.max() > HIGHEST_LABEL:
         return f"{found}; they go from {labels.min()} to {labels.max()}"
@@ -82,7 +90,8 @@ def class_names(path: Path) -> tuple[str, ...]:
             raise DataError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
         if path.stat().st_size > LONGEST_NAMES:
             raise DataError(f"{path}: has {path.stat().st_size:,} bytes; class names, one a line, take at most {LONGEST_NAMES:,}")
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))  # as names of folders are
+        names = tuple(line.strip() for line in text.splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a text file of class names ({error})") from error
     while names and not names[-1]:

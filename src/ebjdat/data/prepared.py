@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
         if settings.n_train < classes:
             raise DataError(f"data.n_train is {settings.n_train}; at least one image for each of the {classes} classes is needed")
         if settings.n_train <= len(train) - classes:
+            counts = np.bincount(raw.labels[train], minlength=classes)
+            if counts.min() < 2:
+                raise DataError(
+                    f"data.n_train is {settings.n_train}: data.validation ({settings.validation}) leaves {counts.min()} training images of "
+                    f"{raw.classes[counts.argmin()]!r}, and a stratified part needs 2 of each class; lower data.validation, or take all "
+                    f"{len(train)} (data.n_train: null)"
+                )
             train, _ = train_test_split(train, train_size=settings.n_train, stratify=raw.labels[train], random_state=seed)
         train = train[: settings.n_train]  # nearly all: shuffled already, and the rest is too small to stratify
     test = np.flatnonzero(raw.test)
@@ -101,7 +108,9 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
 def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     """Read the source, make the splits and the data card."""
     raw: Raw = registry.load(registry.SOURCES, settings.source)(settings)
-    check_range(raw.images, settings.path or settings.name)
+    peaks = raw.images.max((1, 2, 3))
+    for split, part in (("training", ~raw.test), ("test", raw.test)):
+        check_range(peaks[part], f"{settings.path or settings.name}, {split} images")
     train, validation, test = make_splits(raw, settings)
     kept = np.concatenate([train, validation, test])
     images, labels = raw.images[kept], raw.labels[kept]
@@ -118,6 +127,8 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     doubles, notes, warnings = duplicates(prepared), _notes(raw), []
     if raw.reading.get("skipped"):
         warnings.append(said_of_skipped(raw.reading["skipped"]))
+    if alike := _alike(raw.classes):
+        warnings.append(f"classes that differ in case or spaces alone: {alike}")
     warnings += [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]]
     card = {
         "name": settings.name,
@@ -142,6 +153,14 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     return prepared, card
 
 
+def _alike(classes: Sequence[str]) -> str:
+    """Names of classes that people take for one another, the first ten."""
+    groups = defaultdict(list)
+    for name in classes:
+        groups["".join(name.casefold().split())].append(name)
+    return ", ".join([repr(name) for names in groups.values() if len(names) > 1 for name in names][:10])
+
+
 def _notes(raw: Raw) -> list[str]:
     """How files were read, where that is not what everybody expects."""
     reading = raw.reading
@@ -159,6 +178,7 @@ def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
 
 
 def _data_hash(hashes: Mapping[str, str]) -> str:
+    # Sorted: it is printed in results, so it stays as it was made, though it does not say which array has which hash (the card does).
     return hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()[:16]
 
 
@@ -193,7 +213,7 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
 def load(path: Path) -> Prepared:
     """Read prepared data. Raises DataError when the file is missing, damaged, or not what `save` writes."""
     try:
-        arrays = arrays_of(path)
+        arrays = arrays_of(path, names={*DTYPES, "classes", "data_hash"})
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no prepared data; run the prepare stage first") from error
     except DataError as error:

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat.data.decode import decode
-from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, members
-from ebjdat.errors import DataError as DataError
+from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, ignored, members
+from ebjdat.errors import DataError
 from ebjdat.params import DataSettings
 
 DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
 CLASS_NAME_LIMIT = 255  # bytes, as of file systems
-DARK = 4096  # a set of 16-bit images without a value as high as this is nearly black in 8 bits
+DARK = 17 << 8  # a set of 16-bit images without a value as high as this is nearly black in 8 bits; one of 12 bits has none
 SPLITS = ("train", "test")
 MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # what torchvision raises where a set is not whole
 
@@ -48,8 +48,9 @@ def digits(settings: DataSettings) -> Raw:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = bunch.target.astype(np.int64)
-    if (settings.test or 0) < len(bunch.target_names):
-        raise DataError(f"data.test is {settings.test}; at least one image for each of the {len(bunch.target_names)} digits is needed")
+    n, classes = len(labels), len(bunch.target_names)
+    if not classes <= (settings.test or 0) <= n - classes:
+        raise DataError(f"data.test is {settings.test}: allowed are {classes} (one per digit) to {n - classes}, of {n} images")
     _, test_index = train_test_split(np.arange(len(labels)), test_size=settings.test, stratify=labels, random_state=settings.split_seed)
     test = np.zeros(len(labels), bool)
     test[test_index] = True
@@ -110,8 +111,12 @@ def folder(settings: DataSettings) -> Raw:
     tops: dict[str, str] = {}  # the folder that is each split
     skipped: dict[str, list[str]] = defaultdict(list)
     rules: Counter[str] = Counter()
-    total = highest = 0
+    area = depth = highest = 0
     for member in members(path, settings.follow_links):
+        if reason := ignored(member.name if not member.is_folder else f"{member.name}/x"):
+            if not member.is_folder:
+                skipped[reason].append(member.name)
+            continue
         top, split, label, rest = _place(member)
         if split is None:
             if not member.is_folder:
@@ -140,8 +145,8 @@ def folder(settings: DataSettings) -> Raw:
         images[split][label].append((member.name, pixels.array))
         rules.update(pixels.rules)
         highest = max(highest, pixels.highest)
-        total += pixels.array.nbytes
-        if total > DATA_LIMIT:
+        area, depth = area + pixels.array[0].size, max(depth, len(pixels.array))
+        if area * depth > DATA_LIMIT:  # one colour image makes all of them RGB
             raise DataError(f"{path}: images take more than {DATA_LIMIT:,} bytes as uint8, which is the limit; set a smaller data.size")
 
     left_out = {kind: {"n": len(names), "example": names[0]} for kind, names in sorted(skipped.items())}
@@ -150,7 +155,7 @@ def folder(settings: DataSettings) -> Raw:
     deep = sum(n for rule, n in rules.items() if rule.startswith("16-bit"))
     if deep and highest < DARK:
         raise DataError(
-            f"{path}: the highest value of its {deep} 16-bit grey images is {highest}, so they would be (nearly) black in 8 bits; "
+            f"{path}: its {deep} 16-bit images have no value above {highest}, so they would be (nearly) black in 8 bits; "
             "scale them to 0..65535, or store 8 bits"
         )
     classes, order = _ordered({c for split in SPLITS for c in images[split]}, settings.classes, path)
@@ -193,6 +198,7 @@ def _some(names: Iterable[str], most: int = 10) -> str:
 def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], str]:
     """Classes in the order of their labels, and what that order is."""
     if given is not None:
+        given = [unicodedata.normalize("NFC", name) for name in given]  # as those of the folders are
         absent, unknown = sorted(set(given) - found), sorted(found - set(given))
         if absent or unknown or len(set(given)) < len(given):
             raise DataError(
@@ -249,7 +255,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def check_range(images: NDArray[np.uint8], where: str) -> None:
-    """Raises DataError where uint8 images (N, C, H, W) have no pixel above 1: they were divided by 255, or are masks."""
+    """Raises DataError where uint8 images, or the highest pixel of each, have none above 1: they were divided by 255, or are masks."""
     if images.size and images.max() <= 1:
         raise DataError(
             f"{where}: no pixel is above {images.max()}; pixels in 0..255 are needed. Were they divided by 255 (then multiply again), "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ebjdat import registry
 from ebjdat.data import sources
 from ebjdat.data.batches import generator
-from ebjdat.data.sources import DataError
+from ebjdat.errors import DataError
 from ebjdat.params import AUTO, DataSettings, ReliabilitySettings
 from ebjdat.pixels import UNIT, unit_from_uint8
 
@@ -65,7 +65,9 @@ def folder(x: Tensor, whence: Whence) -> Tensor:
     if not whence.path:
         raise DataError("evaluation.reliability.ood_path names no folder or archive")
     raw = sources.folder(DataSettings(source="folder", path=whence.path, size=x.shape[-1], validation=1))
-    return _like(raw.images[raw.test], x, whence)
+    images = raw.images[raw.test]
+    sources.check_range(images, whence.path)
+    return _like(images, x, whence)
 
 
 def _torchvision(name: str, x: Tensor, whence: Whence) -> Tensor:

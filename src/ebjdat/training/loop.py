@@ -19,8 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
-from ebjdat.data.sources import DataError
-from ebjdat.errors import UserError, brief
+from ebjdat.errors import DataError, UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.logits import predicted
