@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import os
 import pathlib
 import pickle
 import struct
 import sys
+import time
 import types
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,10 +163,10 @@ def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[
         (dict(enumerate(STATE.values())), "a state dict is needed, found dict of 0, 1, 2, 3 and 5 more"),
         (torch.zeros(3), "a state dict is needed, found Tensor"),
         ({"\x1b[31m" + "a" * 500: torch.zeros(2)}, r"unexpected: \\x1b\[31maaa"),
-        (plain(), "holds pickled objects .torch.nn.modules"),
+        (plain(), "holds pickled objects .__builtin__.set, torch.nn.modules"),
         (
             {"state_dict": STATE, "path": pathlib.PurePosixPath("x")},
-            r"pickled objects \(pathlib.PurePosixPath\), which could run code; save",
+            r"pickled objects \(pathlib.PurePosixPath\), which could run code or fill memory; save",
         ),
     ],
 )
@@ -199,6 +203,100 @@ def sparse(start: bytes, size: int) -> None:
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch evil",)
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function: Callable[..., Any], *given: Any) -> None:
+        self.call = function, given
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def nested(kind: type, width: int, deep: int) -> Any:
+    """Lists or tuples that hold the same one many times: a short pickle."""
+    inner: Any = kind()
+    for _ in range(deep):
+        inner = kind([inner] * width)
+    return inner
+
+
+def repeated_text(n: int) -> list[Calls]:
+    text = "a" * 2**16
+    return [Calls(codecs.encode, text, "latin1") for _ in range(n)]
+
+
+ONE, dense = torch.zeros(1), torch._utils._rebuild_device_tensor_from_cpu_tensor
+BOMBS: dict[str, tuple[Any, str]] = {  # short pickles that would take memory or time
+    "a number": (Calls(bytearray, 2**28), "__builtin__.bytearray"),
+    "a tensor's size": (Calls(torch.Tensor, 2**28), "torch.Tensor"),
+    "another's": (Calls(torch.FloatTensor, 2**28), "torch.FloatTensor"),
+    "a view in a set": (Calls(set, ONE.expand(2**20)), "__builtin__.set"),
+    "a view's pairs": (Calls(OrderedDict, ONE.expand(2**20, 2)), "collections.OrderedDict"),
+    "a view's shape": (Calls(torch.Size, ONE.expand(2**20)), "torch.Size"),
+    "a view counted": (Calls(Counter, ONE.expand(2**20)), "collections.Counter"),
+    "by another's hand": (
+        Calls(torch._tensor._rebuild_from_type_v2, bytearray, torch.Tensor, (2**28,), None),
+        "torch._tensor._rebuild_from",
+    ),
+    "a dense copy": (
+        Calls(torch._utils._rebuild_device_tensor_from_cpu_tensor, ONE.expand(2**27), torch.float64, "cpu", False),
+        "torch._utils",
+    ),
+    "twice as long": (Calls(codecs.encode, Calls(codecs.encode, "ab", "latin1"), "hex"), "_codecs.encode"),
+    "text again and again": (repeated_text(200), "repeats itself"),
+    "a key of keys": ({nested(tuple, 2, 23): 1}, "repeats itself"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_short_pickle_takes_no_memory_and_no_time(kind: str, old: bool) -> None:
+    content, message = BOMBS[kind]
+    torch.save({"state_dict": STATE, "x": content}, "bad.pt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(ModelError, match=message) as raised:
+        outside_model("somebodys:plain", Path("bad.pt"))
+    assert str(raised.value).isprintable()
+
+
+def test_what_usual_checkpoints_hold_beside_tensors_is_read() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.group = "head"
+    content = {
+        "model": STATE,
+        "parameters": dict(plain().named_parameters()),
+        "more": [parameter, torch.Size([1, 2]), torch.device("cpu"), torch.bfloat16, 3j, b"bytes", 2**70, None, True],
+        "milestones": Counter([30, 30, 60]),
+        "scores": np.arange(2000.0),
+        "pairs": {(0, 1): "a", "text": ("tuple", [1, {2: 3.5}])},
+    }
+    for new in (True, False):
+        torch.save(content, "weights.pt", _use_new_zipfile_serialization=new)
+        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), "model").state_dict()["3.bias"], STATE["3.bias"])
+
+
+def test_lists_of_the_same_list_are_walked_once() -> None:
+    started = time.monotonic()
+    for content, message in (
+        ({"weights": STATE, "x": nested(list, 1000, 4)}, None),
+        (nested(list, 1000, 4), "a state dict is needed, found list"),
+        ([[{"1.weight": ONE}] * 1000] * 1000, "does not fit"),
+    ):
+        torch.save(content, "weights.pt")
+        with pytest.raises(ModelError, match=message) if message else contextlib.nullcontext():
+            outside_model("somebodys:plain", Path("weights.pt"))
+    assert time.monotonic() - started < 1
+
+
+def test_a_long_list_of_records_is_not_read() -> None:
+    torch.save(STATE, "good.pt")
+    with zipfile.ZipFile("good.pt", "a") as archive:
+        for i in range(2100):
+            archive.writestr(f"good/{i:02000d}", b"")
+    with pytest.raises(ModelError, match=r"good\.pt: the list of its members has more than 4,194,304 bytes"):
+        outside_model("somebodys:plain", Path("good.pt"))
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
