@@ -65,7 +65,8 @@ TENSORS = (  # what makes tensors of a file's own bytes
 # What a pickle may call, and with what. Whatever else it names is refused: weights_only allows calls that take any amount of
 # memory or time for a number (bytearray, torch.Tensor), for a view that repeats one (set of a tensor), or in a chain (encode).
 CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
-    "collections.OrderedDict": lambda given: not given,
+    "collections.OrderedDict": lambda given: given == () or (len(given) == 1 and _are_pairs(given[0])),  # with pairs: Python 2
+    "__builtin__.set": lambda given: all(isinstance(part, list) and not any(isinstance(p, tuple) for p in part) for part in given),
     "collections.Counter": lambda given: all(isinstance(part, _Entries) for part in given),
     "torch.Size": lambda given: all(isinstance(part, tuple) for part in given),
     "_codecs.encode": lambda given: len(given) == 2 and isinstance(given[0], str) and given[1] == "latin1",
@@ -391,9 +392,11 @@ def _examine(path: Path, file: io.BytesIO) -> None:
                 given, stack = stack, marks.pop()
                 if kind == "TUPLE":
                     stack.append(tuple(given))
+                elif kind == "APPENDS":
+                    stack[-1] += given  # a list, as below; torch would refuse others too
                 elif kind == "SETITEMS":
                     looked = tuple(key for key in given[::2] if isinstance(key, tuple))
-                    stack[-1].n += len(given) // 2  # of an _Entries; torch would refuse others too
+                    stack[-1].n += len(given) // 2
             elif kind == "MARK":
                 marks.append(stack)
                 stack = []
@@ -412,8 +415,8 @@ def _examine(path: Path, file: io.BytesIO) -> None:
                     if not (called in CALLS and isinstance(looked, tuple) and CALLS[called](looked)):
                         refused.add(called if isinstance(called, _Name) else "calls of what it does not name")
                     made = _Entries() if called in ("collections.OrderedDict", "collections.Counter") else MADE
-                elif kind == "EMPTY_DICT":
-                    made = _Entries()
+                elif kind in ("EMPTY_DICT", "EMPTY_LIST"):
+                    made = _Entries() if kind == "EMPTY_DICT" else []
                 elif kind in ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
                     made = tuple(taken)
                 elif kind in ("APPEND", "SETITEM", "BUILD"):
@@ -421,6 +424,8 @@ def _examine(path: Path, file: io.BytesIO) -> None:
                     looked = taken[1] if kind == "BUILD" or (kind == "SETITEM" and isinstance(taken[1], tuple)) else ()
                     if kind == "SETITEM":
                         made.n += 1
+                    elif kind == "APPEND":
+                        made.append(taken[1])
                 elif kind == "BINPERSID":
                     made = MADE
                 stack += [made] if instruction.stack_after else []
@@ -433,6 +438,10 @@ def _examine(path: Path, file: io.BytesIO) -> None:
         raise ModelError(
             f"{path}: holds pickled objects ({_few(sorted(refused))}), which could run code or fill memory; save model.state_dict() alone"
         )
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
 
 
 def _is_read(name: str) -> bool:
@@ -448,7 +457,7 @@ def _length(value: Any) -> int:
     while waiting and n <= MOST_WORK:
         part = waiting.pop()
         waiting += part if isinstance(part, tuple) else ()
-        n += PART * len(part) if isinstance(part, tuple) else len(part) if isinstance(part, str) else 0
+        n += PART * len(part) if isinstance(part, tuple | list) else len(part) if isinstance(part, str) else 0
         n += PART * part.n if isinstance(part, _Entries) else 0
     return n
 
