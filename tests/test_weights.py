@@ -73,6 +73,7 @@ FACTORIES: dict[str, Callable[[], Any]] = {
     "raising": raising,
     "leaving": leaving,
     "lazy": lambda: nn.LazyLinear(3),
+    "named": lambda: nn.Sequential(OrderedDict(conv=nn.Linear(16, 8), norm=nn.Linear(8, 10))),  # "module" lies between them
 }
 
 
@@ -151,6 +152,36 @@ def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[
         assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), route).state_dict()["3.bias"], state["3.bias"])
     with pytest.raises(ModelError, match=f"nothing that fits .* is under --weights-key 'nix'; what fits: {routes[0]}"):
         outside_model("somebodys:plain", Path("weights.pt"), "nix")
+
+
+def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
+    raw, other = ({name: torch.full_like(value, i) for name, value in FACTORIES["named"]().state_dict().items()} for i in (1.0, 2.0))
+    both = {**raw, **below("module.", other)}
+    save_file(both, "both.safetensors")
+    torch.save(dict(sorted(both.items(), key=lambda entry: entry[0], reverse=True)), "both.pt")
+    for file in (Path("both.safetensors"), Path("both.pt")):
+        for key, expected in ((".", 1.0), ("", 1.0), ("module", 2.0)):
+            found = outside_model("somebodys:named", file, key).state_dict().values()
+            assert {float(value.unique()) for value in found} == {expected}, (file, key)
+        with pytest.raises(ModelError, match=r"and differ; what fits: .*\. \(the file itself\).*; --w"):
+            outside_model("somebodys:named", file)
+    half = {**raw, "module.conv.weight": other["conv.weight"]}
+    save_file(half, "half.safetensors")
+    assert set(outside_model("somebodys:named", Path("half.safetensors")).state_dict()["conv.weight"].unique().tolist()) == {1.0}
+    save_file({name: value for name, value in half.items() if name != "norm.bias"} | {"module.norm.bias": other["norm.bias"]}, "bad.pt")
+    with pytest.raises(ModelError, match="tensors are there twice, wrapped in two ways, and neither has all of them"):
+        outside_model("somebodys:named", Path("bad.pt"))
+
+
+def test_a_state_dict_with_another_in_it_is_not_taken_without_a_word() -> None:
+    torch.save({**STATE, "averaged": OTHER}, "weights.pt")
+    with pytest.raises(ModelError, match=r"and differ; what fits: \. \(the file itself\), averaged; --weights-key"):
+        outside_model("somebodys:plain", Path("weights.pt"))
+    for key, state in ((".", STATE), ("averaged", OTHER)):
+        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), key).state_dict()["3.bias"], state["3.bias"])
+    torch.save({"a": {"b": STATE}, "a.b": OTHER}, "weights.pt")
+    with pytest.raises(ModelError, match=r"several weights under 'a\.b' fit somebodys:plain, and differ; save"):
+        outside_model("somebodys:plain", Path("weights.pt"), "a.b")
 
 
 @pytest.mark.parametrize(

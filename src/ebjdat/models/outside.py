@@ -57,6 +57,7 @@ HARMLESS = (
     *(f"{package}.multiarray.{name}" for package in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
 )
+ITSELF = "."  # --weights-key of a file that is a state dict
 MADE = object()  # stands for what a call in a pickle returns
 TENSORS = (  # what makes tensors of a file's own bytes
     *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")),
@@ -128,17 +129,15 @@ def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> s
     wanted = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
     content = read_weights(path, sum(value.nbytes for value in wanted.values()))
     found = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
-    if key is not None:
-        chosen = [c for c in found if c.route == key]
-        if not chosen:
-            raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
-    else:
-        as_it_is = [c for c in found if not c.route and not c.left]
-        chosen = as_it_is or found
-        if not chosen:
-            raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
-        if any(not _equal(chosen[0], other) for other in chosen[1:]):
-            raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
+    chosen = found if key is None else [c for c in found if c.route == ("" if key == ITSELF else key)]
+    if not chosen and key is not None:
+        raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
+    if not chosen:
+        raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
+    if any(not _equal(chosen[0], other) for other in chosen[1:]):
+        if key is not None:
+            raise ModelError(f"{path}: several weights under {key!r} fit {factory}, and differ; save those that are meant alone")
+        raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
     one = chosen[0]
     try:
         model.load_state_dict(one.tensors, strict=False)  # every name was compared; what is no tensor (extra state) stays as it is
@@ -194,13 +193,34 @@ def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapp
         core = {name[len(shared) :]: own for name, own in ours.items()}
         if under.keys() != core.keys():
             continue
-        # one that is there twice, wrapped and not, is told apart by its whole name
-        for which in range(max(len(under[name]) for name in core)):
-            chosen = {own: under[name][min(which, len(under[name]) - 1)] for name, own in core.items()}
+        for chosen in _wrappings(under, prefix, core):
             picked = {own: tensors[name] for own, name in chosen.items()}
             if _fits(picked, wanted):
                 begins = _begins(chosen[max(wanted)], max(wanted))
                 yield Candidate(".".join((*route, *begins)), picked, tuple(sorted(tensors.keys() - set(chosen.values()))))
+
+
+def _wrappings(
+    under: Mapping[tuple[str, ...], list[str]], prefix: tuple[str, ...], core: Mapping[tuple[str, ...], str]
+) -> Iterator[dict[str, str]]:
+    """The file's names by the network's own; where names are there twice, wrapped and not, once for each wrapping that has them all."""
+    if all(len(names) == 1 for names in under.values()):
+        yield {own: under[name][0] for name, own in core.items()}
+        return
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name, own in core.items():
+        for theirs in under[name]:
+            found.setdefault(_before(theirs, len(prefix)), {}).setdefault(own, []).append(theirs)
+    for names in found.values():
+        if len(names) == len(core) and all(len(theirs) == 1 for theirs in names.values()):
+            yield {own: theirs[0] for own, theirs in names.items()}
+
+
+def _before(name: str, n: int) -> tuple[str, ...]:
+    """A name's first parts: n that are no wrappers, and every wrapper up to the next that is none."""
+    parts = name.split(".")
+    inner = [i for i, part in enumerate(parts) if part not in WRAPPERS]
+    return tuple(parts[: inner[n]] if n < len(inner) else parts)
 
 
 def _begins(theirs: str, ours: str) -> tuple[str, ...]:
@@ -258,7 +278,8 @@ def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
         score = len(core.keys() & theirs.keys())
         if score > best:
             best = score
-            text = f"does not fit {factory}{where}: {'; '.join(f'{what}: {_few(names)}' for what, names in wrong.items() if names)}"
+            told = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
+            text = f"does not fit {factory}{where}: {told or 'tensors are there twice, wrapped in two ways, and neither has all of them'}"
     found = f" of {_few([str(name) for name in content])}" if isinstance(content, Mapping) and content else ""
     return text or f"a state dict is needed, found {type(content).__name__}{found}"
 
@@ -274,7 +295,7 @@ def _few(names: Any) -> str:
 
 
 def _listed(found: list[Candidate]) -> str:
-    return f"what fits: {_few([c.route or '(the file itself)' for c in found])}" if found else "nothing in the file does"
+    return f"what fits: {_few([c.route or f'{ITSELF} (the file itself)' for c in found])}" if found else "nothing in the file does"
 
 
 def read_weights(path: Path, room: int) -> Any:
