@@ -27,7 +27,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust
+from ebjdat.evaluation.audit import audit
 from ebjdat.models.outside import ModelError, outside_model
+from ebjdat.params import AttackSettings
 
 from .conftest import Linear
 from .test_robust import images, labelled, settings
@@ -64,6 +66,25 @@ def leaving() -> nn.Module:
     sys.exit(2)
 
 
+class Own(nn.Module):
+    """A network one of whose methods is its own."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = plain()
+        setattr(self, name, function)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def refusing(error: BaseException) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    return refuse
+
+
 STATE, OTHER = plain().state_dict(), plain(1).state_dict()
 FACTORIES: dict[str, Callable[[], Any]] = {
     "plain": plain,
@@ -72,6 +93,9 @@ FACTORIES: dict[str, Callable[[], Any]] = {
     "averaged": lambda: AveragedModel(plain()),
     "raising": raising,
     "leaving": leaving,
+    "no eval": lambda: Own("eval", refusing(ValueError("no eval"))),
+    "no state": lambda: Own("state_dict", refusing(KeyError("no state"))),
+    "other eval": lambda: Own("eval", lambda: None),
     "lazy": lambda: nn.LazyLinear(3),
     "named": lambda: nn.Sequential(OrderedDict(conv=nn.Linear(16, 8), norm=nn.Linear(8, 10))),  # "module" lies between them
 }
@@ -394,7 +418,12 @@ def test_no_flipped_bit_of_a_file_is_loaded() -> None:
 def test_a_function_that_fails_is_one_line(tmp_path: Path) -> None:
     Path("broken.py").write_text("import nothing_of_the_kind\n")
     Path("worse.py").write_text("raise ValueError('at import')\n")
+    Path("moody.py").write_text("def __getattr__(name):\n    raise RuntimeError('not today')\n")
     for factory, message in (
+        ("moody:net", "looking for net in moody raised RuntimeError: not today"),
+        ("somebodys:no eval", r"own parameters\(\), .* or eval\(\) raised ValueError: no eval"),
+        ("somebodys:no state", r"state_dict\(\), to\(\) or eval\(\) raised KeyError: 'no state'"),
+        ("somebodys:other eval", "eval.. or state_dict.. returns something else than torch's do"),
         ("somebodys:raising", r"raising raised KeyError: 'no\\x1b\[31m such\\nsetting'"),
         ("somebodys:leaving", "leaving raised SystemExit: 2"),
         ("somebodys:lazy", "parameters without values"),
@@ -499,6 +528,90 @@ def test_networks_that_cannot_be_judged_are_refused_in_a_line(model: nn.Module, 
         robust.evaluate(model.eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
     assert str(raised.value).isprintable()
     assert torch.equal(x, before)
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, error: BaseException) -> Tensor:
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        raise ctx.error
+
+
+class After(nn.Module):
+    """A network with something on the way out, once it was called `late` times."""
+
+    def __init__(self, change: Callable[[Tensor], Any], late: int = 0) -> None:
+        super().__init__()
+        self.network, self.change, self.late, self.calls = plain(), change, late, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        logits = self.network(x)
+        return self.change(logits) if self.calls > self.late else logits
+
+
+@pytest.mark.parametrize("late", [0, 4, 30])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: Backward.apply(z, ValueError("once\nonly")), "no gradient can be taken through the network: ValueError: once only"),
+        (lambda z: Backward.apply(z, SystemExit(3)), "no gradient can be taken through the network: SystemExit: 3"),
+        (lambda z: sys.exit(3), r"the network failed on images of shape \(\d+, 1, 4, 4\), in \[0, 1\]: SystemExit: 3"),
+        (lambda z: z[: len(z) // 2], r"returned a tensor of shape \(\d+, 10\) for .*; logits of shape \(\d+, classes\) are needed"),
+        (lambda z: z[:, : 10 - (len(z) > 1)], r"returned \d+ logits for each of .*, and \d+ before"),
+        (lambda z: {"logits": z}, "returned dict for"),
+        (lambda z: z[..., None, None], r"returned a tensor of shape \(\d+, 10, 1, 1\) for"),
+        (lambda z: z.to(torch.complex64), r"returned a tensor of complex64 of shape \(\d+, 10\)"),
+        (lambda z: z.round().long(), r"returned a tensor of int64 of shape \(\d+, 10\)"),
+        (lambda z: z.detach(), "passes no gradient on to its input"),
+    ],
+)
+def test_whatever_a_network_does_whenever_is_one_line(change: Callable[[Tensor], Any], message: str, late: int) -> None:
+    """At the first call, or in the midst of an attack."""
+    x = images(30)
+    asked = settings(0.012, 0, batch_size=16)
+    with pytest.raises(AttackError, match=message) as raised:
+        robust.evaluate(After(change, late).eval(), x, plain()(x).argmax(1), "standard", asked)
+    assert str(raised.value).isprintable()
+
+
+def test_a_key_stops_also_a_network() -> None:
+    x = images()
+    for change in (lambda z: refusing(KeyboardInterrupt())(), lambda z: Backward.apply(z, KeyboardInterrupt())):
+        with pytest.raises(KeyboardInterrupt):
+            robust.evaluate(After(change).eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
+
+
+def test_no_logits_are_refused() -> None:
+    with pytest.raises(AttackError, match="the network returned no logits; of two classes"):
+        robust.evaluate(After(lambda z: z[:, :0]).eval(), images(), torch.zeros(24, dtype=torch.int64), "standard", settings(0.01, 0))
+
+
+def test_images_are_shown_once_before_an_attack() -> None:
+    """One pass under each protocol; what changes its images is refused in it, before any attack."""
+    x, seen = images(40), []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                seen.append(len(x))
+            return self.network(x)
+
+    one = {"eps": 0.01, "n": 0, "pgd": {"step_size": 0.01}}
+    asked = AttackSettings.model_validate({"protocols": {"standard": one, "released": one}, "batch_size": 40})
+    y = (Linear()(x).argmax(1) + 1) % 10  # nothing stands, nothing is attacked
+    audit(Counted().eval(), x, y, asked, with_checks=False)
+    assert sum(n for n in seen if n == 40) == 2 * 40
 
 
 def test_labels_counted_from_one_are_told() -> None:

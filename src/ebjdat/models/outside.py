@@ -6,6 +6,7 @@ neither code in it nor a size that it claims does any harm.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -77,8 +78,10 @@ CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
 }
 
 
-def outside_model(factory: str, weights: Path | None = None, key: str | None = None) -> nn.Module:
-    """Call "package.module:function" without arguments and load the weights, if given. The folder one works in can be imported from.
+def outside_model(factory: str, weights: Path | None = None, key: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Call "package.module:function" without arguments and load the weights, if given: a network on the device, in eval mode.
+
+    The folder one works in can be imported from.
 
     weights: safetensors, or a file of torch.save with tensors, numbers and text alone, that holds a state dict however it is
     wrapped; what was read is said. key: which, where several fit. Raises ModelError when something is missing or does not fit.
@@ -88,27 +91,43 @@ def outside_model(factory: str, weights: Path | None = None, key: str | None = N
         raise ModelError(f"--model {factory!r}: package.module:function is allowed")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    asked = f"--model {factory!r}"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.split(".")[0]
         where = f"run this where {root!r} can be imported" if error.name in (root, module) else f"{root!r} needs it"
-        raise ModelError(f"--model {factory!r}: {error}; {where}") from error
+        raise ModelError(f"{asked}: {error}; {where}") from error
     except (Exception, SystemExit) as error:
-        raise ModelError(f"--model {factory!r}: importing {module} raised {in_a_line(error)}") from error
-    if not hasattr(found, function):
-        raise ModelError(f"--model {factory!r}: the module {module} has no {function!r}")
-    try:
+        raise ModelError(f"{asked}: importing {module} raised {in_a_line(error)}") from error
+    with theirs(f"{asked}: looking for {function} in {module}"):
+        if not hasattr(found, function):
+            raise ModelError(f"{asked}: the module {module} has no {function!r}")
+    with theirs(f"{asked}: {function}"):
         model = getattr(found, function)()
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{asked} made {type(model).__name__}; a torch.nn.Module is needed")
+    with theirs(f"{asked}: the network's own parameters(), buffers(), state_dict(), to() or eval()"):
+        if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
+            raise ModelError(f"{asked}: parameters without values (lazy layers, or on the device meta); make them in the function")
+        if weights is not None:
+            print(f"weights: {_load_into(model, factory, weights, key)}", flush=True)
+        ready = model.to(device).eval()
+        state = ready.state_dict() if isinstance(ready, nn.Module) else None
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise ModelError(f"{asked}: the network's to(), eval() or state_dict() returns something else than torch's do")
+        return ready
+
+
+@contextlib.contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Run somebody's code inside: what it raises, and its exit, become a ModelError that says what it was."""
+    try:
+        yield
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"--model {factory!r}: {function} raised {in_a_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"--model {factory!r} made {type(model).__name__}; a torch.nn.Module is needed")
-    if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
-        raise ModelError(f"--model {factory!r}: parameters without values (lazy layers, or on the device meta); make them in the function")
-    if weights is not None:
-        print(f"weights: {_load_into(model, factory, weights, key)}", flush=True)
-    return model.eval()
+        raise ModelError(f"{what} raised {in_a_line(error)}") from error
 
 
 @dataclass(frozen=True)
