@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 from pyautoattack.fab_pt import FABAttack_PT
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ebjdat.evaluation import checks, ensemble, robust
@@ -514,6 +516,30 @@ def test_a_weak_network_is_above_chance_and_one_that_guesses_is_not() -> None:
     assert checks.above_chance(turned).passed is False
     assert checks.classes_in_order(turned).passed is False
     assert checks.above_chance(Verdicts(torch.zeros(50), torch.zeros(50), classes=2)).passed is None  # one class alone
+
+
+def test_the_best_order_is_that_of_a_dense_assignment() -> None:
+    """Of all classes, seen or not; as many right as scipy's dense solver finds, and with the same classes left as they are."""
+    rng = np.random.default_rng(0)
+    for classes, n in ((2, 1), (3, 8), (5, 40), (12, 30), (40, 30), (40, 400)):
+        for _ in range(20):
+            y = rng.integers(0, classes, n)
+            prediction = np.where(rng.random(n) < 0.5, rng.permutation(classes)[y], rng.integers(-1, classes, n))
+            confusion = np.zeros((classes, classes))
+            np.add.at(confusion, (y[prediction >= 0], prediction[prediction >= 0]), 1)
+            worth = confusion + np.eye(classes) / 2
+            best = linear_sum_assignment(worth, maximize=True)[1]
+            found = checks._best_order(y, prediction, classes)
+            assert sorted(found) == list(range(classes))
+            assert worth[range(classes), found].sum() == worth[range(classes), best].sum()
+
+
+def test_the_order_of_twenty_thousand_classes_is_found_in_seconds() -> None:
+    classes = 21_000
+    y = np.arange(2 * classes) % classes
+    started = time.monotonic()
+    assert checks._best_order(y, (y + 1) % classes, classes)[:3].tolist() == [1, 2, 3]
+    assert time.monotonic() - started < 5  # a dense table of them takes 3.5 GB
 
 
 def test_an_untrained_network_is_no_permutation() -> None:
