@@ -543,6 +543,11 @@ class Backward(torch.autograd.Function):
         raise ctx.error
 
 
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 class After(nn.Module):
     """A network with something on the way out, once it was called `late` times."""
 
@@ -569,6 +574,7 @@ class After(nn.Module):
         (lambda z: z[..., None, None], r"returned a tensor of shape \(\d+, 10, 1, 1\) for"),
         (lambda z: z.to(torch.complex64), r"returned a tensor of complex64 of shape \(\d+, 10\)"),
         (lambda z: z.round().long(), r"returned a tensor of int64 of shape \(\d+, 10\)"),
+        (lambda z: refusing(Wordless())(), r"the network failed on images of shape \(\d+, 1, 4, 4\), in \[0, 1\]: Wordless$"),
         (lambda z: z.detach(), "passes no gradient on to its input"),
     ],
 )
@@ -586,6 +592,39 @@ def test_a_key_stops_also_a_network() -> None:
     for change in (lambda z: refusing(KeyboardInterrupt())(), lambda z: Backward.apply(z, KeyboardInterrupt())):
         with pytest.raises(KeyboardInterrupt):
             robust.evaluate(After(change).eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
+
+
+@pytest.mark.parametrize("change", [Tensor.bfloat16, Tensor.half, Tensor.double, lambda z: z.as_subclass(type("Kind", (Tensor,), {}))])
+def test_logits_of_another_kind_are_as_good(change: Callable[[Tensor], Tensor]) -> None:
+    """As those that are rounded alike and then made fp32."""
+    x = images(30)
+    y = plain()(x).argmax(1)
+    asked = settings(0.012, 0)
+    both = (change, lambda z: change(z).as_subclass(Tensor).float())
+    found, expected = (robust.evaluate(After(f).eval(), x, y, "standard", asked) for f in both)
+    assert torch.equal(found.prediction, expected.prediction)
+    assert torch.equal(found.stands["pgd20"], expected.stands["pgd20"])
+    assert 0 < int(found.survivors(["pgd20"]).sum()) < 30
+
+
+def test_a_network_that_sets_the_seed_of_attacks_is_refused() -> None:
+    """Square would draw the same squares at every step. One that puts the generator back is fine."""
+    x = images()
+    y = plain()(x).argmax(1)
+
+    def seeded(z: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return z
+
+    def own(z: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            return seeded(z)
+
+    before = torch.get_rng_state()
+    with pytest.raises(AttackError, match="sets torch's random seed"):
+        robust.evaluate(After(seeded).eval(), x, y, "standard", settings(0.01, 0))
+    robust.evaluate(After(own).eval(), x, y, "standard", settings(0.01, 0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_logits_are_refused() -> None:

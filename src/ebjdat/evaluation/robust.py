@@ -32,6 +32,7 @@ from ebjdat.statistics import wilson
 
 SLACK = ensemble.SLACK
 NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
+PROBE = 0x5EED_0B5E_55ED  # a seed that nobody sets
 MOST_NOT_FINITE = 0.1  # share of clean images without finite logits, beyond which a network is broken and has no accuracy
 
 
@@ -196,8 +197,11 @@ def classes_of(judge: Guarded, x: Tensor, y: Tensor) -> int:
     Raises AttackError when it returns no logits for these labels, or passes no gradient on to the image.
     """
     image = x[:1].detach().requires_grad_(True)
-    with torch.enable_grad():
+    with torch.enable_grad(), ensemble.own_randomness():
+        torch.manual_seed(PROBE)
         logits = judge(image)
+        if torch.initial_seed() != PROBE:
+            raise AttackError("the network sets torch's random seed, so attacks would draw the same again; give it a torch.Generator")
     classes = int(logits.shape[1])
     if classes < 2:
         few = "one logit" if classes else "no logits"

@@ -128,7 +128,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Guarded(nn.Module):
-    """Any network, as attacks call it: images (N, C, H, W) -> its logits (N, K).
+    """Any network, as attacks call it: images (N, C, H, W) -> its logits (N, K), fp32.
 
     It gets images of its own, so that one that works in place changes nobody's. An image whose gradient is not finite gets
     a zero one, so that attacks leave it where it is instead of at NaN. What is raised inside, also in its backward pass,
@@ -165,7 +165,7 @@ class Guarded(nn.Module):
         if self.classes not in (None, logits.shape[1]):
             raise AttackError(f"the network returned {logits.shape[1]} logits for each of {asked}, and {self.classes} before")
         self.classes = logits.shape[1]
-        return logits
+        return logits.as_subclass(Tensor).float()
 
 
 class _Backward(torch.autograd.Function):
