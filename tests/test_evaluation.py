@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,24 @@ def test_inception_without_weights_is_a_clear_error_or_a_named_fallback(
     assert "it is no FID" in capsys.readouterr().out
     grey = wanted.model_copy(update={"extractor": "auto", "inception_weights": None})
     assert frechet.choose_extractor(network, grey, torch.device("cpu"), 1)[0] == "reference"
+
+
+def test_a_file_of_inceptions_weights_is_not_unpacked_or_run(tmp_path: Path, network: WideResNet) -> None:
+    """Neither what expands nor what calls; nor is a file read again by torch-fidelity, which would run it."""
+    path = tmp_path / "weights.pth"
+    wanted = GenerateSettings(n=2, steps=1, extractor="inception", inception_weights=str(path))
+    torch.save({"weight": torch.zeros(2**20)}, tmp_path / "good.pth")
+    with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in good.namelist():
+            packed.writestr(name, good.read(name))
+    with pytest.raises(ExtractorError, match=r"weights of Inception cannot be had from .*is compressed, which torch\.save never does"):
+        frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
+    torch.save([torch.zeros(3)], path)
+    with pytest.raises(ExtractorError, match=r"weights\.pth \(a state dict is needed, found list\)"):
+        frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
+    torch.save({"weight": torch.zeros(3), "losses": np.arange(3)}, path)
+    with pytest.raises(ExtractorError, match=r"RuntimeError: Error.* in loading state_dict"):
+        frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
 
 
 def test_inception_features_from_a_weights_file(tmp_path: Path, network: WideResNet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,32 @@ def test_state_keeps_what_was_counted(tmp_path: Path) -> None:
     assert again.classes == 10
 
 
+def test_autoattacks_own_checks_do_not_see_such_images() -> None:
+    """A comparison with NaN says nothing: with three such images first, probabilities would pass for logits."""
+    x, model = images(), Lossy(0.5).eval()
+    with torch.no_grad():
+        y = model.network(x).argmax(1)
+
+    class Probable(Lossy):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(1)
+
+    verdicts = robust.evaluate(Probable(0.5).eval(), x, y, "quick", settings())
+    assert (verdicts.prediction[:3] == NO_CLASS).all()
+    assert any("probability distribution" in text for text in verdicts.flags)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_such_a_point_is_noted_where_it_lies_in_the_ball_and_in_the_box(norm: str) -> None:
+    protocol = settings(0.01).protocols["quick"].model_copy(update={"norm": norm})
+    x = torch.stack([torch.full((1, 4, 4), value) for value in (0.001, 0.5, 0.999)])
+    for step, rows in ((0.002, [0, 1]), (-0.002, [1, 2]), (0.02, []), (-0.0009, [0, 1, 2])):
+        noting = ensemble._Noting(lambda points: torch.full((len(points), 10), math.nan), x, protocol)
+        assert noting(x + step).eq(0).all()
+        assert sorted(noting.found) == rows
+        assert torch.equal(noting.merged(x) != x, torch.tensor([row in rows for row in range(3)]).view(3, 1, 1, 1).expand_as(x))
+
+
 def test_more_than_a_tenth_is_refused_before_anything_is_attacked() -> None:
     x, model = images(), Lossy(0.5).eval()
     x[:5, 0, 0, 0] = 0.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 from pyautoattack.fab_pt import FABAttack_PT
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ebjdat.evaluation import checks, ensemble, robust
@@ -271,6 +273,7 @@ def test_what_is_not_finite_breaks_nothing(linear: Linear, monkeypatch: pytest.M
     verdicts = robust.evaluate(linear, x, labelled(linear, x, 0), "standard", settings(1e-4))
     assert verdicts.stands["square"].min() == 1
     assert verdicts.excess == 1.0
+    assert not verdicts.lost.any()  # such an image is no image that the network lost
 
 
 def test_state_of_another_network_or_radius_is_not_continued(tmp_path: Path) -> None:
@@ -514,6 +517,59 @@ def test_a_weak_network_is_above_chance_and_one_that_guesses_is_not() -> None:
     assert checks.above_chance(turned).passed is False
     assert checks.classes_in_order(turned).passed is False
     assert checks.above_chance(Verdicts(torch.zeros(50), torch.zeros(50), classes=2)).passed is None  # one class alone
+
+
+def test_two_classes_that_are_confused_are_no_other_order() -> None:
+    """Two of ten are taken for each other more often than told apart, and as often for anything else: no order makes most of them right."""
+    y, prediction = (torch.arange(400) % 10 for _ in range(2))
+    for k in (0, 1):
+        rows = (y == k).nonzero().squeeze(1)
+        prediction[rows] = torch.tensor([1 - k] * 18 + [k] * 2 + [2, 3, 4, 5, 6] * 4)[torch.arange(40).roll(k)]
+    found = checks.classes_in_order(Verdicts(y, prediction, classes=10))
+    assert (found.passed, found.value) == (True, 0.0)
+    for k in (0, 1):  # three of four: an order
+        prediction[(y == k).nonzero().squeeze(1)[:30]] = 1 - k
+    found = checks.classes_in_order(Verdicts(y, prediction, classes=10))
+    assert found.passed is False
+    assert found.says.endswith("label 0 is its 1, 1 is its 0")
+
+
+def test_a_reading_under_which_the_most_frequent_class_is_guessed_is_no_better_one() -> None:
+    """Bright images are class 0 to it, which six of ten are: many more right, and no more than by a guess."""
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            bright = x.flatten(1).mean(1, keepdim=True) - 0.5
+            return torch.cat([bright, -bright, -bright.abs() - 1, -bright.abs() - 1], 1)
+
+    x, y = images(100) * 0.4, torch.arange(100) % 5
+    y = (y - 2).clamp_min(0) + (y > 2)  # 0, 0, 0, 2, 3
+    found = checks.usual_images(Constant(), x, y, settings(0.01))
+    assert (found.passed, found.value) == (True, 0.0)
+
+
+def test_the_best_order_is_that_of_a_dense_assignment() -> None:
+    """Of all classes, seen or not; as many right as scipy's dense solver finds, and with the same classes left as they are."""
+    rng = np.random.default_rng(0)
+    for classes, n in ((2, 1), (3, 8), (5, 40), (12, 30), (40, 30), (40, 400)):
+        for _ in range(20):
+            y = rng.integers(0, classes, n)
+            prediction = np.where(rng.random(n) < 0.5, rng.permutation(classes)[y], rng.integers(-1, classes, n))
+            confusion = np.zeros((classes, classes))
+            np.add.at(confusion, (y[prediction >= 0], prediction[prediction >= 0]), 1)
+            worth = confusion + np.eye(classes) / 2
+            best = linear_sum_assignment(worth, maximize=True)[1]
+            found = checks._best_order(y, prediction, classes)
+            assert sorted(found) == list(range(classes))
+            assert worth[range(classes), found].sum() == worth[range(classes), best].sum()
+
+
+def test_the_order_of_twenty_thousand_classes_is_found_in_seconds() -> None:
+    classes = 21_000
+    y = np.arange(2 * classes) % classes
+    started = time.monotonic()
+    assert checks._best_order(y, (y + 1) % classes, classes)[:3].tolist() == [1, 2, 3]
+    assert time.monotonic() - started < 5  # a dense table of them takes 3.5 GB
 
 
 def test_an_untrained_network_is_no_permutation() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import os
 import pathlib
 import pickle
 import struct
 import sys
+import time
 import types
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust
+from ebjdat.evaluation.audit import audit
 from ebjdat.models.outside import ModelError, outside_model
+from ebjdat.params import AttackSettings
 
 from .conftest import Linear
 from .test_robust import images, labelled, settings
@@ -60,6 +66,25 @@ def leaving() -> nn.Module:
     sys.exit(2)
 
 
+class Own(nn.Module):
+    """A network one of whose methods is its own."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = plain()
+        setattr(self, name, function)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def refusing(error: BaseException) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    return refuse
+
+
 STATE, OTHER = plain().state_dict(), plain(1).state_dict()
 FACTORIES: dict[str, Callable[[], Any]] = {
     "plain": plain,
@@ -68,7 +93,11 @@ FACTORIES: dict[str, Callable[[], Any]] = {
     "averaged": lambda: AveragedModel(plain()),
     "raising": raising,
     "leaving": leaving,
+    "no eval": lambda: Own("eval", refusing(ValueError("no eval"))),
+    "no state": lambda: Own("state_dict", refusing(KeyError("no state"))),
+    "other eval": lambda: Own("eval", lambda: None),
     "lazy": lambda: nn.LazyLinear(3),
+    "named": lambda: nn.Sequential(OrderedDict(conv=nn.Linear(16, 8), norm=nn.Linear(8, 10))),  # "module" lies between them
 }
 
 
@@ -149,6 +178,36 @@ def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[
         outside_model("somebodys:plain", Path("weights.pt"), "nix")
 
 
+def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
+    raw, other = ({name: torch.full_like(value, i) for name, value in FACTORIES["named"]().state_dict().items()} for i in (1.0, 2.0))
+    both = {**raw, **below("module.", other)}
+    save_file(both, "both.safetensors")
+    torch.save(dict(sorted(both.items(), key=lambda entry: entry[0], reverse=True)), "both.pt")
+    for file in (Path("both.safetensors"), Path("both.pt")):
+        for key, expected in ((".", 1.0), ("", 1.0), ("module", 2.0)):
+            found = outside_model("somebodys:named", file, key).state_dict().values()
+            assert {float(value.unique()) for value in found} == {expected}, (file, key)
+        with pytest.raises(ModelError, match=r"and differ; what fits: .*\. \(the file itself\).*; --w"):
+            outside_model("somebodys:named", file)
+    half = {**raw, "module.conv.weight": other["conv.weight"]}
+    save_file(half, "half.safetensors")
+    assert set(outside_model("somebodys:named", Path("half.safetensors")).state_dict()["conv.weight"].unique().tolist()) == {1.0}
+    save_file({name: value for name, value in half.items() if name != "norm.bias"} | {"module.norm.bias": other["norm.bias"]}, "bad.pt")
+    with pytest.raises(ModelError, match="tensors are there twice, wrapped in two ways, and neither has all of them"):
+        outside_model("somebodys:named", Path("bad.pt"))
+
+
+def test_a_state_dict_with_another_in_it_is_not_taken_without_a_word() -> None:
+    torch.save({**STATE, "averaged": OTHER}, "weights.pt")
+    with pytest.raises(ModelError, match=r"and differ; what fits: \. \(the file itself\), averaged; --weights-key"):
+        outside_model("somebodys:plain", Path("weights.pt"))
+    for key, state in ((".", STATE), ("averaged", OTHER)):
+        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), key).state_dict()["3.bias"], state["3.bias"])
+    torch.save({"a": {"b": STATE}, "a.b": OTHER}, "weights.pt")
+    with pytest.raises(ModelError, match=r"several weights under 'a\.b' fit somebodys:plain, and differ; save"):
+        outside_model("somebodys:plain", Path("weights.pt"), "a.b")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -162,7 +221,7 @@ def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[
         (plain(), "holds pickled objects .torch.nn.modules"),
         (
             {"state_dict": STATE, "path": pathlib.PurePosixPath("x")},
-            r"pickled objects \(pathlib.PurePosixPath\), which could run code; save",
+            r"pickled objects \(pathlib.PurePosixPath\), which could run code or fill memory; save",
         ),
     ],
 )
@@ -199,6 +258,104 @@ def sparse(start: bytes, size: int) -> None:
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch evil",)
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function: Callable[..., Any], *given: Any) -> None:
+        self.call = function, given
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def nested(kind: type, width: int, deep: int) -> Any:
+    """Lists or tuples that hold the same one many times: a short pickle."""
+    inner: Any = kind()
+    for _ in range(deep):
+        inner = kind([inner] * width)
+    return inner
+
+
+def repeated_text(n: int) -> list[Calls]:
+    text = "a" * 2**16
+    return [Calls(codecs.encode, text, "latin1") for _ in range(n)]
+
+
+ONE, dense = torch.zeros(1), torch._utils._rebuild_device_tensor_from_cpu_tensor
+BOMBS: dict[str, tuple[Any, str]] = {  # short pickles that would take memory or time
+    "a number": (Calls(bytearray, 2**28), "__builtin__.bytearray"),
+    "a tensor's size": (Calls(torch.Tensor, 2**28), "torch.Tensor"),
+    "another's": (Calls(torch.FloatTensor, 2**28), "torch.FloatTensor"),
+    "a view in a set": (Calls(set, ONE.expand(2**20)), "__builtin__.set"),
+    "a view's pairs": (Calls(OrderedDict, ONE.expand(2**20, 2)), "collections.OrderedDict"),
+    "pairs that are views": (Calls(OrderedDict, [ONE.expand(2)]), "collections.OrderedDict"),
+    "a set of keys of keys": ({nested(tuple, 2, 3)}, "__builtin__.set"),
+    "a view's shape": (Calls(torch.Size, ONE.expand(2**20)), "torch.Size"),
+    "a view counted": (Calls(Counter, ONE.expand(2**20)), "collections.Counter"),
+    "by another's hand": (
+        Calls(torch._tensor._rebuild_from_type_v2, bytearray, torch.Tensor, (2**28,), None),
+        "torch._tensor._rebuild_from",
+    ),
+    "a dense copy": (
+        Calls(torch._utils._rebuild_device_tensor_from_cpu_tensor, ONE.expand(2**27), torch.float64, "cpu", False),
+        "torch._utils",
+    ),
+    "twice as long": (Calls(codecs.encode, Calls(codecs.encode, "ab", "latin1"), "hex"), "_codecs.encode"),
+    "text again and again": (repeated_text(200), "repeats itself"),
+    "a key of keys": ({nested(tuple, 2, 23): 1}, "repeats itself"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_short_pickle_takes_no_memory_and_no_time(kind: str, old: bool) -> None:
+    content, message = BOMBS[kind]
+    torch.save({"state_dict": STATE, "x": content}, "bad.pt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(ModelError, match=message) as raised:
+        outside_model("somebodys:plain", Path("bad.pt"))
+    assert str(raised.value).isprintable()
+
+
+def test_what_usual_checkpoints_hold_beside_tensors_is_read() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.group = "head"
+    content = {
+        "model": STATE,
+        "parameters": dict(plain().named_parameters()),
+        "more": [parameter, torch.Size([1, 2]), torch.device("cpu"), torch.bfloat16, 3j, b"bytes", 2**70, None, True],
+        "milestones": Counter([30, 30, 60]),
+        "classes": {"cat", "dog", 3},
+        "by Python 2": Calls(OrderedDict, [["weight", torch.ones(2)], ["bias", torch.ones(2)]]),
+        "scores": np.arange(2000.0),
+        "pairs": {(0, 1): "a", "text": ("tuple", [1, {2: 3.5}])},
+    }
+    for new in (True, False):
+        torch.save(content, "weights.pt", _use_new_zipfile_serialization=new)
+        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), "model").state_dict()["3.bias"], STATE["3.bias"])
+
+
+def test_lists_of_the_same_list_are_walked_once() -> None:
+    started = time.monotonic()
+    for content, message in (
+        ({"weights": STATE, "x": nested(list, 1000, 4)}, None),
+        (nested(list, 1000, 4), "a state dict is needed, found list"),
+        ([[{"1.weight": ONE}] * 1000] * 1000, "does not fit"),
+    ):
+        torch.save(content, "weights.pt")
+        with pytest.raises(ModelError, match=message) if message else contextlib.nullcontext():
+            outside_model("somebodys:plain", Path("weights.pt"))
+    assert time.monotonic() - started < 1
+
+
+def test_a_long_list_of_records_is_not_read() -> None:
+    torch.save(STATE, "good.pt")
+    with zipfile.ZipFile("good.pt", "a") as archive:
+        for i in range(2100):
+            archive.writestr(f"good/{i:02000d}", b"")
+    with pytest.raises(ModelError, match=r"good\.pt: the list of its members has more than 4,194,304 bytes"):
+        outside_model("somebodys:plain", Path("good.pt"))
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -261,7 +418,12 @@ def test_no_flipped_bit_of_a_file_is_loaded() -> None:
 def test_a_function_that_fails_is_one_line(tmp_path: Path) -> None:
     Path("broken.py").write_text("import nothing_of_the_kind\n")
     Path("worse.py").write_text("raise ValueError('at import')\n")
+    Path("moody.py").write_text("def __getattr__(name):\n    raise RuntimeError('not today')\n")
     for factory, message in (
+        ("moody:net", "looking for net in moody raised RuntimeError: not today"),
+        ("somebodys:no eval", r"own parameters\(\), .* or eval\(\) raised ValueError: no eval"),
+        ("somebodys:no state", r"state_dict\(\), to\(\) or eval\(\) raised KeyError: 'no state'"),
+        ("somebodys:other eval", "eval.. or state_dict.. returns something else than torch's do"),
         ("somebodys:raising", r"raising raised KeyError: 'no\\x1b\[31m such\\nsetting'"),
         ("somebodys:leaving", "leaving raised SystemExit: 2"),
         ("somebodys:lazy", "parameters without values"),
@@ -366,6 +528,129 @@ def test_networks_that_cannot_be_judged_are_refused_in_a_line(model: nn.Module, 
         robust.evaluate(model.eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
     assert str(raised.value).isprintable()
     assert torch.equal(x, before)
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, error: BaseException) -> Tensor:
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        raise ctx.error
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class After(nn.Module):
+    """A network with something on the way out, once it was called `late` times."""
+
+    def __init__(self, change: Callable[[Tensor], Any], late: int = 0) -> None:
+        super().__init__()
+        self.network, self.change, self.late, self.calls = plain(), change, late, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        logits = self.network(x)
+        return self.change(logits) if self.calls > self.late else logits
+
+
+@pytest.mark.parametrize("late", [0, 4, 30])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: Backward.apply(z, ValueError("once\nonly")), "no gradient can be taken through the network: ValueError: once only"),
+        (lambda z: Backward.apply(z, SystemExit(3)), "no gradient can be taken through the network: SystemExit: 3"),
+        (lambda z: sys.exit(3), r"the network failed on images of shape \(\d+, 1, 4, 4\), in \[0, 1\]: SystemExit: 3"),
+        (lambda z: z[: len(z) // 2], r"returned a tensor of shape \(\d+, 10\) for .*; logits of shape \(\d+, classes\) are needed"),
+        (lambda z: z[:, : 10 - (len(z) > 1)], r"returned \d+ logits for each of .*, and \d+ before"),
+        (lambda z: {"logits": z}, "returned dict for"),
+        (lambda z: z[..., None, None], r"returned a tensor of shape \(\d+, 10, 1, 1\) for"),
+        (lambda z: z.to(torch.complex64), r"returned a tensor of complex64 of shape \(\d+, 10\)"),
+        (lambda z: z.round().long(), r"returned a tensor of int64 of shape \(\d+, 10\)"),
+        (lambda z: refusing(Wordless())(), r"the network failed on images of shape \(\d+, 1, 4, 4\), in \[0, 1\]: Wordless$"),
+        (lambda z: z.detach(), "passes no gradient on to its input"),
+    ],
+)
+def test_whatever_a_network_does_whenever_is_one_line(change: Callable[[Tensor], Any], message: str, late: int) -> None:
+    """At the first call, or in the midst of an attack."""
+    x = images(30)
+    asked = settings(0.012, 0, batch_size=16)
+    with pytest.raises(AttackError, match=message) as raised:
+        robust.evaluate(After(change, late).eval(), x, plain()(x).argmax(1), "standard", asked)
+    assert str(raised.value).isprintable()
+
+
+def test_a_key_stops_also_a_network() -> None:
+    x = images()
+    for change in (lambda z: refusing(KeyboardInterrupt())(), lambda z: Backward.apply(z, KeyboardInterrupt())):
+        with pytest.raises(KeyboardInterrupt):
+            robust.evaluate(After(change).eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
+
+
+@pytest.mark.parametrize("change", [Tensor.bfloat16, Tensor.half, Tensor.double, lambda z: z.as_subclass(type("Kind", (Tensor,), {}))])
+def test_logits_of_another_kind_are_as_good(change: Callable[[Tensor], Tensor]) -> None:
+    """As those that are rounded alike and then made fp32."""
+    x = images(30)
+    y = plain()(x).argmax(1)
+    asked = settings(0.012, 0)
+    both = (change, lambda z: change(z).as_subclass(Tensor).float())
+    found, expected = (robust.evaluate(After(f).eval(), x, y, "standard", asked) for f in both)
+    assert torch.equal(found.prediction, expected.prediction)
+    assert torch.equal(found.stands["pgd20"], expected.stands["pgd20"])
+    assert 0 < int(found.survivors(["pgd20"]).sum()) < 30
+
+
+def test_a_network_that_sets_the_seed_of_attacks_is_refused() -> None:
+    """Square would draw the same squares at every step. One that puts the generator back is fine."""
+    x = images()
+    y = plain()(x).argmax(1)
+
+    def seeded(z: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return z
+
+    def own(z: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            return seeded(z)
+
+    before = torch.get_rng_state()
+    with pytest.raises(AttackError, match="sets torch's random seed"):
+        robust.evaluate(After(seeded).eval(), x, y, "standard", settings(0.01, 0))
+    robust.evaluate(After(own).eval(), x, y, "standard", settings(0.01, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_logits_are_refused() -> None:
+    with pytest.raises(AttackError, match="the network returned no logits; of two classes"):
+        robust.evaluate(After(lambda z: z[:, :0]).eval(), images(), torch.zeros(24, dtype=torch.int64), "standard", settings(0.01, 0))
+
+
+def test_images_are_shown_once_before_an_attack() -> None:
+    """One pass under each protocol; what changes its images is refused in it, before any attack."""
+    x, seen = images(40), []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                seen.append(len(x))
+            return self.network(x)
+
+    one = {"eps": 0.01, "n": 0, "pgd": {"step_size": 0.01}}
+    asked = AttackSettings.model_validate({"protocols": {"standard": one, "released": one}, "batch_size": 40})
+    y = (Linear()(x).argmax(1) + 1) % 10  # nothing stands, nothing is attacked
+    audit(Counted().eval(), x, y, asked, with_checks=False)
+    assert sum(n for n in seen if n == 40) == 2 * 40
 
 
 def test_labels_counted_from_one_are_told() -> None:

@@ -52,5 +52,9 @@ def message(text: object) -> str:
 
 
 def in_a_line(error: BaseException, length: int = 300) -> str:
-    """Another program's error by its type and text, in one line."""
-    return f"{type(error).__name__}: {brief(' '.join(str(error).split()), length)}".removesuffix(": ")
+    """Another program's error by its type and text, in one line; by its type alone where its text cannot be had."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {brief(' '.join(text.split()), length)}".removesuffix(": ")

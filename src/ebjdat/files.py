@@ -173,17 +173,17 @@ def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArra
 
 
 class ZipSource(io.BufferedReader):
-    """A file for zipfile.ZipFile, which then reads no list of members longer than DIRECTORY_LIMIT into memory (or DataError)."""
+    """A file for zipfile.ZipFile, which then reads no list of members longer than `limit` bytes into memory (or DataError)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int = DIRECTORY_LIMIT) -> None:
         super().__init__(io.FileIO(path))
-        self.path, self.size = path, path.stat().st_size
+        self.path, self.limit, self.size = path, limit, path.stat().st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
         rest = max(0, self.size - self.tell())
         size = rest if size is None or size < 0 else min(size, rest)
-        if size > DIRECTORY_LIMIT:
-            raise DataError(f"{self.path}: the list of its members has more than {DIRECTORY_LIMIT:,} bytes, which is the limit")
+        if size > self.limit:
+            raise DataError(f"{self.path}: the list of its members has more than {self.limit:,} bytes, which is the limit")
         return super().read(size)
 
 

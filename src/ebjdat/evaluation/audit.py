@@ -44,12 +44,11 @@ def audit(
     """
     settings = limited(settings, len(x))
     with robust.judging(model) as judge:  # under every protocol, before the first one takes hours
-        for name in settings.protocols:
-            robust.fit(judge, x, y, name, settings)
+        fitted = {name: robust.fit(judge, x, y, name, settings) for name in settings.protocols}
     if source is not None:
         with robust.judging(source) as judge:
             robust.classes_of(judge, x, y)
-    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers) for name in settings.protocols}
+    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers, fitted[name]) for name in settings.protocols}
     metrics: dict[str, Any] = {}
     for name, protocol in settings.protocols.items():
         metrics |= robust.summary(name, protocol, verdicts[name])

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.stats import binom, binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,10 +158,19 @@ def classes_in_order(verdicts: Verdicts) -> Check:
 
 def _best_order(y: NDArray[Any], prediction: NDArray[Any], classes: int) -> NDArray[Any]:
     """The network's class for each label, so that as many predictions as possible are right; a label that is not seen keeps its own."""
-    seen = prediction != NO_CLASS
-    confusion = np.zeros((classes, classes))
-    np.add.at(confusion, (y[seen], prediction[seen]), 1)
-    order: NDArray[Any] = linear_sum_assignment(confusion + np.eye(classes) / 2, maximize=True)[1]  # ties: as it is
+    order = np.arange(classes)
+    known = prediction != NO_CLASS
+    seen, place = np.unique(np.concatenate([y[known], prediction[known]]), return_inverse=True)
+    if not len(seen):
+        return order
+    n, here = len(seen), np.arange(len(seen))
+    label, given = place[: len(place) // 2], place[len(place) // 2 :]
+    # ties: as it is; and a column of its own for each label whose class another one takes
+    weight = np.concatenate([np.ones(len(label)), np.full(n, 0.5), np.full(n, 0.1 / n)])
+    rows, columns = np.concatenate([label, here, here]), np.concatenate([given, here, n + here])
+    found = min_weight_full_bipartite_matching(csr_array((weight, (rows, columns)), shape=(n, 2 * n)), maximize=True)[1]
+    found[found >= n] = np.setdiff1d(here, found)
+    order[seen] = seen[found]
     return order
 
 

@@ -212,7 +212,7 @@ def _apgd(
     network: FastNetwork, x: Tensor, y: Tensor, loss: str, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
 ) -> Tensor:
     attack = _SettlingAPGD(network, loss=loss, n_iter=settings.steps, **_common(x, protocol, seed), logger=LOG)
-    with _own_randomness():
+    with own_randomness():
         return attack.perturb(x, y)
 
 
@@ -220,7 +220,7 @@ def apgd_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSetting
     """APGD on the targeted difference-of-logits ratio, a run per target class; at least 4 classes."""
     targets = aimed_at(settings, _classes(network, x))
     attack = _SettlingTargetedAPGD(network, n_iter=settings.steps, n_target_classes=targets, **_common(x, protocol, seed), logger=LOG)
-    with _own_randomness():
+    with own_randomness():
         return attack.perturb(x, y)
 
 
@@ -241,11 +241,11 @@ def _fab(
     common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": aimed_at(settings, _classes(network, x))}
     noting = _Noting(network.along_boundaries, x, protocol)
     if settings.range == "unit":
-        with _own_randomness():
+        with own_randomness():
             return noting.merged(FABAttack_PT(noting, **common).perturb(x, y))
     common["eps"] = internal_distance(protocol.radius)
     start = internal_from_unit(x)
-    with _own_randomness():
+    with own_randomness():
         found = FABAttack_PT(lambda z: noting(unit_from_internal(z)), **common).perturb(start, y)
     changed = (found != start).flatten(1).any(1).view(-1, 1, 1, 1)
     return noting.merged(torch.where(changed, unit_from_internal(found), x))  # what was not found stays bit for bit what it was
@@ -255,7 +255,7 @@ def square(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSetting
     """Square: random search without gradients."""
     noting = _Noting(network, x, protocol)
     attack = SquareAttack(noting, p_init=0.8, n_queries=settings.queries, resc_schedule=False, **_common(x, protocol, seed))
-    with _own_randomness():
+    with own_randomness():
         return noting.merged(attack.perturb(x, y))
 
 
@@ -288,8 +288,8 @@ def _classes(network: nn.Module, x: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
-    """pyautoattack seeds torch's global generator; it is put back."""
+def own_randomness() -> Iterator[None]:
+    """What is seeded inside, as pyautoattack does, is torch's global generator; it is put back."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebjdat import registry
-from ebjdat.errors import UserError
+from ebjdat.errors import UserError, in_a_line
+from ebjdat.models.outside import ModelError, read_weights
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import GenerateSettings
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 
 Array = NDArray[np.float64]
+INCEPTION = 96 * 2**20  # bytes of its weights
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,19 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
     """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID, and its `logits_unbiased`, those of IS.
 
     Weights: the file `settings.inception_weights`, else torch-fidelity's own download. Raises ExtractorError when they
-    are not to be had. A file is first read with weights_only, since torch-fidelity itself would unpickle anything.
+    are not to be had. torch-fidelity itself would unpickle anything: it is given the tensors that were read from a file.
     """
     path = settings.inception_weights
     try:
-        if path is not None:
-            torch.load(Path(path), map_location="cpu", weights_only=True)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        weights = None if path is None else _tensors_of(Path(path))
+        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     except ImportError as error:
         raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
     except Exception as error:  # urllib, zip, pickle and key errors all mean the same to the user
         where = f"from {path}" if path else "by download"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, ModelError) else in_a_line(error).split(". ")[0]
         raise ExtractorError(
             f"the weights of Inception cannot be had {where} ({reason}). Set "
             "evaluation.generate.inception_weights to a file of them, or the extractor to 'reference'."
@@ -96,6 +98,17 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
         return torch.cat(parts).numpy()
 
     return Features(extract, lambda features: features @ weight.T)
+
+
+def _tensors_of(path: Path) -> io.BytesIO:
+    """The state dict in a file, as a file of torch.save that holds nothing else. Raises ModelError."""
+    found = read_weights(path, INCEPTION)
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{path}: a state dict is needed, found {type(found).__name__}")
+    file = io.BytesIO()
+    torch.save({str(name): value for name, value in found.items() if isinstance(value, Tensor)}, file)
+    file.seek(0)
+    return file
 
 
 def choose_extractor(network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int) -> tuple[str, Features]:

@@ -32,6 +32,7 @@ from ebjdat.statistics import wilson
 
 SLACK = ensemble.SLACK
 NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
+PROBE = 0x5EED_0B5E_55ED  # a seed that nobody sets
 MOST_NOT_FINITE = 0.1  # share of clean images without finite logits, beyond which a network is broken and has no accuracy
 
 
@@ -170,11 +171,15 @@ def judging(model: nn.Module) -> Iterator[Guarded]:
     with contextlib.ExitStack() as held:
         try:
             network = copied(model).eval().float().requires_grad_(False)
-        except Exception as error:  # a part of it that nobody foresaw: a lock, a stream, a generator
-            if any(p.is_floating_point() and p.dtype != torch.float32 for p in (*model.parameters(), *model.buffers())):
+        except (Exception, SystemExit) as error:  # a part of it that nobody foresaw: a lock, a stream, a generator
+            try:
+                network = model
+                others = any(p.is_floating_point() and p.dtype != torch.float32 for p in (*model.parameters(), *model.buffers()))
+                held.enter_context(moving_images(model, "eval"))
+            except (Exception, SystemExit) as another:
+                raise AttackError(f"the network cannot be put into eval mode: {in_a_line(another)}") from another
+            if others:
                 raise AttackError(f"the network cannot be copied ({in_a_line(error)}); then its weights must be float32") from error
-            held.enter_context(moving_images(model, "eval"))
-            network = model
         judge = Guarded(network)
         matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -186,60 +191,55 @@ def judging(model: nn.Module) -> Iterator[Guarded]:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
-def classes_of(model: nn.Module, x: Tensor, y: Tensor) -> int:
+def classes_of(judge: Guarded, x: Tensor, y: Tensor) -> int:
     """How many classes the network tells apart.
 
     Raises AttackError when it returns no logits for these labels, or passes no gradient on to the image.
     """
     image = x[:1].detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = model(image)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise AttackError(f"the network returned {found} for one image; logits of shape (1, classes) are needed")
+    with torch.enable_grad(), ensemble.own_randomness():
+        torch.manual_seed(PROBE)
+        logits = judge(image)
+        if torch.initial_seed() != PROBE:
+            raise AttackError("the network sets torch's random seed, so attacks would draw the same again; give it a torch.Generator")
     classes = int(logits.shape[1])
     if classes < 2:
-        raise AttackError("the network returned one logit; of two classes two are needed, e.g. torch.cat([torch.zeros_like(z), z], 1)")
+        few = "one logit" if classes else "no logits"
+        raise AttackError(f"the network returned {few}; of two classes two are needed, e.g. torch.cat([torch.zeros_like(z), z], 1)")
     lowest, highest = int(y.min()), int(y.max())
     if lowest < 0 or highest >= classes:
         counted = "; they seem to be counted from 1, and must be from 0" if (lowest, highest) == (1, classes) else ""
         raise AttackError(
             f"labels go {f'down to {lowest}' if lowest < 0 else f'up to {highest}'}, but the network tells {classes} classes apart{counted}"
         )
-    try:
-        (gradient,) = torch.autograd.grad(logits.sum(), image, allow_unused=True) if logits.requires_grad else (None,)
-    except RuntimeError as error:
-        raise AttackError(f"no gradient can be taken through the network: {in_a_line(error)}") from error
-    if gradient is None:
-        raise AttackError("the network passes no gradient on to its input (detach, no_grad or NumPy inside); gradient attacks cannot run")
+    torch.autograd.grad(logits.sum(), image)
     return classes
 
 
-def fit(judge: Guarded, x: Tensor, y: Tensor, name: str, settings: AttackSettings) -> tuple[int, Tensor, Tensor]:
-    """What the protocol `name` needs to know of a network: its classes, the images it is shown, what it makes of them (N,).
+def fit(judge: Guarded, x: Tensor, y: Tensor, name: str, settings: AttackSettings) -> tuple[int, Tensor]:
+    """What the protocol `name` needs to know of a network: its classes, and what it predicts of the images it is shown (N,).
 
     Raises AttackError when it does not return logits with a gradient, has too few classes for an attack, changes the images
     that it is given, or returns logits that are not finite for more than MOST_NOT_FINITE of them.
     """
-    protocol = settings.protocols[name]
     classes = classes_of(judge, x, y)
     if problem := too_few_classes(settings, classes):
         raise AttackError(problem)
-    shown = seen_under(protocol, x.contiguous(), settings.seed)
-    prediction = predictions(judge, shown, settings.batch_size)
+    shown, found = seen_under(settings.protocols[name], x.contiguous(), settings.seed), []
     with torch.no_grad():
         for part in batches(len(shown), settings.batch_size):
             given = shown[part].clone()
-            judge.network(given)
+            found.append(predicted(judge.of(given)))
             if not torch.equal(given, shown[part]):
                 raise AttackError("the network changes the images it is given; let its forward begin with x = x.clone()")
+    prediction = torch.cat(found)
     lost = int((prediction == NO_CLASS).sum())
     if lost > MOST_NOT_FINITE * len(x):
         raise AttackError(
             f"the network's logits are not finite for {lost} of {len(x)} images (protocol {name!r}); with more than "
             f"{MOST_NOT_FINITE:.0%} it is not evaluated; check its weights, its precision and its input range, [0, 1]"
         )
-    return classes, shown, prediction
+    return classes, prediction
 
 
 def pgd_name(protocol: ProtocolSettings) -> str:
@@ -255,17 +255,19 @@ def evaluate(
     state: Path | None = None,
     title: str = "attack",
     workers: int = 1,
+    fitted: tuple[int, Tensor] | None = None,
 ) -> Verdicts:
     """Verdicts on images x (N, C, H, W) in [0, 1] with labels y (N,) under the protocol `name` of the settings.
 
     state: a folder in which finished batches are kept; called again after an interruption, with the same network, images and
     settings, it goes on there and ends with the same verdicts. workers: processes of one thread each that share the ensemble's
-    batches, on a CPU; small networks gain more from them than from threads, and batches, so verdicts, are the same. Raises
-    AttackError as `fit` does.
+    batches, on a CPU; small networks gain more from them than from threads, and batches, so verdicts, are the same. fitted:
+    what `fit` returned for the same arguments, where it was called. Raises AttackError as `fit` does.
     """
     protocol = settings.protocols[name]
     with judging(model) as judge:
-        classes, x, prediction = fit(judge, x, y, name, settings)
+        classes, prediction = fitted or fit(judge, x, y, name, settings)
+        x = seen_under(protocol, x.contiguous(), settings.seed)
         file = state / f"{name}.npz" if state else None
         with torch.no_grad():
             network = judge(x[:8])

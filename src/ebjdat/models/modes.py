@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ebjdat.errors import AttackError, UserError, in_a_line
 from ebjdat.pixels import internal_from_unit
+
+NO_GRADIENT = "the network passes no gradient on to its input (detach, no_grad or NumPy inside); gradient attacks cannot run"
 
 
 @contextlib.contextmanager
@@ -125,27 +128,68 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Guarded(nn.Module):
-    """Any network, as attacks call it: images -> its logits.
+    """Any network, as attacks call it: images (N, C, H, W) -> its logits (N, K), fp32.
 
     It gets images of its own, so that one that works in place changes nobody's. An image whose gradient is not finite gets
-    a zero one, so that attacks leave it where it is instead of at NaN. What is raised inside becomes an AttackError.
+    a zero one, so that attacks leave it where it is instead of at NaN. What is raised inside, also in its backward pass,
+    becomes an AttackError, and so does what is no row of logits for each image, as many as the first time.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.classes: int | None = None  # K, once it was called
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        if x.requires_grad:
-            x.register_hook(_zero_unless_finite)
+        if x.requires_grad and torch.is_grad_enabled():
+            logits: Tensor = _Backward.apply(x, self)
+            return logits
+        return self.of(x.clone())
+
+    def of(self, x: Tensor) -> Tensor:
+        """Logits of images that the network may change."""
+        where = f"images of shape {tuple(x.shape)}, in [0, 1]"
         try:
-            logits: Tensor = self.network(x)
+            logits = self.network(x)
         except UserError:
             raise
-        except Exception as error:
-            raise AttackError(f"the network failed on images of shape {tuple(x.shape)}, in [0, 1]: {in_a_line(error)}") from error
-        return logits
+        except (Exception, SystemExit) as error:
+            raise AttackError(f"the network failed on {where}: {in_a_line(error)}") from error
+        asked = "one image" if len(x) == 1 else f"{len(x)} images"
+        if not isinstance(logits, Tensor):
+            raise AttackError(f"the network returned {type(logits).__name__} for {asked}; logits of shape ({len(x)}, classes) are needed")
+        if logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point() or logits.layout != torch.strided:
+            kind = "" if logits.is_floating_point() and logits.layout == torch.strided else f" of {logits.dtype}".replace("torch.", "")
+            found = f"a tensor{kind} of shape {tuple(logits.shape)}"
+            raise AttackError(f"the network returned {found} for {asked}; logits of shape ({len(x)}, classes) are needed")
+        if self.classes not in (None, logits.shape[1]):
+            raise AttackError(f"the network returned {logits.shape[1]} logits for each of {asked}, and {self.classes} before")
+        self.classes = logits.shape[1]
+        return logits.as_subclass(Tensor).float()
+
+
+class _Backward(torch.autograd.Function):
+    """A Guarded network with a graph of its own, so that what its backward pass raises is known to be the network's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, judge: Guarded) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_(True)
+            ctx.logits = judge.of(ctx.x.clone())
+        if not ctx.logits.requires_grad:
+            raise AttackError(NO_GRADIENT)
+        return ctx.logits.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+        try:  # the graph is kept, since attacks ask once for each class
+            (gradient,) = torch.autograd.grad(ctx.logits, ctx.x, given, retain_graph=True, allow_unused=True)
+        except (Exception, SystemExit) as error:
+            raise AttackError(f"no gradient can be taken through the network: {in_a_line(error)}") from error
+        if gradient is None:
+            raise AttackError(NO_GRADIENT)
+        return _zero_unless_finite(gradient), None
 
 
 def _zero_unless_finite(gradient: Tensor) -> Tensor:

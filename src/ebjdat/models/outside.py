@@ -1,17 +1,21 @@
 """Networks that this project did not make: from somebody's function, with weights from somebody's file.
 
-A file of weights is never run: torch reads it with weights_only, and not before its records were checked, so that neither code
-in it nor a size that it claims does any harm.
+A file of weights is never run: torch reads it with weights_only, and not before its records and its pickle were checked, so that
+neither code in it nor a size that it claims does any harm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import pickle
+import pickletools
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ebjdat.errors import UserError, in_a_line
+from ebjdat.errors import DataError, UserError, in_a_line
+from ebjdat.files import ZipSource
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # DataParallel, SWA, compile, FSDP
 COUNTERS = ("n_averaged", "num_batches_tracked")  # last parts of names that change no output; one may lack, or be too many
@@ -30,7 +35,10 @@ DEEPEST = 4  # wrappings of a state dict that are looked into
 WIDEST = 1000  # entries of each that are
 FEW = 4  # names in a message
 MOST_HEADER = 4 * 2**20  # bytes of a file that describe its tensors; a network with 1,000 of them takes 0.2 MB
+MOST_WORK, PART = MOST_HEADER, 8  # characters that a pickle copies or hashes, and for how many of them a part of a tuple counts
 MOST_OLD = 2**29  # bytes of a file in torch's format before 1.6, which has to be read as a whole
+SHARED = 4  # routes to the same list or mapping that are gone
+OLD_PICKLES = 5  # in torch's format before 1.6: a magic number, a version, the machine's sizes, the content, names of records
 LEAST_ROOM, ROOM = 2**30, 16  # bytes of tensors that a file may hold: so many and so many times the network's own
 
 
@@ -46,15 +54,34 @@ class NotRead:
     def __setstate__(self, state: Any) -> None: ...
 
 
-# Whatever else a pickle names is refused.
 HARMLESS = (
     *(f"{package}.multiarray.{name}" for package in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
 )
+ITSELF = "."  # --weights-key of a file that is a state dict
+MADE = object()  # stands for what a call in a pickle returns
+TENSORS = (  # what makes tensors of a file's own bytes
+    *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")),
+    "torch.nn.parameter.Parameter",
+)
+# What a pickle may call, and with what. Whatever else it names is refused: weights_only allows calls that take any amount of
+# memory or time for a number (bytearray, torch.Tensor), for a view that repeats one (set of a tensor), or in a chain (encode).
+CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
+    "collections.OrderedDict": lambda given: given == () or (len(given) == 1 and _are_pairs(given[0])),  # with pairs: Python 2
+    "__builtin__.set": lambda given: all(isinstance(part, list) and not any(isinstance(p, tuple) for p in part) for part in given),
+    "collections.Counter": lambda given: all(isinstance(part, _Entries) for part in given),
+    "torch.Size": lambda given: all(isinstance(part, tuple) for part in given),
+    "_codecs.encode": lambda given: len(given) == 2 and isinstance(given[0], str) and given[1] == "latin1",
+    **dict.fromkeys(("torch.device", "__builtin__.complex"), lambda given: MADE not in given),
+    "torch._tensor._rebuild_from_type_v2": lambda given: given[:1] != () and given[0] in TENSORS,
+    **dict.fromkeys((*TENSORS, *HARMLESS), lambda given: True),
+}
 
 
-def outside_model(factory: str, weights: Path | None = None, key: str | None = None) -> nn.Module:
-    """Call "package.module:function" without arguments and load the weights, if given. The folder one works in can be imported from.
+def outside_model(factory: str, weights: Path | None = None, key: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Call "package.module:function" without arguments and load the weights, if given: a network on the device, in eval mode.
+
+    The folder one works in can be imported from.
 
     weights: safetensors, or a file of torch.save with tensors, numbers and text alone, that holds a state dict however it is
     wrapped; what was read is said. key: which, where several fit. Raises ModelError when something is missing or does not fit.
@@ -64,27 +91,43 @@ def outside_model(factory: str, weights: Path | None = None, key: str | None = N
         raise ModelError(f"--model {factory!r}: package.module:function is allowed")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    asked = f"--model {factory!r}"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.split(".")[0]
         where = f"run this where {root!r} can be imported" if error.name in (root, module) else f"{root!r} needs it"
-        raise ModelError(f"--model {factory!r}: {error}; {where}") from error
+        raise ModelError(f"{asked}: {error}; {where}") from error
     except (Exception, SystemExit) as error:
-        raise ModelError(f"--model {factory!r}: importing {module} raised {in_a_line(error)}") from error
-    if not hasattr(found, function):
-        raise ModelError(f"--model {factory!r}: the module {module} has no {function!r}")
-    try:
+        raise ModelError(f"{asked}: importing {module} raised {in_a_line(error)}") from error
+    with theirs(f"{asked}: looking for {function} in {module}"):
+        if not hasattr(found, function):
+            raise ModelError(f"{asked}: the module {module} has no {function!r}")
+    with theirs(f"{asked}: {function}"):
         model = getattr(found, function)()
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{asked} made {type(model).__name__}; a torch.nn.Module is needed")
+    with theirs(f"{asked}: the network's own parameters(), buffers(), state_dict(), to() or eval()"):
+        if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
+            raise ModelError(f"{asked}: parameters without values (lazy layers, or on the device meta); make them in the function")
+        if weights is not None:
+            print(f"weights: {_load_into(model, factory, weights, key)}", flush=True)
+        ready = model.to(device).eval()
+        state = ready.state_dict() if isinstance(ready, nn.Module) else None
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise ModelError(f"{asked}: the network's to(), eval() or state_dict() returns something else than torch's do")
+        return ready
+
+
+@contextlib.contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Run somebody's code inside: what it raises, and its exit, become a ModelError that says what it was."""
+    try:
+        yield
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"--model {factory!r}: {function} raised {in_a_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"--model {factory!r} made {type(model).__name__}; a torch.nn.Module is needed")
-    if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
-        raise ModelError(f"--model {factory!r}: parameters without values (lazy layers, or on the device meta); make them in the function")
-    if weights is not None:
-        print(f"weights: {_load_into(model, factory, weights, key)}", flush=True)
-    return model.eval()
+        raise ModelError(f"{what} raised {in_a_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -103,19 +146,17 @@ def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> s
     """Load the weights that fit; says in words which they were."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     wanted = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
-    content = _read(path, sum(value.nbytes for value in wanted.values()))
+    content = read_weights(path, sum(value.nbytes for value in wanted.values()))
     found = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
-    if key is not None:
-        chosen = [c for c in found if c.route == key]
-        if not chosen:
-            raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
-    else:
-        as_it_is = [c for c in found if not c.route and not c.left]
-        chosen = as_it_is or found
-        if not chosen:
-            raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
-        if any(not _equal(chosen[0], other) for other in chosen[1:]):
-            raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
+    chosen = found if key is None else [c for c in found if c.route == ("" if key == ITSELF else key)]
+    if not chosen and key is not None:
+        raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
+    if not chosen:
+        raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
+    if any(not _equal(chosen[0], other) for other in chosen[1:]):
+        if key is not None:
+            raise ModelError(f"{path}: several weights under {key!r} fit {factory}, and differ; save those that are meant alone")
+        raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
     one = chosen[0]
     try:
         model.load_state_dict(one.tensors, strict=False)  # every name was compared; what is no tensor (extra state) stays as it is
@@ -128,15 +169,22 @@ def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> s
     return what + (f"; the same are under {_few(same)}" if same else "")
 
 
-def _mappings(content: Any, route: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Every mapping in a file that holds tensors by name, the outermost first, with where it lies."""
+    yield from _below(content, (), Counter())
+
+
+def _below(content: Any, route: tuple[str, ...], visits: Counter[int]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    visits[id(content)] += 1
+    if visits[id(content)] > SHARED:
+        return
     if isinstance(content, Mapping) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         yield route, content
     if not isinstance(content, Mapping | list | tuple) or len(route) == DEEPEST or len(content) > WIDEST:
         return
     for name, part in content.items() if isinstance(content, Mapping) else enumerate(content):
         if isinstance(part, Mapping | list | tuple):
-            yield from _mappings(part, (*route, str(name)))
+            yield from _below(part, (*route, str(name)), visits)
 
 
 def _canonical(name: str) -> tuple[str, ...]:
@@ -164,13 +212,34 @@ def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapp
         core = {name[len(shared) :]: own for name, own in ours.items()}
         if under.keys() != core.keys():
             continue
-        # one that is there twice, wrapped and not, is told apart by its whole name
-        for which in range(max(len(under[name]) for name in core)):
-            chosen = {own: under[name][min(which, len(under[name]) - 1)] for name, own in core.items()}
+        for chosen in _wrappings(under, prefix, core):
             picked = {own: tensors[name] for own, name in chosen.items()}
             if _fits(picked, wanted):
                 begins = _begins(chosen[max(wanted)], max(wanted))
                 yield Candidate(".".join((*route, *begins)), picked, tuple(sorted(tensors.keys() - set(chosen.values()))))
+
+
+def _wrappings(
+    under: Mapping[tuple[str, ...], list[str]], prefix: tuple[str, ...], core: Mapping[tuple[str, ...], str]
+) -> Iterator[dict[str, str]]:
+    """The file's names by the network's own; where names are there twice, wrapped and not, once for each wrapping that has them all."""
+    if all(len(names) == 1 for names in under.values()):
+        yield {own: under[name][0] for name, own in core.items()}
+        return
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name, own in core.items():
+        for theirs in under[name]:
+            found.setdefault(_before(theirs, len(prefix)), {}).setdefault(own, []).append(theirs)
+    for names in found.values():
+        if len(names) == len(core) and all(len(theirs) == 1 for theirs in names.values()):
+            yield {own: theirs[0] for own, theirs in names.items()}
+
+
+def _before(name: str, n: int) -> tuple[str, ...]:
+    """A name's first parts: n that are no wrappers, and every wrapper up to the next that is none."""
+    parts = name.split(".")
+    inner = [i for i, part in enumerate(parts) if part not in WRAPPERS]
+    return tuple(parts[: inner[n]] if n < len(inner) else parts)
 
 
 def _begins(theirs: str, ours: str) -> tuple[str, ...]:
@@ -228,7 +297,8 @@ def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
         score = len(core.keys() & theirs.keys())
         if score > best:
             best = score
-            text = f"does not fit {factory}{where}: {'; '.join(f'{what}: {_few(names)}' for what, names in wrong.items() if names)}"
+            told = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
+            text = f"does not fit {factory}{where}: {told or 'tensors are there twice, wrapped in two ways, and neither has all of them'}"
     found = f" of {_few([str(name) for name in content])}" if isinstance(content, Mapping) and content else ""
     return text or f"a state dict is needed, found {type(content).__name__}{found}"
 
@@ -244,11 +314,14 @@ def _few(names: Any) -> str:
 
 
 def _listed(found: list[Candidate]) -> str:
-    return f"what fits: {_few([c.route or '(the file itself)' for c in found])}" if found else "nothing in the file does"
+    return f"what fits: {_few([c.route or f'{ITSELF} (the file itself)' for c in found])}" if found else "nothing in the file does"
 
 
-def _read(path: Path, room: int) -> Any:
-    """What a file of weights holds. room: bytes of the network's own. Raises ModelError for anything else."""
+def read_weights(path: Path, room: int) -> Any:
+    """What a file of weights holds: safetensors, or a file of torch.save with tensors, numbers and text alone, on the CPU.
+
+    room: bytes of the network's own tensors, which say how large a file is read. Raises ModelError for anything else.
+    """
     if not path.is_file():
         raise ModelError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
     size = path.stat().st_size
@@ -282,7 +355,7 @@ def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
 def _read_zip(path: Path) -> Any:
     """A file of torch.save: a zip of records as they are in memory, and a pickle that describes them."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with ZipSource(path, MOST_HEADER) as source, zipfile.ZipFile(source) as archive:
             records = archive.infolist()
             names = [record.filename for record in records]
             if any(name.endswith("/constants.pkl") for name in names):
@@ -305,6 +378,10 @@ def _read_zip(path: Path) -> Any:
                 with archive.open(record) as file:
                     while file.read(2**20):
                         pass
+                if record.filename.lower().endswith("data.pkl"):  # torch finds it by any case
+                    _examine(path, io.BytesIO(archive.read(record)))
+    except DataError as error:
+        raise ModelError(str(error)) from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
         raise ModelError(f"{path}: damaged or cut off ({in_a_line(error)})") from error
     return _unpickled(path, mmap=True)
@@ -315,7 +392,114 @@ def _read_old(path: Path, size: int) -> Any:
         raise ModelError(
             f"{path}: has {size:,} bytes in torch's old format; at most {MOST_OLD:,} are read; save it again with torch 1.6 or newer"
         )
+    with path.open("rb") as file:
+        start = io.BytesIO(file.read(MOST_HEADER))
+    for _ in range(OLD_PICKLES):
+        _examine(path, start)
     return _unpickled(path, mmap=False)
+
+
+@dataclass
+class _Entries:
+    """Stands for a mapping in a pickle."""
+
+    n: int = 0
+
+
+class _Name(str):
+    """What a pickle names, as it writes it."""
+
+
+def _examine(path: Path, file: io.BytesIO) -> None:
+    """Follow the next pickle of a file without making anything of it.
+
+    Raises ModelError where it names or calls what is not in CALLS, and where it repeats itself so often that it would take
+    more memory or time than its length says. What torch does not read at all is left to torch.
+    """
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    refused: set[str] = set()
+    work = 0
+    value: Any
+    try:
+        for instruction, value, _ in pickletools.genops(file):
+            kind = instruction.name
+            looked: Any = ()  # what is copied, or hashed, as a whole
+            if instruction.proto > 2:
+                return
+            if kind in ("TUPLE", "APPENDS", "SETITEMS"):
+                given, stack = stack, marks.pop()
+                if kind == "TUPLE":
+                    stack.append(tuple(given))
+                elif kind == "APPENDS":
+                    stack[-1] += given  # a list, as below; torch would refuse others too
+                elif kind == "SETITEMS":
+                    looked = tuple(key for key in given[::2] if isinstance(key, tuple))
+                    stack[-1].n += len(given) // 2
+            elif kind == "MARK":
+                marks.append(stack)
+                stack = []
+            elif kind in ("BINPUT", "LONG_BINPUT"):
+                memo[value] = stack[-1]
+            else:
+                taken = [stack.pop() for _ in instruction.stack_before][::-1]
+                made = value
+                if kind == "GLOBAL":
+                    made = _Name(value.replace(" ", "."))
+                    refused |= set() if _is_read(made) else {made}
+                elif kind in ("BINGET", "LONG_BINGET"):
+                    made = memo[value]
+                elif kind in ("REDUCE", "NEWOBJ"):
+                    called, looked = taken
+                    if not (called in CALLS and isinstance(looked, tuple) and CALLS[called](looked)):
+                        refused.add(called if isinstance(called, _Name) else "calls of what it does not name")
+                    made = _Entries() if called in ("collections.OrderedDict", "collections.Counter") else MADE
+                elif kind in ("EMPTY_DICT", "EMPTY_LIST"):
+                    made = _Entries() if kind == "EMPTY_DICT" else []
+                elif kind in ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+                    made = tuple(taken)
+                elif kind in ("APPEND", "SETITEM", "BUILD"):
+                    made = taken[0]
+                    looked = taken[1] if kind == "BUILD" or (kind == "SETITEM" and isinstance(taken[1], tuple)) else ()
+                    if kind == "SETITEM":
+                        made.n += 1
+                    elif kind == "APPEND":
+                        made.append(taken[1])
+                elif kind == "BINPERSID":
+                    made = MADE
+                stack += [made] if instruction.stack_after else []
+            work += _length(looked)
+            if work > MOST_WORK:
+                raise ModelError(f"{path}: its pickle repeats itself without end; it was not read")
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeError) as error:
+        raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
+    if refused:
+        raise ModelError(
+            f"{path}: holds pickled objects ({_few(sorted(refused))}), which could run code or fill memory; save model.state_dict() alone"
+        )
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a pickle may name this: what it may call, and what stands for a kind of tensor."""
+    module, _, last = name.rpartition(".")
+    is_kind = module in ("torch", "torch.storage", "torch.cuda") and last.endswith("Storage")
+    return name in CALLS or is_kind or name == "torch.Tensor" or (module == "torch" and isinstance(getattr(torch, last, None), torch.dtype))
+
+
+def _length(value: Any) -> int:
+    """Work to copy or hash a value, with tuples in tuples however often they are shared; counted to MOST_WORK."""
+    waiting, n = [value], 0
+    while waiting and n <= MOST_WORK:
+        part = waiting.pop()
+        waiting += part if isinstance(part, tuple) else ()
+        n += PART * len(part) if isinstance(part, tuple | list) else len(part) if isinstance(part, str) else 0
+        n += PART * part.n if isinstance(part, _Entries) else 0
+    return n
 
 
 def _unpickled(path: Path, mmap: bool) -> Any:

@@ -106,8 +106,8 @@ def run_any(network: Foreign, data: Images, settings: AttackSettings, device: to
     classes, and no file says which they are.
     """
     names = outside.class_names(data.classes) if data.classes else None
-    model = outside_model(network.factory, network.weights, network.key).to(device)
-    other = outside_model(network.source).to(device) if network.source else None
+    model = outside_model(network.factory, network.weights, network.key, device)
+    other = outside_model(network.source, device=device) if network.source else None
     images, labels = outside.images_of(data.path, data.size, names)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
     if data.path.suffix != ".npz":
