@@ -51,7 +51,7 @@ class Whitened(nn.Module):
 class Normalised(nn.Module):
     def __init__(self):
         super().__init__()
-        self.network = torchvision.models.resnet18(num_classes=4)
+        self.network = torchvision.models.squeezenet1_1(num_classes=4)
         self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.6]).view(1, 3, 1, 1))
 
     def forward(self, x):
@@ -60,7 +60,7 @@ class Normalised(nn.Module):
 def whitened():
     return Whitened()
 
-def resnet18():
+def squeezenet():
     torch.manual_seed(0)
     return Normalised()
 
@@ -140,7 +140,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
     no_protocols, few_checks = "protocols={standard: {n: 0}, released: {n: 0}}", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"
     run(
         "--model",
-        "somenets:resnet18",
+        "somenets:squeezenet",
         "--data",
         "pictures",
         "--size",
@@ -150,7 +150,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
         "--n",
         "6",
         "--source",
-        "somenets:resnet18",
+        "somenets:squeezenet",
         "--override",
         no_protocols,
         "--override",
@@ -161,7 +161,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
     assert images.shape == (20, 3, 32, 32)
     assert sorted(labels) == sorted([0, 1, 2, 3] * 5)
     assert len(set(labels[:8].tolist())) > 2  # shuffled: the first n are not one class
-    model = outside_model("somenets:resnet18", None)
+    model = outside_model("somenets:squeezenet", None)
     with torch.no_grad():
         predicted = model(torch.from_numpy(images).float() / 255).argmax(1).numpy()
     assert result["clean_correct"] == (predicted == labels).sum()
@@ -170,7 +170,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
 
 def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_verdicts(folder: Path) -> None:
     words = ["--model", "somenets:whitened", "--weights", "whitened.safetensors"]
-    quick = "{like: standard, eps: 0.05, pgd: {step_size: 0.01}, n: 60, attacks: {fab_t: {steps: 20}, square: {queries: 300}}}"
+    quick = "{like: standard, eps: 0.05, pgd: {step_size: 0.01}, n: 40, attacks: {fab_t: {steps: 20}, square: {queries: 200}}}"
     words += ["--data", "digits.npz", "--threads", "1", *FAST, "--override", "protocols.released=null", "--override", "batch_size=20"]
     words += ["--override", f"protocols.quick={quick}"]
     environment = {**os.environ, "EBJDAT_TRACKING": "0"}

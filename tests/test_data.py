@@ -774,7 +774,7 @@ def test_numbers_and_sizes_of_files_are_bounded(tmp_path: Path, files: Files, mo
     with (path / "train/ant/notes.txt").open("wb") as file:
         file.truncate(2**40)  # a sparse file of a terabyte, no image: counted, not read
     assert sources.folder(settings(path)).reading["skipped"][".txt"]["n"] == 1
-    monkeypatch.setattr(ebjdat.files, "DIRECTORY_LIMIT", 500)
+    monkeypatch.setattr(ebjdat.files.ZipSource.__init__, "__defaults__", (500,))  # its limit
     with pytest.raises(DataError, match=r"the list of its members has more than 500 bytes"):
         sources.folder(settings(as_zip(tmp_path / "a.zip", files)))
 
