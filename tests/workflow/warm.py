@@ -7,6 +7,7 @@ first on PATH (CLIENT), with its arguments, folder, environment and open files; 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -81,5 +82,12 @@ if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
     assert "ebjdat" not in sys.modules
+    gc.collect()
+    gc.freeze()  # what was imported is neither looked through nor taken down in the forks: that would copy all of it
     serve(sys.argv[1])
-    runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else end.code is not None)
