@@ -772,6 +772,14 @@ def test_a_damaged_journal_is_named_and_the_others_are_sent(runs: Callable[..., 
     assert [run.data.metrics["x"] for run in runs(CURRENT)] == [1]
 
 
+def test_a_journal_that_the_store_does_not_take_is_named(store: str) -> None:
+    stage("finetune", {"x": 1})
+    (path,) = journal.finished()
+    path.write_text(path.read_text().replace('"x"', '"x$"'))  # no name of a metric to MLflow
+    (error,) = Sender(store).send([path]).errors
+    assert error.startswith(f"{path}: MlflowException: ")
+
+
 def test_journals_of_one_store_are_not_sent_to_another_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("sqlite:///a.db", "sqlite:///b.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

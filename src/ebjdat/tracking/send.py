@@ -143,11 +143,12 @@ class Sender:
                 with contextlib.chdir(self._folder or self._home):
                     sent = self._send(events, alive=state[0])
             except Exception as error:  # whatever a store, a server or a network throws
-                outcome.errors.append(_told(error, f"{path}: " if isinstance(error, DAMAGED) else ""))
                 self._cursors.pop(name, None)  # what has arrived is to be asked again
                 self._known.clear()
                 self._experiments.clear()
-                if not self._answers():
+                answers = self._answers()  # then it is this journal that it does not take
+                outcome.errors.append(_told(error, f"{path}: " if answers or isinstance(error, DAMAGED) else ""))
+                if not answers:
                     break  # the others would only wait for it too
                 continue
             self._done[path] = state
