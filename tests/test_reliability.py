@@ -298,7 +298,7 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
     weights = tmp_path / "clean.safetensors"
     train.pretrain(context, "clean", 0, tmp_path / "data.npz", train.Outputs(weights, tmp_path / "c.json", tmp_path / "c.csv"), None)
-    outputs = [reliability.Outputs(tmp_path / f"{i}.json", tmp_path / f"{i}.npz", tmp_path / f"{i}.png") for i in range(2)]
+    outputs = [reliability.Outputs(*(tmp_path / i / f"reliability.{kind}" for kind in ("json", "npz", "png"))) for i in "ab"]
     for out in outputs:
         reliability.run(context, "classifier", 0, tmp_path / "data.npz", weights, out, None)
     result, again = (read_json(out.metrics) for out in outputs)

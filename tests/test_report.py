@@ -67,6 +67,21 @@ def attack_result(profile: Profile, correct: int, autoattack: bool) -> dict[str,
     return found
 
 
+MADE = {
+    "pretrain": [],
+    "finetune": ["finetune_curve.csv"],
+    "attack": ["verdicts.parquet"],
+    "generate": ["samples.png", "chains.gif"],
+    "energy": ["energy.npz"],
+    "reliability": ["reliability.png"],
+}
+
+
+def seal(path: Path) -> None:
+    """A stage's result again, with what lies beside it as it is now."""
+    write_result(path, read_json(path), [path.with_name(name) for name in MADE[path.stem]])
+
+
 def write_verdicts(path: Path, profile: Profile, correct: int, autoattack: bool, pgd: int = 50, ensemble: int = 9) -> None:
     """The first ones stand."""
     rows = [{"weights": "ema", "protocol": "standard", "index": i, "clean": False, "pgd20": False, "autoattack": False} for i in range(100)]
@@ -77,6 +92,7 @@ def write_verdicts(path: Path, profile: Profile, correct: int, autoattack: bool,
             row = {"weights": "raw", "protocol": name, "index": i, "label": i % 10, "prediction": i % 10 if clean else (i + 1) % 10}
             rows.append({**row, "clean": clean, "pgd20": i < pgd if clean else None, "autoattack": verdict, "worst": i < 9})
     pd.DataFrame(rows).sample(frac=1, random_state=0).to_parquet(path)  # order is in `index`
+    seal(path.with_name("attack.json"))
 
 
 def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
@@ -148,6 +164,8 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
     for name in profile.pretraining:
         for seed in profile.seeds:
             write_result(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"pretrain_seconds": 5.0})
+    for path in results.rglob("seed*/*.json"):
+        seal(path)
 
 
 def write_page(profile: Profile, results: Path, rows: list[tables.Row], card: dict[str, Any] = CARD, overrides: Any = ()) -> str:
@@ -359,7 +377,9 @@ def test_several_seeds_divergences_are_summed_and_a_pretrainings_are_listed(tmp_
     rows = [dataclasses.replace(r, metrics={**r.metrics, **more.get(r.seed, {})}) if r.experiment == "eb_jdat" else r for r in rows]
     record = aggregate(profile, rows).set_index("experiment").loc["eb_jdat"]
     assert tables.collapse_cell(record) == "2 of 3: epoch 2, 5; 3 healed"
-    write_result(tmp_path / "pretraining/clean/seed0/pretrain.json", {"pretrain_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]})
+    write_result(
+        tmp_path / "pretraining/clean/seed0/pretrain.json", {"pretrain_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]}, []
+    )
     events = {(r.experiment, r.seed): r.metrics["events"] for r in collect(profile, tmp_path, "d1")}
     assert events["pgd_at", 0] == ["pretraining clean, epoch 1, step 2: seen; done"]
     assert events["pgd_at", 1] == events["classifier", 0] == []
@@ -727,6 +747,23 @@ def test_no_changed_bit_of_a_result_reaches_the_report(profile: Profile, filled:
         collect(profile, filled, "d1")
 
 
+@pytest.mark.parametrize("name", [name for names in MADE.values() for name in names])
+def test_what_changed_beside_a_result_is_refused(profile: Profile, filled: Path, name: str) -> None:
+    """A curve, a picture, verdicts or energies with one bit flipped, which their formats may well not notice."""
+    path = filled / "eb_jdat/seed0" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(FileError, match=rf"^{path}: not as its stage wrote it \(\w+\.json tells\); delete it and run its stage again$"):
+        collect(profile, filled, "d1")
+    path.write_bytes(whole)
+    rows = collect(profile, filled, "d1")
+    path.unlink()
+    assert collect(profile, filled, "d1") == rows  # who reads it says that it is not there
+    path.mkdir()
+    with pytest.raises(FileError, match=name):
+        collect(profile, filled, "d1")
+
+
 def test_a_result_that_is_missing_names_its_file(profile: Profile, filled: Path) -> None:
     (filled / "pretraining/clean/seed0/pretrain.json").unlink()
     with pytest.raises(FileError, match=r"pretrain\.json: there is no such file; run the stage that makes it first"):
@@ -749,6 +786,7 @@ def test_what_was_not_finite_is_not_shown_as_a_number(profile: Profile, filled: 
         arrays = dict(file)
     arrays |= {"clean": np.full(50, np.nan), "generated": np.where(np.arange(50) % 2, np.inf, arrays["generated"])}
     np.savez(filled / "eb_jdat/seed0/energy.npz", **arrays)
+    seal(filled / "eb_jdat/seed0/energy.json")
     rows = collect(profile, filled, "d1")
     html = write_page(profile, filled, rows)
     assert "fresh chains – (n = 200), their starts alone –" in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,13 @@ def test_every_name_that_is_written_is_in_the_vocabulary(written: Path) -> None:
         if quantity.unit == "count":
             assert float(value) >= 0, (stem, name, value)
             assert float(value) == int(float(value)), (stem, name, value)
+
+
+def test_every_file_that_a_stage_writes_is_named_with_its_sha256(written: Path) -> None:
+    told = {path.parent / name: value for path in written.rglob("seed0/*.json") for name, value in read_json(path)["files"].items()}
+    there = [path for path in written.rglob("seed0/*") if path.suffix not in (".json", ".jsonl")]
+    assert told == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+    assert {path.suffix for path in there} == {".csv", ".parquet", ".npz", ".png", ".gif"}
 
 
 def test_everything_in_the_vocabulary_is_written_or_says_when(written: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class FileError(UserError):
 
 NOT_FINITE = "not_finite"  # in a JSON object: the names beside it whose value was NaN or infinite
 DIGEST = "digest"
+FILES = "files"  # in a result: name -> sha256 of what its stage wrote beside it
 
 # What points git elsewhere than to the repository around a file; hooks set it.
 GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
@@ -69,14 +70,22 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_result(path: Path | str, values: Mapping[str, Any]) -> None:
-    """A stage's result, or a data card: JSON, with a digest of all that it says."""
+def write_result(path: Path | str, values: Mapping[str, Any], made: Iterable[Path] | None = None) -> None:
+    """A stage's result, or a data card: JSON, with a digest of all that it says.
+
+    made: the stage's other files; the result holds the sha256 of those that lie beside it.
+    """
     said = {name: value for name, value in values.items() if name != DIGEST}
+    if made is not None:
+        said[FILES] = {file.name: _sha256(file) for file in made if file.parent == Path(path).parent}
     write_json(path, {**said, DIGEST: digest(_plain(said))})
 
 
 def read_result(path: Path | str) -> dict[str, Any]:
-    """What `write_result` wrote, without the digest. Raises FileError, also where anything in it is not as it was written."""
+    """What `write_result` wrote, without the digest.
+
+    Raises FileError, also where anything in it, or a file beside it that it names and that is there, is not as it was written.
+    """
     found = read_json(path)
     with reading(Path(path)):
         told = found.pop(DIGEST, None)
@@ -84,6 +93,10 @@ def read_result(path: Path | str) -> dict[str, Any]:
             raise ValueError(f"without {DIGEST}, so of an earlier version")
         if told != digest(found):
             raise ValueError(f"changed since it was written (its {DIGEST} is of other values)")
+        for name, told in found.get(FILES, {}).items():
+            beside = Path(path).with_name(name)
+            if beside.exists() and (not beside.is_file() or _sha256(beside) != told):
+                raise FileError(f"{beside}: not as its stage wrote it ({Path(path).name} tells); delete it and run its stage again")
     return found
 
 
@@ -252,13 +265,17 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> 
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(*parts: Any) -> str:
     """sha256 (hex) over files (Path: their content), bytes, and anything else as canonical JSON."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            with part.open("rb") as file:
-                data = hashlib.file_digest(file, "sha256").digest()
+            data = bytes.fromhex(_sha256(part))
         elif isinstance(part, bytes):
             data = hashlib.sha256(part).digest()
         else:

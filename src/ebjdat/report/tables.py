@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from ebjdat.errors import brief, printable
-from ebjdat.files import FileError, read_result, reading, write_text
+from ebjdat.files import FILES, FileError, read_result, reading, write_text
 from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, form_values, prefix_of
 from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
@@ -112,6 +112,7 @@ class Nested(BaseModel, strict=True):
     sweep: Annotated[list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
     events: list[str] | None = None
     ood_missing: dict[str, str] | None = None
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[Row]:
             before = stage_result(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json", "pretrain", protocols)
             metrics: dict[str, Any] = {"collapse_epoch": None}
             for part in parts.values():
-                metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit")}
+                metrics |= {k: v for k, v in part.items() if k not in ("method", "data_hash", "git_commit", FILES)}
             metrics["pretrain_seconds"] = before["pretrain_seconds"]
             metrics["train_seconds"] = round(metrics["finetune_seconds"] + metrics["pretrain_seconds"], 3)
             events = [f"pretraining {experiment.pretraining}, {event}" for event in before.get("events") or []]
@@ -224,7 +225,7 @@ def stage_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str
     with reading(path):
         if len(found) > MANY:
             raise ValueError(f"{len(found):,} names")
-        missing = [name for name in NEEDED[stage] if name not in found or (found[name] is None and name in NOT_NULL)]
+        missing = [name for name in (*NEEDED[stage], FILES) if name not in found or (found[name] is None and name in NOT_NULL)]
         if missing:
             raise ValueError(f"without {', '.join(missing)}")
         for name, value in found.items():

@@ -144,7 +144,7 @@ def _write(
 ) -> None:
     about = {**about, "git_commit": git_commit(), "version": __version__, "settings": settings.model_dump()}
     write_table(table, verdicts_out, about)
-    write_result(out, {**metrics, **about})
+    write_result(out, {**metrics, **about}, [verdicts_out])
     for name, protocol in settings.protocols.items():
         prefix = prefix_of(name)
         n, pgd = metrics[f"{prefix}n_attack"], f"pgd{protocol.pgd.steps}"

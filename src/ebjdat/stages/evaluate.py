@@ -79,7 +79,7 @@ def generate(
             frames, steps = generation.watched_chains(model, pool, chain, settings, conditional=bound)
             watched[f"down {key}"] = frames.cpu().numpy()
         write_atomic(chains_out, lambda path: figures.animate(watched, steps, len(data.classes), path))
-        write_result(out, {**result, "git_commit": git_commit()})
+        write_result(out, {**result, "git_commit": git_commit()}, [samples_out, grid_out, chains_out])
         tracker.final(result)
         tracker.artifact(grid_out)
         tracker.artifact(chains_out)
@@ -133,6 +133,6 @@ def energy(
         write_npz(values_out, {**marginal, **{f"joint_{k}": v for k, v in joint.items()}})
         title = f"{experiment}, seed {seed}"
         write_atomic(figure_out, lambda path: figures.save(figures.energy_histograms({title: marginal}, {title: joint}), path))
-        write_result(out, {**result, "git_commit": git_commit()})
+        write_result(out, {**result, "git_commit": git_commit()}, [values_out, figure_out])
         tracker.final(result)
         tracker.artifact(figure_out)

@@ -86,6 +86,6 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
         write_npz(out.values, values)
         diagram = figures.reliability_diagram(curves, f"{experiment}, seed {seed}")
         write_atomic(out.figure, lambda path: figures.save(diagram, path))
-        write_result(out.metrics, {**result, "git_commit": git_commit()})
+        write_result(out.metrics, {**result, "git_commit": git_commit()}, [out.values, out.figure])
         tracker.final(result)
         tracker.artifact(out.figure)

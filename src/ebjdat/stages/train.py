@@ -183,8 +183,8 @@ def _write(
     columns = list(dict.fromkeys(name for row in result.rows for name in row)) or ["epoch"]
     lines = [",".join(columns), *(",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in result.rows)]
     write_text(out.curve, "\n".join(lines) + "\n")
-    told = {"collapse_epoch": None, **metrics, "events": header.events}
-    write_result(out.metrics, {**told, "method": job.method, "data_hash": data.data_hash, "git_commit": header.git_commit})
+    told = {"collapse_epoch": None, **metrics, "events": header.events, "method": job.method}
+    write_result(out.metrics, {**told, "data_hash": data.data_hash, "git_commit": header.git_commit}, [out.curve])
     tracker.final(metrics)
     tracker.artifact(out.curve)
     tracker.model(out.checkpoint)
