@@ -137,8 +137,9 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
             for i in range(count):
                 shade = rng.integers(0, 255, (40, 36, 3)) // 4 + 60 * k
                 Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
+    (folder / "pictures/test/class0/notes.txt").write_text("of the camera")
     no_protocols, few_checks = "protocols={standard: {n: 0}, released: {n: 0}}", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"
-    run(
+    said = run(
         "--model",
         "somenets:squeezenet",
         "--data",
@@ -157,7 +158,10 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
         few_checks,
     )
     result = read_json(folder / "net.json")
-    images, labels = outside.images_of(folder / "pictures", 32)
+    skipped = "skipped 1 file: 1 .txt ('test/class0/notes.txt')"
+    assert f"pictures: {skipped}\n" in said
+    assert result["notes"] == [skipped]
+    images, labels, _ = outside.images_of(folder / "pictures", 32)
     assert images.shape == (20, 3, 32, 32)
     assert sorted(labels) == sorted([0, 1, 2, 3] * 5)
     assert len(set(labels[:8].tolist())) > 2  # shuffled: the first n are not one class
@@ -174,25 +178,25 @@ def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_verdicts(folder:
     words += ["--data", "digits.npz", "--threads", "1", *FAST, "--override", "protocols.released=null", "--override", "batch_size=20"]
     words += ["--override", f"protocols.quick={quick}"]
     environment = {**os.environ, "EBJDAT_TRACKING": "0"}
-    run(*words, "--out", "whole.json")
-    command = [sys.executable, "-m", "ebjdat", "attack", *words, "--out", "parts.json"]
+    run(*words, "--out", "whole/net.json")
+    command = [sys.executable, "-m", "ebjdat", "attack", *words, "--out", "parts/net.json"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not (states := list(folder.glob(".parts.json.state/*/quick.npz"))) or "apgd_t" not in np.load(states[0])["attacks"]:
+    while not (states := list(folder.glob("parts/.net.json.state/*/quick.npz"))) or "apgd_t" not in np.load(states[0])["attacks"]:
         assert time.monotonic() < deadline
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (folder / "parts.json").exists()
+    assert not (folder / "parts/net.json").exists()
     again = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     assert "pgd20:" not in again.stderr  # done before; not done again
-    whole, parts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("whole", "parts"))
+    whole, parts = (pd.read_parquet(folder / f"{name}/net.parquet") for name in ("whole", "parts"))
     pd.testing.assert_frame_equal(whole, parts)
     seconds = {"quick_attack_seconds", "digest"}
-    first, second = read_json(folder / "whole.json"), read_json(folder / "parts.json")
+    first, second = read_json(folder / "whole/net.json"), read_json(folder / "parts/net.json")
     assert {k: v for k, v in first.items() if k not in seconds} == {k: v for k, v in second.items() if k not in seconds}
-    assert not list(folder.glob(".parts.json.state"))
+    assert not list(folder.glob("parts/.net.json.state"))
 
 
 def test_what_is_wrong_with_a_network_is_said(folder: Path) -> None:
@@ -339,7 +343,8 @@ def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
 
 def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     model = outside_model("somenets:whitened", folder / "whitened.safetensors")
-    images, labels = outside.images_of(folder / "digits.npz")
+    images, labels, said = outside.images_of(folder / "digits.npz")
+    assert said == ()
     asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
     found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)
     run(

@@ -194,7 +194,9 @@ def test_every_cut_is_noticed(saved: Path) -> None:
     whole = saved.read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         saved.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"not a whole safetensors file .* delete it and run its stage again"):
+        with pytest.raises(
+            CheckpointError, match=r"not a whole safetensors file .*; where a stage made it, delete it and run that stage again"
+        ):
             checkpoint.load(saved)
 
 
@@ -324,7 +326,7 @@ def tensor(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[s
 
 def test_a_header_is_measured_before_it_is_read(tmp_path: Path) -> None:
     path = headed(tmp_path / "c.safetensors", b"{}", length=2**40)
-    with pytest.raises(CheckpointError, match=r"a header of 1,099,511,627,776 bytes in a file of 10\); delete it and run its stage again"):
+    with pytest.raises(CheckpointError, match=r"a header of 1,099,511,627,776 bytes in a file of 10\); where a stage made it, delete it"):
         checkpoint.load(path)
     headed(path, b"{}", length=2**33)
     os.truncate(path, 2**33 + 100)  # a hole: it takes no place

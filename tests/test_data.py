@@ -813,7 +813,7 @@ def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) 
     assert data.classes == tuple(map(str, range(12)))
     assert (data.images[:, 0, 0, 0] == data.labels).all()
     assert card["reading"]["class_order"] == "numeric"
-    assert "classes are in numeric order (0, 1, 2, ...), not sorted as text; data.classes gives another" in card["notes"]
+    assert "classes are in numeric order (0, 1, 2, ...), not sorted as text; --classes, or data.classes, gives another" in card["notes"]
     named = {name.replace("/11/", "/eleven/"): content for name, content in files.items()}
     assert sources.folder(settings(as_zip(tmp_path / "b.zip", named))).classes == (*sorted(map(str, range(11))), "eleven")
     text = sorted(map(str, range(12)))
@@ -857,7 +857,7 @@ def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path, files: 
         (tmp_path / "names.txt").write_text(f"cat\n{name}\nbee\n", encoding="utf-8")
         names = outside.class_names(tmp_path / "names.txt")
         assert names == raw.classes
-        images, labels = outside.images_of(path, classes=names)
+        images, labels, _ = outside.images_of(path, classes=names)
         assert (images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[labels]).all()
     with pytest.raises(DataError, match="each has to be named once"):
         sources.folder(settings(path, classes=["cat", "bee", "caf\u00e9", "cafe\u0301"]))

@@ -239,6 +239,22 @@ def test_check_says_what_a_profile_is_and_whether_its_images_are_there(tmp_path:
     assert CliRunner().invoke(app, [*words, f"data.path={tmp_path}"]).stderr == ""
 
 
+def test_check_says_all_that_is_wrong_at_once(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "images/train" / name).mkdir(parents=True)
+    words = [f"data.path={tmp_path}/images", f"evaluation.reliability.ood_path={tmp_path}/gone"]
+    options = [option for word in words for option in ("--override", word)]
+    told = CliRunner().invoke(app, ["check", "--params", str(ROOT / "params/cifar10-folder.yaml"), *options])
+    assert told.exit_code == 1
+    assert f"evaluation.reliability.ood_path: {tmp_path}/gone is not here" in told.stderr
+    assert "needs at least 4 classes, here are 2" in told.stderr
+
+
+def test_an_override_that_is_neither_a_setting_nor_a_file_is_told_what_is_allowed() -> None:
+    with pytest.raises(ParamsError, match=r"^training\.epochs: there is no such file; key\.path=value or a YAML file is allowed$"):
+        params.load(ROOT / "params/digits.yaml", ["training.epochs"])
+
+
 def test_the_catalogue_lists_everything_with_source_and_defaults() -> None:
     """What `ebjdat methods --json` prints, against the registry."""
     done = subprocess.run([sys.executable, "-m", "ebjdat", "methods", "--json"], capture_output=True, text=True, check=True)

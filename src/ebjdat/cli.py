@@ -74,13 +74,15 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.params import load, named_files, require_files, too_few_classes
+    from ebjdat.params import load, named_files, too_few_classes
 
     profile = load(params, override)
-    require_files(profile)
+    problems = [str(named) for named in named_files(profile) if named.lost and not named.here]
     folders = [item for item in Path(profile.data.path or "").glob("train/*") if item.is_dir()] if profile.data.path else []
     if folders and (problem := too_few_classes(profile.evaluation.attack, len(folders))):  # an archive is counted by `prepare`
-        raise ParamsError(f"evaluation.attack: {problem}")
+        problems.append(f"evaluation.attack: {problem}")
+    if problems:
+        raise ParamsError("\n".join(problems))
     seeds = f"{len(profile.experiments)} experiments x {len(profile.seeds)} seeds"
     typer.echo(printable(f"{params}: fine; {seeds} on {profile.data.name}"))
     for named in named_files(profile):

@@ -6,6 +6,8 @@ may be anybody's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 LINE, LINES = 1000, 200  # characters of a line, and lines, that a message may have
 
 
@@ -42,6 +44,13 @@ def brief(text: object, length: int = LINE) -> str:
     text = str(text)
     left = len(text) - length
     return printable(text[:length]) + (f"… ({left:,} more characters)" if left > 0 else "")
+
+
+def few(names: Iterable[object], most: int = 4) -> str:
+    """The first of them, each in one printable line, and how many more there are: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(brief(name, 100) for name in names[:most]) + more
 
 
 def message(text: object) -> str:

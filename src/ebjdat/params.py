@@ -894,13 +894,15 @@ def join_overrides(overrides: Sequence[str]) -> str:
 def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The profile and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
     layers = []
-    for item in map(str, [path, *overrides]):
+    for i, item in enumerate(map(str, [path, *overrides])):
         name = f"override {shown(item)}" if "=" in item else item if item.isprintable() and 0 < len(item) < 1000 else shown(item)
         try:
             content = yamlfile.parse_assignment(item) if "=" in item else yamlfile.parse(yamlfile.read_text(Path(item)))
         except FileNotFoundError as error:
             beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml") if p.stem.isprintable())
             near = f"; {nearest(Path(item).stem, beside)}" if beside else ""
+            if i and Path(item).suffix not in (".yaml", ".yml"):
+                near = "; key.path=value or a YAML file is allowed"
             raise ParamsError(f"{name}: there is no such file{near}") from error
         except yamlfile.YamlError as error:
             raise ParamsError(f"{name}: {error}") from error

@@ -120,6 +120,7 @@ VOCABULARY: tuple[Quantity, ...] = (
         Q("version", "text", "", "version of this package"),
         Q("settings", "settings", "", "what robustness was measured with (`evaluation.attack`, resolved)"),
         Q("not_finite", "list of names", "", "names beside it whose value was NaN or infinite, and is null", "there was one"),
+        Q("notes", "list of text", "", "how images were read, where not as anybody expects; what was skipped", "`ebjdat attack --model`"),
         Q("(model|weights|data)", "text", "", "factory, hash of the tensors, name of the data", "`ebjdat attack --model`"),
     ),
     *_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,17 @@ LONGEST_NAMES = 2**20  # bytes of a file of class names
 HIGHEST_LABEL = 2**31 - 1
 
 
-def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """uint8 images (N, C, H, W) and labels (N,) of a data file of this project (its test split), of an .npz with arrays `images`
-    and `labels`, or of a folder or archive with test/<class>/<image> (and train/<class>/...), shuffled by a fixed seed.
+class Labelled(NamedTuple):
+    """images: uint8 (N, C, H, W); labels: int64 (N,). said: how files were read, where that is not what everybody expects; a line each."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    said: tuple[str, ...] = ()
+
+
+def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | None = None) -> Labelled:
+    """Those of a data file of this project (its test split), of an .npz with arrays `images` and `labels`, or of a folder or
+    archive with test/<class>/<image> (and train/<class>/...), shuffled by a fixed seed.
 
     size: for folders, scale the shorter side to it and crop the centre. classes: for folders, their names in the network's
     order, which the labels then have; it may hold more. Raises DataError.
@@ -37,7 +46,7 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
         images = np.ascontiguousarray(raw.images[order])
         check_range(images, str(path))
-        return images, _reordered(path, raw.classes, raw.labels[order], classes)
+        return Labelled(images, _reordered(path, raw.classes, raw.labels[order], classes), (*raw.notes(), *raw.warnings()))
     if size is not None or classes is not None:
         option = "--classes" if size is None else "--size"
         raise DataError(f"{path}: {option} is for folders and archives; images and labels of an .npz stay as they are")
@@ -46,7 +55,7 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     if {"images", "labels", "test", "data_hash"} <= names:
-        return prepared.load(path).split("test")
+        return Labelled(*prepared.load(path).split("test"))
     if not {"images", "labels"} <= names:
         raise DataError(f"{path}: arrays `images` and `labels` are needed, found {', '.join(sorted(names)) or 'none'}")
     found = arrays_of(path, names=("images", "labels"))
@@ -54,7 +63,7 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
     if problem := _wrong_images(images) or _wrong_labels(labels, len(images)):
         raise DataError(f"{path}: {problem}")
     check_range(images, str(path))
-    return np.ascontiguousarray(images), labels.astype(np.int64)
+    return Labelled(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
 def _wrong_images(images: NDArray[np.generic]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat import registry
-from ebjdat.data.sources import Raw, check_range, said_of_skipped
+from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of, write_npz, write_result
 from ebjdat.params import DataSettings
@@ -124,12 +124,7 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     class_mean = np.stack([images[train[labels[train] == k]].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
     hashes = _hashes(dict(zip(HASHED, (images, labels, train, validation, test), strict=True)))
     prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, _data_hash(hashes))
-    doubles, notes, warnings = duplicates(prepared), _notes(raw), []
-    if raw.reading.get("skipped"):
-        warnings.append(said_of_skipped(raw.reading["skipped"]))
-    if alike := _alike(raw.classes):
-        warnings.append(f"classes that differ in case or spaces alone: {alike}")
-    warnings += [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]]
+    doubles = duplicates(prepared)
     card = {
         "name": settings.name,
         "source": settings.source,
@@ -145,32 +140,12 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "split_seed": settings.split_seed,
         "reading": dict(raw.reading),
         "duplicates": doubles,
-        "notes": notes,
-        "warnings": warnings,
+        "notes": raw.notes(),
+        "warnings": raw.warnings() + [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]],
         "sha256": hashes,
         "data_hash": prepared.data_hash,
     }
     return prepared, card
-
-
-def _alike(classes: Sequence[str]) -> str:
-    """Names of classes that people take for one another, the first ten."""
-    groups = defaultdict(list)
-    for name in classes:
-        groups["".join(name.casefold().split())].append(name)
-    return ", ".join([repr(name) for names in groups.values() if len(names) > 1 for name in names][:10])
-
-
-def _notes(raw: Raw) -> list[str]:
-    """How files were read, where that is not what everybody expects."""
-    reading = raw.reading
-    notes = [f"the folder {folder!r} is the {split} split" for split, folder in reading.get("folders", {}).items()]
-    if reading.get("class_order") == "numeric" and list(raw.classes) != sorted(raw.classes):
-        notes.append(f"classes are in numeric order ({', '.join(raw.classes[:3])}, ...), not sorted as text; data.classes gives another")
-    notes += [f"{n} images: {rule}" for rule, n in reading.get("converted", {}).items()]
-    if reading.get("grey_stored_as_rgb"):
-        notes.append("all images are grey but stored as RGB, so three equal channels; data.channels: 1 makes them one")
-    return notes
 
 
 def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:

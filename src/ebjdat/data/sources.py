@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ebjdat.data.decode import decode
 from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, ignored, members
-from ebjdat.errors import DataError
+from ebjdat.errors import DataError, few
 from ebjdat.params import DataSettings
 
 DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
@@ -38,6 +38,26 @@ class Raw:
     classes: tuple[str, ...]
     ordered: bool
     reading: Mapping[str, Any] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """How files were read, where that is not what everybody expects."""
+        notes = [f"the folder {folder!r} is the {split} split" for split, folder in self.reading.get("folders", {}).items()]
+        if self.reading.get("class_order") == "numeric" and list(self.classes) != sorted(self.classes):
+            first = ", ".join(self.classes[:3])
+            notes.append(f"classes are in numeric order ({first}, ...), not sorted as text; --classes, or data.classes, gives another")
+        notes += [f"{n} images: {rule}" for rule, n in self.reading.get("converted", {}).items()]
+        if self.reading.get("grey_stored_as_rgb"):
+            notes.append("all images are grey but stored as RGB, so three equal channels; data.channels: 1 makes them one")
+        return notes
+
+    def warnings(self) -> list[str]:
+        """What was left out, and classes that people take for one another."""
+        groups = defaultdict(list)
+        for name in self.classes:
+            groups["".join(name.casefold().split())].append(name)
+        alike = [repr(name) for names in groups.values() if len(names) > 1 for name in names]
+        warnings = [said_of_skipped(self.reading["skipped"])] if self.reading.get("skipped") else []
+        return warnings + ([f"classes that differ in case or spaces alone: {few(alike, 10)}"] if alike else [])
 
 
 def digits(settings: DataSettings) -> Raw:
@@ -187,12 +207,7 @@ def said_of_skipped(skipped: Mapping[str, Mapping[str, Any]]) -> str:
     n = sum(kind["n"] for kind in skipped.values())
     most = sorted(skipped.items(), key=lambda item: -item[1]["n"])
     kinds = [f"{kind['n']} {name} ({kind['example']!r})" for name, kind in most]
-    return f"skipped {n} file{'s' if n > 1 else ''}: {_some(kinds, 5)}"
-
-
-def _some(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"skipped {n} file{'s' if n > 1 else ''}: {few(kinds, 5)}"
 
 
 def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], str]:
@@ -202,8 +217,8 @@ def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[
         absent, unknown = sorted(set(given) - found), sorted(found - set(given))
         if absent or unknown or len(set(given)) < len(given):
             raise DataError(
-                f"{path}: the classes that were given are not its folders: without a folder {_some(map(repr, absent)) or 'none'}, "
-                f"not given {_some(map(repr, unknown)) or 'none'}; each has to be named once"
+                f"{path}: the classes that were given are not its folders: without a folder {few(map(repr, absent)) or 'none'}, "
+                f"not given {few(map(repr, unknown)) or 'none'}; each has to be named once"
             )
         return tuple(given), "given"
     if all(name.isascii() and name.isdigit() for name in found):
@@ -218,7 +233,7 @@ def _assemble(
         empty = [c for c in classes if not images[split].get(c)]
         if empty:
             raise DataError(
-                f"{path}: no images in {_some(f'{split}/{c}' for c in empty)}; every class needs some in train and test"
+                f"{path}: no images in {few(f'{split}/{c}' for c in empty)}; every class needs some in train and test"
                 + _also(reading["skipped"])
             )
     if len(classes) < 2:

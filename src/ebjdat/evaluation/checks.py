@@ -20,6 +20,7 @@ from scipy.stats import binom, binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebjdat.errors import few
 from ebjdat.evaluation.robust import SLACK, Verdicts, batches, judging, pgd_batch, pgd_name, pgd_start, predictions
 from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.params import STANDARD, AttackSettings, PGDSettings, ProtocolSettings
@@ -31,7 +32,6 @@ DIFFERENCE = 1e-4  # of logits over their length; what another order of summatio
 CHANCE = 0.05  # p above which an accuracy is not told from that of a guess
 SURE = 0.001  # p below which another reading of images or labels is better; there are several, and each is tried
 READ_ANEW = 1000  # images on which that is asked at most
-NAMED = 4  # classes in a message
 LARGE = 0.5  # L-infinity radius at which every image can become the same grey one
 
 
@@ -151,8 +151,7 @@ def classes_in_order(verdicts: Verdicts) -> Check:
     order = _best_order(y, prediction, verdicts.classes)
     named = [text for text, other in _orders(verdicts.classes).items() if (other[y] == prediction).mean() >= mapped.mean() - POINT]
     moved = [f"{k} is its {order[k]}" for k in np.unique(y) if order[k] != k]
-    more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
-    told = f"{says}: it looks as if {named[0] if named else 'label ' + ', '.join(moved[:NAMED]) + more}"
+    told = f"{says}: it looks as if {named[0] if named else 'label ' + few(moved)}; --classes, or data.classes, gives the network's order"
     return Check.at_most("classes in the network's order", gain, 0.0, told)
 
 

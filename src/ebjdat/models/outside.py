@@ -26,14 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ebjdat.errors import DataError, UserError, in_a_line
+from ebjdat.errors import DataError, UserError, brief, few, in_a_line
 from ebjdat.files import ZipSource
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # DataParallel, SWA, compile, FSDP
 COUNTERS = ("n_averaged", "num_batches_tracked")  # last parts of names that change no output; one may lack, or be too many
 DEEPEST = 4  # wrappings of a state dict that are looked into
 WIDEST = 1000  # entries of each that are
-FEW = 4  # names in a message
 MOST_HEADER = 4 * 2**20  # bytes of a file that describe its tensors; a network with 1,000 of them takes 0.2 MB
 MOST_WORK, PART = MOST_HEADER, 8  # characters that a pickle copies or hashes, and for how many of them a part of a tuple counts
 MOST_OLD = 2**29  # bytes of a file in torch's format before 1.6, which has to be read as a whole
@@ -164,9 +163,9 @@ def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> s
         raise ModelError(f"{path}: cannot be loaded into {factory}: {in_a_line(error)}") from error
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in one.tensors.values() if value.is_floating_point()})
     what = f"{path}: {len(one.tensors)} tensors ({', '.join(kinds)})" + (f" under {one.route!r}" if one.route else ", as they are")
-    what += f"; not read: {_few(one.left)}" if one.left else ""
+    what += f"; not read: {few(one.left)}" if one.left else ""
     same = [c.route or "the file itself" for c in chosen[1:]]
-    return what + (f"; the same are under {_few(same)}" if same else "")
+    return what + (f"; the same are under {few(same)}" if same else "")
 
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
@@ -293,28 +292,18 @@ def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
             "unexpected": [".".join(k) for k in more],
             "of another kind": [f"{k} ({v})" for k, v in sorted(other.items())],
         }
-        where = f" (under {_shown('.'.join(route))})" if route else ""
+        where = f" (under {brief('.'.join(route), 80)})" if route else ""
         score = len(core.keys() & theirs.keys())
         if score > best:
             best = score
-            told = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
+            told = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
             text = f"does not fit {factory}{where}: {told or 'tensors are there twice, wrapped in two ways, and neither has all of them'}"
-    found = f" of {_few([str(name) for name in content])}" if isinstance(content, Mapping) and content else ""
+    found = f" of {few(content)}" if isinstance(content, Mapping) and content else ""
     return text or f"a state dict is needed, found {type(content).__name__}{found}"
 
 
-def _shown(name: str) -> str:
-    """A name from a stranger's file, printable and not too long."""
-    return ascii(name[:80])[1:-1] + ("…" if len(name) > 80 else "")
-
-
-def _few(names: Any) -> str:
-    listed = [_shown(name) for name in list(names)[:FEW]]
-    return ", ".join(listed) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
-
-
 def _listed(found: list[Candidate]) -> str:
-    return f"what fits: {_few([c.route or f'{ITSELF} (the file itself)' for c in found])}" if found else "nothing in the file does"
+    return f"what fits: {few([c.route or f'{ITSELF} (the file itself)' for c in found])}" if found else "nothing in the file does"
 
 
 def read_weights(path: Path, room: int) -> Any:
@@ -365,7 +354,7 @@ def _read_zip(path: Path) -> Any:
             for record in records:
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size or record.flag_bits & 1:
                     raise ModelError(
-                        f"{path}: the record {_shown(record.filename)!r} is compressed, which torch.save never does; it was not read"
+                        f"{path}: the record {brief(record.filename, 80)!r} is compressed, which torch.save never does; it was not read"
                     )
             if len(set(names)) < len(names) or sum(record.file_size for record in records) > path.stat().st_size:
                 raise ModelError(f"{path}: its records overlap; it was not read")
@@ -476,7 +465,7 @@ def _examine(path: Path, file: io.BytesIO) -> None:
         raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
     if refused:
         raise ModelError(
-            f"{path}: holds pickled objects ({_few(sorted(refused))}), which could run code or fill memory; save model.state_dict() alone"
+            f"{path}: holds pickled objects ({few(sorted(refused))}), which could run code or fill memory; save model.state_dict() alone"
         )
 
 
@@ -512,7 +501,7 @@ def _unpickled(path: Path, mmap: bool) -> Any:
             raise ModelError(
                 f"{path}: not a file of weights, or one with more in it than tensors; save model.state_dict() alone"
             ) from error
-        raise ModelError(f"{path}: holds pickled objects ({_few(named)}), which could run code; save model.state_dict() alone") from error
+        raise ModelError(f"{path}: holds pickled objects ({few(named)}), which could run code; save model.state_dict() alone") from error
     except Exception as error:  # a damaged pickle can fail in any way
         raise ModelError(f"{path}: not a file of weights ({in_a_line(error)})") from error
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ebjdat import __version__
 from ebjdat.data.prepared import Prepared
-from ebjdat.errors import UserError, brief
+from ebjdat.errors import UserError, brief, few
 from ebjdat.files import parse_json, write_atomic
 from ebjdat.models.wrn import WideResNet
 from ebjdat.params import ModelSettings, Profile, TrainingSettings
 
 HEADER = "ebjdat"
 FORMAT = 2  # 1 had no digests
-FEW = 5  # names in a message
+MEND = "where a stage made it, delete it and run that stage again"
 LARGEST_HEADER = 32 * 2**20  # bytes; that of 200,000 classes has 10 MB
 TENSORS, DIGEST = "tensors", "digest"  # keys beside the header's own
 
@@ -70,7 +70,7 @@ class Header:
             return TypeAdapter(cls).validate_python(plain)
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False, include_input=False)]
-            raise ValueError(brief(_named(wrong))) from None
+            raise ValueError(few(wrong)) from None
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def load(
     for found in map(_layout, [weights, ema] if ema else [weights]):
         if network != found:
             unfit = sorted(k for k in network.keys() | found.keys() if network.get(k) != found.get(k))
-            raise CheckpointError(f"{path}: tensors do not fit its own header: {_named(unfit)}; run its stage again")
+            raise CheckpointError(f"{path}: tensors do not fit its own header: {few(unfit)}; run its stage again")
     buffer, labels = tensors.get("buffer.images"), tensors.get("buffer.labels")
     if not _is_buffer(buffer, labels, header):
         raise CheckpointError(f"{path}: its replay buffer does not fit its own header; run its stage again")
@@ -233,15 +233,15 @@ def _read(path: Path | str, any_format: bool = False) -> tuple[dict[str, Any], d
     except CheckpointError:
         raise
     except Exception as error:  # SafetensorError, OSError, or what torch says of a type that it does not have
-        raise CheckpointError(f"{path}: not a whole safetensors file ({brief(error, 200)}); delete it and run its stage again") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({brief(error, 200)}); {MEND}") from error
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this package (no {HEADER!r} header)")
     try:
         plain = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({brief(error, 200)}); delete it and run its stage again") from error
+        raise CheckpointError(f"{path}: its header is not JSON ({brief(error, 200)}); {MEND}") from error
     if not isinstance(plain, dict):
-        raise CheckpointError(f"{path}: its header is no JSON object; delete it and run its stage again")
+        raise CheckpointError(f"{path}: its header is no JSON object; {MEND}")
     if plain.get("format") != FORMAT and not any_format:
         raise CheckpointError(f"{path}: {_old(plain)}")
     return plain, tensors
@@ -253,9 +253,7 @@ def _refuse_header_beyond(path: Path) -> None:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     size = path.stat().st_size
     if length > size - 8:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); delete it and run its stage again"
-        )
+        raise CheckpointError(f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); {MEND}")
     if length > LARGEST_HEADER:
         raise CheckpointError(f"{path}: a header of {length:,} bytes; {LARGEST_HEADER:,} are allowed, and ours have thousands")
 
@@ -282,7 +280,7 @@ def _problems(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[s
         (sorted(tensors.keys() - written.keys()), "added"),
     ):
         if names:
-            wrong.append(f"tensors {what}: {_named(names)}")
+            wrong.append(f"tensors {what}: {few(names)}")
     return wrong
 
 
@@ -298,12 +296,7 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
         if len(theirs) != len(ours):
             return f"tells {len(theirs)} classes apart, here are {len(ours)}"
         other = [f"{a!r} (here: {b!r})" for a, b in zip(theirs, ours, strict=True) if a != b]
-        return f"has other classes: {_named(other)}"
+        return f"has other classes: {few(other)}"
     if name == "image_shape":
         return f"takes images of shape {theirs}, here they are {ours} (channels, height, width)"
     return f"{name} {theirs!r}, not {ours!r}"
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(brief(name, 100) for name in names[:FEW]) + more
