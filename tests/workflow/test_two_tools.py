@@ -156,6 +156,16 @@ def test_code_of_another_checkout_stops_before_anything_runs(after_snakemake: Pr
     assert "jobs" not in text
 
 
+def test_weights_of_inception_are_an_input(after_snakemake: Project) -> None:
+    given = "evaluation.generate.inception_weights=given.pth"
+    (after_snakemake.folder / "given.pth").touch()
+    text = after_snakemake.run("snakemake", "--dry-run", "--config", "profile=cifar10-folder", f"overrides={given}")
+    (after_snakemake.folder / "given.pth").unlink()
+    using = re.findall(r"^rule (\w+):\n    input: .*, given\.pth, src/", text, re.M)
+    assert using
+    assert set(using) == {"generate"}
+
+
 def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
     """With the path of a file that a shell, YAML and Snakemake would each read in another way."""
     path = "my $x 'ü' #2 & (b).tar.xz"

@@ -66,7 +66,8 @@ GPU = int(
 # An archive of images is an input; where it is missing, the command says so better than Snakemake would.
 ARCHIVE = [p for p in [PROFILE.data.path] if p and Path(p).is_file()]
 OOD_PATH = PROFILE.evaluation.reliability.ood_path
-for path in (PROFILE.data.path, OOD_PATH):
+INCEPTION = PROFILE.evaluation.generate.inception_weights
+for path in (PROFILE.data.path, OOD_PATH, INCEPTION):
     if path and re.search(r"[{}]|, ", path):
         raise WorkflowError(
             f"{path!r}: braces and ', ' in a path mean something else to Snakemake and DVC; rename it"

@@ -34,6 +34,7 @@ rule generate:
         data=DATA,
         checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
         reference=f"{CHECKPOINTS}/{REFERENCE.experiment}/seed{REFERENCE.seed}.safetensors",
+        inception=[p for p in [INCEPTION] if p and Path(p).is_file()],
         code=CODE["draw"],
     output:
         metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.json",

@@ -217,6 +217,7 @@ def data_notes(profile: Profile, stages: Mapping[str, Stage], root: Path) -> lis
     for rule, key, path, help_ in (
         ("prepare", "data.path", profile.data.path, first),
         ("reliability", "evaluation.reliability.ood_path", ood.ood_path, "name an archive in this folder"),
+        ("generate", "evaluation.generate.inception_weights", profile.evaluation.generate.inception_weights, "name a file in this folder"),
     ):
         if rule not in rules or not path:
             continue
