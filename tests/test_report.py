@@ -801,14 +801,12 @@ def test_what_was_not_finite_is_not_shown_as_a_number(profile: Profile, filled: 
         ("finetune_curve.csv", b"epoch,loss\n1,2\n3,4,5,6\n"),
         ("finetune_curve.csv", b"loss\n1\n"),
         ("finetune_curve.csv", b"epoch,energy_clean\n1,high\n"),
-        ("table.csv", b"experiment\na\n"),
-        ("table.csv", b"experiment,frechet_extractor,clean_acc\na,reference,high\n"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(FileError, match=rf"{file}: damaged, or not what it should be \(.*\); delete it and run its stage again$"):
-        tables.read_csv(tmp_path / file)
+        tables.read_curve(tmp_path / file)
 
 
 def test_damaged_pictures_and_energies_are_named(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -929,18 +927,23 @@ def test_one_experiment_has_no_pairs(tmp_path: Path, profile: Profile) -> None:
     assert "Filter pairs" not in html
 
 
-def test_show_prints_names_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_prints_what_the_results_say_as_it_stands(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "results/digits"
-    folder.mkdir(parents=True)
-    (folder / "table.csv").write_text('experiment,frechet_extractor,clean_acc\n"[/] :x: \x1b[2J",[red],0.5\n')
-    shown = CliRunner().invoke(app, ["show", "--params", str(ROOT / "params/digits.yaml")])
-    assert shown.exit_code == 0
-    assert "[/] :x:" in shown.output
-    assert "\\x1b[2J" in shown.output
-    assert "([red])" in shown.output
-    for content in (b"", b"experiment\na\n", b"\xff\xfe"):
-        (folder / "table.csv").write_bytes(content)
-        shown = CliRunner().invoke(app, ["show", "--params", str(ROOT / "params/digits.yaml")])
-        assert shown.exit_code == 1
-        assert "table.csv: damaged" in shown.output
+    results, words = tmp_path / "results/digits", ["show", "--params", str(ROOT / "params/digits.yaml")]
+    asked = params.load(ROOT / "params/digits.yaml", [])
+    fill(asked, results)
+    write_result(tmp_path / "data/digits/card.json", {**CARD, "data_hash": "d1"})
+    assert "table.csv: this profile has not been run yet" in CliRunner().invoke(app, words).output
+    (results / "table.csv").write_text("anything")
+    path = results / "classifier/seed0/generate.json"
+    write_result(path, {**read_json(path), "frechet_extractor": "[red] :x: \x1b[2J"})
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    for part in ("[red]", ":x:", "\\x1b[2J"):
+        assert part in shown.output
+    for name in asked.experiments:
+        assert name in shown.output
+    path.write_bytes(path.read_bytes().replace(b"12.5", b"12.4"))
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 1
+    assert "classifier/seed0/generate.json: damaged" in shown.stderr

@@ -539,7 +539,8 @@ def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixtu
         with track(Subject("digits", "f", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
             tracker.metrics({"loss": 1.0}, 1)
     assert Path("results/f.journal.jsonl").read_text() == ""
-    assert Sender("sqlite:///unused.db").send([Path("results/f.journal.jsonl")]) == Outcome()
+    told = Sender("sqlite:///unused.db").send([Path("results/f.journal.jsonl")])
+    assert told == Outcome(notes=["results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"])
 
 
 LIMITED = """
@@ -773,9 +774,8 @@ def test_a_damaged_journal_is_named_and_the_others_are_sent(runs: Callable[..., 
 
 
 def test_a_journal_that_the_store_does_not_take_is_named(store: str) -> None:
-    stage("finetune", {"x": 1})
+    stage("finetune", {"x$": 1})  # no name of a metric to MLflow
     (path,) = journal.finished()
-    path.write_text(path.read_text().replace('"x"', '"x$"'))  # no name of a metric to MLflow
     (error,) = Sender(store).send([path]).errors
     assert error.startswith(f"{path}: MlflowException: ")
 
@@ -982,6 +982,8 @@ BEGIN |= {"params": {}, "tags": {}, "data": None}
                 {"artifact": 3, "sha256": "x"},
                 {"result": {"name": "x"}},
                 {"end": "MAYBE"},
+                BEGIN,
+                {"end": "FINISHED", "sha256": "0" * 64},
             )
         ),
     ],
@@ -995,6 +997,36 @@ def test_a_damaged_journal_is_named_with_its_line(lines: bytes) -> None:
     outcome = Sender("sqlite:///mlflow.db").send(journal.finished())
     assert len(outcome.errors) == 1
     assert re.match(r"results/bad\.journal\.jsonl: cannot be read \(line [12]: .*\); delete it if it is damaged$", outcome.errors[0])
+
+
+def test_a_finished_journal_that_changed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A digit of a number that became another, a line that is gone, the end that is, or everything."""
+    path = Path("results/f.journal.jsonl")
+    with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), path) as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+        tracker.metrics({"loss": 3.0}, 2)
+    for unfinished in journal.unfinished():
+        unfinished.unlink()
+    whole = path.read_bytes()
+    first, *rest = whole.splitlines(keepends=True)
+    sealed = r"line \d: its sha256 is of other lines than those before it"
+    damages = {
+        whole.replace(b"2.0", b"2.5"): sealed,
+        first + b"".join(rest[1:]): sealed,
+        whole[:-3]: "has no end",
+        whole + whole: "begins again",
+    }
+    for content, told in damages.items():
+        path.write_bytes(content)
+        outcome = Sender("sqlite:///mlflow.db").send(journal.finished())
+        assert (outcome.journals, len(outcome.errors)) == (0, 1)
+        assert re.match(rf"{path}: cannot be read \(.*{told}\); delete it if it is damaged$", outcome.errors[0])
+    path.write_bytes(b"")
+    outcome = Sender("sqlite:///mlflow.db").send(journal.finished())
+    assert (outcome.journals, outcome.errors) == (0, [])
+    assert outcome.notes == [f"{path}: empty; its stage could write none when it ran, or it was damaged"]
+    path.write_bytes(whole)
+    assert Sender("sqlite:///mlflow.db").send(journal.finished()).journals == 1
 
 
 def test_a_journal_of_more_than_anybody_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,14 +315,14 @@ def show(
     from rich.table import Column, Table
 
     from ebjdat.params import load, run_name, split_overrides
-    from ebjdat.report.tables import METRICS, cell_parts, header_parts, read_csv
+    from ebjdat.report.tables import METRICS, aggregate, cell_parts, collect, header_parts, read_card
 
     override = [*override, *split_overrides(overrides)]
-    load(params, override)
-    results = Path("results") / run_name(params, override)
+    profile, run = load(params, override), run_name(params, override)
+    results = Path("results") / run
     if not (results / "table.csv").exists():
         raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it")
-    frame = read_csv(results / "table.csv")
+    frame = aggregate(profile, collect(profile, results, read_card(Path("data") / run / "card.json")["data_hash"]))
     heads = [Column(_plain(*header_parts(m, frame))) for m in METRICS]
     table = Table("experiment", *heads, title=_plain(results.name), title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():
@@ -359,6 +359,8 @@ def sync() -> None:
         outcome = sender.send(paths)
         if not outcome.errors:
             outcome.errors += sender.adopt(journal.finished()).errors
+    for line in outcome.notes:
+        typer.secho(printable(line), fg="yellow", err=True)
     background.note(outcome.errors[0] if outcome.errors else None)
     if outcome.errors:
         raise TrackingError(

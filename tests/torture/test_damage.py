@@ -257,10 +257,10 @@ def sources(campaign: Campaign) -> None:
 
 
 def shown_tables(campaign: Campaign) -> None:
-    """`ebjdat show` reads table.csv, `ebjdat inspect` any checkpoint."""
+    """`ebjdat show` reads the stages' results, `ebjdat inspect` any checkpoint."""
     lane = finished(campaign.reference.folder, campaign.folder / "damage-show")
     tried = [
-        ("tables", "results/digits/table.csv", ["show", "--params", "params/digits.yaml"]),
+        ("JSON", f"{SEED}/finetune.json", ["show", "--params", "params/digits.yaml"]),
         ("checkpoint", "checkpoints/digits/eb_jdat/seed0.safetensors", ["inspect", "checkpoints/digits/eb_jdat/seed0.safetensors"]),
     ]
     with warm(lane) as runner:

@@ -114,7 +114,7 @@ def write(
         name = record["experiment"]
         folder, mine = results / name / f"seed{seed}", [row for row in rows if row.experiment == name]
         histograms = energies_of(folder / "energy.npz")
-        curve = tables.read_csv(folder / "finetune_curve.csv")
+        curve = tables.read_curve(folder / "finetune_curve.csv")
         checks = tables.checks_of(mine)
         experiments.append(
             {

@@ -240,17 +240,15 @@ def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table of this package: numbers, but for the names of experiments and what they are. Raises FileError."""
+def read_curve(path: Path) -> pd.DataFrame:
+    """A training's curve: numbers, a row per epoch. Raises FileError."""
     with reading(path):
         frame = pd.read_csv(path)
-        text = {"experiment", "method", "frechet_extractor", "collapse_epochs"}
-        wrong = [name for name in frame if name not in text and not pd.api.types.is_numeric_dtype(frame[name])]
+        wrong = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name])]
         if wrong:
             raise ValueError(f"{', '.join(map(str, wrong))} should be numbers")
-        missing = {"experiment", "frechet_extractor"} - set(frame) if "experiment" in frame else {"epoch"} - set(frame)
-        if missing:
-            raise ValueError(f"without {', '.join(sorted(missing))}")
+        if "epoch" not in frame:
+            raise ValueError("without epoch")
         return frame
 
 

@@ -7,6 +7,7 @@ brings them into MLflow. A finished one lies beside the stage's results and is v
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from ebjdat.files import parse_json, write_text
 
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
+SEAL = "sha256"  # in the last line of a finished one: of the lines before it
 PATIENCE = 20  # tenths of a second that a journal's lock is tried
 LARGEST = 64 * 2**20  # bytes of a journal that is read; ours have a few millions
 MOST_EVENTS = 500_000  # and lines
@@ -116,18 +118,23 @@ class Journal:
 def read(path: Path, most: int | None = None) -> list[dict[str, Any]]:
     """The events of a journal, or its first ones; a line in the making is left out.
 
-    Raises ValueError that says which line is none of a journal.
+    Raises ValueError that says which line is none of a journal, or that a finished one is not as it was written.
     """
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path.stat().st_size:,} bytes; {LARGEST:,} are allowed")
     events: list[dict[str, Any]] = []
+    before = hashlib.sha256()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if len(events) == most or not line.endswith(b"\n"):
                 break
             if number > MOST_EVENTS:
                 raise ValueError(f"more than {MOST_EVENTS:,} lines, which is the limit")
-            events.append(_event(line, number))
+            event = _event(line, number)
+            if "end" in event and event.get(SEAL, before.hexdigest()) != before.hexdigest():
+                raise ValueError(f"line {number}: its {SEAL} is of other lines than those before it")
+            before.update(line)
+            events.append(event)
     return events
 
 
@@ -142,12 +149,18 @@ def _event(line: bytes, number: int) -> dict[str, Any]:
         raise ValueError(f"line {number}: {error}") from None
     if number == 1 and not {"begin", "params", "tags", "data"} <= event.keys():
         raise ValueError("line 1: does not say what it is about")
+    if number > 1 and "begin" in event:
+        raise ValueError(f"line {number}: begins again")
     return event
 
 
 def write_finished(events: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A whole journal where finished ones lie; without events (nothing could be journalled) an empty file."""
-    write_text(path, "".join(json.dumps(event) + "\n" for event in events))
+    """A whole journal where finished ones lie, its last line with the sha256 of those before it; without events (nothing could be
+    journalled) an empty file."""
+    text = "".join(json.dumps(event) + "\n" for event in events[:-1])
+    for last in events[-1:]:
+        text += json.dumps({**last, SEAL: hashlib.sha256(text.encode()).hexdigest()}) + "\n"
+    write_text(path, text)
 
 
 def is_written(path: Path) -> bool:

@@ -86,11 +86,12 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what 
 
 @dataclass
 class Outcome:
-    """What a pass did: journals of which something was sent, values among it, journals that could not be sent and why."""
+    """What a pass did: journals of which something was sent, values among it, journals that could not be sent and why; and notes."""
 
     journals: int = 0
     values: int = 0
     errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -130,12 +131,17 @@ class Sender:
                 state = (is_written(path), path.stat().st_size)
                 if self._done.get(path) != state:
                     begun += [(first, path, state) for first in read(path, most=1)]
+                if not state[1] and not path.is_relative_to(UNFINISHED):
+                    outcome.notes.append(f"{path}: empty; its stage could write none when it ran, or it was damaged")
         seen: set[str] = set()
         for first, path, state in sorted(begun, key=lambda found: found[0]["time"]):
             name, events = first["begin"]["id"], []
             if name not in seen:
                 with _reading(path, outcome):
                     events = read(path)
+                    if not path.is_relative_to(UNFINISHED) and "end" not in events[-1]:
+                        events = []
+                        raise ValueError("lies beside results, where finished ones do, but has no end")
             if not events:
                 continue
             seen.add(name)
