@@ -1014,6 +1014,7 @@ def test_a_finished_journal_that_changed_is_told(capsys: pytest.CaptureFixture[s
         whole.replace(b"2.0", b"2.5"): sealed,
         first + b"".join(rest[1:]): sealed,
         whole[:-3]: "has no end",
+        whole[:40]: "has no end",
         whole + whole: "begins again",
     }
     for content, told in damages.items():

@@ -32,6 +32,7 @@ PAGE = 100  # runs of one answer, each some 50 kB
 LARGEST, LONGEST = 32 * 2**20, 120.0  # bytes of an answer, and seconds that it may take
 CONNECT = 10  # seconds to reach a database
 TAG_LENGTH = 4000
+NO_END = "lies beside results, where finished ones do, but has no end"
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlartifacts"  # folder beside an SQLite store; other stores decide themselves
 # MLflow keeps artifacts' addresses whole, so that a store that is copied or moved would go on writing to its old place. Through
@@ -130,9 +131,12 @@ class Sender:
             with _reading(path, outcome):
                 state = (is_written(path), path.stat().st_size)
                 if self._done.get(path) != state:
-                    begun += [(first, path, state) for first in read(path, most=1)]
-                if not state[1] and not path.is_relative_to(UNFINISHED):
-                    outcome.notes.append(f"{path}: empty; its stage could write none when it ran, or it was damaged")
+                    first = read(path, most=1)
+                    begun += [(event, path, state) for event in first]
+                    if not first and not path.is_relative_to(UNFINISHED):
+                        if state[1]:
+                            raise ValueError(NO_END)
+                        outcome.notes.append(f"{path}: empty; its stage could write none when it ran, or it was damaged")
         seen: set[str] = set()
         for first, path, state in sorted(begun, key=lambda found: found[0]["time"]):
             name, events = first["begin"]["id"], []
@@ -141,7 +145,7 @@ class Sender:
                     events = read(path)
                     if not path.is_relative_to(UNFINISHED) and "end" not in events[-1]:
                         events = []
-                        raise ValueError("lies beside results, where finished ones do, but has no end")
+                        raise ValueError(NO_END)
             if not events:
                 continue
             seen.add(name)
