@@ -131,9 +131,9 @@ class Sender:
             with _reading(path, outcome):
                 state = (is_written(path), path.stat().st_size)
                 if self._done.get(path) != state:
-                    first = read(path, most=1)
-                    begun += [(event, path, state) for event in first]
-                    if not first and not path.is_relative_to(UNFINISHED):
+                    opening = read(path, most=1)
+                    begun += [(first, path, state) for first in opening]
+                    if not opening and not path.is_relative_to(UNFINISHED):
                         if state[1]:
                             raise ValueError(NO_END)
                         outcome.notes.append(f"{path}: empty; its stage could write none when it ran, or it was damaged")
