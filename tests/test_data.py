@@ -813,7 +813,10 @@ def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) 
     assert data.classes == tuple(map(str, range(12)))
     assert (data.images[:, 0, 0, 0] == data.labels).all()
     assert card["reading"]["class_order"] == "numeric"
-    assert "classes are in numeric order (0, 1, 2, ...), not sorted as text; --classes, or data.classes, gives another" in card["notes"]
+    assert "classes are in numeric order (0, 1, 2, ...), not sorted as text" in card["notes"]
+    (in_order,) = outside.images_of(path).notes
+    assert in_order == "classes are in numeric order (0, 1, 2, ...), not sorted as text"
+    assert outside.images_of(path, classes=tuple(map(str, range(12)))).notes == ()
     named = {name.replace("/11/", "/eleven/"): content for name, content in files.items()}
     assert sources.folder(settings(as_zip(tmp_path / "b.zip", named))).classes == (*sorted(map(str, range(11))), "eleven")
     text = sorted(map(str, range(12)))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from ebjdat import params
 from ebjdat.cli import app, friendly
 from ebjdat.data.prepared import Prepared
-from ebjdat.errors import UserError, brief, message, printable
+from ebjdat.errors import UserError, brief, few, message, printable
 from ebjdat.evaluation.robust import Verdicts
 from ebjdat.files import FileError, parse_json, read_json, read_npz, write_npz
 from ebjdat.params import ParamsError
@@ -46,6 +47,20 @@ import dvc_results
 def test_what_a_terminal_would_obey_is_shown_as_an_escape(text: str, shown: str) -> None:
     assert printable(text) == shown
     shown.encode()
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([], ""),
+        ("ab", "a, b"),
+        ("abcd", "a, b, c, d"),
+        ("abcde", "a, b, c, d and 1 more"),
+        (["\n", "x" * 101], f"\\n, {'x' * 100}… (1 more characters)"),
+    ],
+)
+def test_of_many_names_the_first_are_told(names: Sequence[str], told: str) -> None:
+    assert few(iter(names)) == told
 
 
 def test_messages_keep_their_lines_and_are_never_pages() -> None:

@@ -248,11 +248,24 @@ def test_check_says_all_that_is_wrong_at_once(tmp_path: Path) -> None:
     assert told.exit_code == 1
     assert f"evaluation.reliability.ood_path: {tmp_path}/gone is not here" in told.stderr
     assert "needs at least 4 classes, here are 2" in told.stderr
+    told = CliRunner().invoke(
+        app, ["check", "--params", str(ROOT / "params/cifar10-folder.yaml"), *options, "--override", f"data.path={'x' * 300}"]
+    )
+    assert told.exit_code == 1
+    assert "data.path: xxx" in told.stderr
+    assert "File name too long" in told.stderr
+    assert f"evaluation.reliability.ood_path: {tmp_path}/gone is not here" in told.stderr
 
 
 def test_an_override_that_is_neither_a_setting_nor_a_file_is_told_what_is_allowed() -> None:
     with pytest.raises(ParamsError, match=r"^training\.epochs: there is no such file; key\.path=value or a YAML file is allowed$"):
         params.load(ROOT / "params/digits.yaml", ["training.epochs"])
+    with pytest.raises(ParamsError, match=r"^checks\.n: there is no such file; key\.path=value or a YAML file is allowed$"):
+        params.usual_protocols(10, ["checks.n"])
+    with pytest.raises(ParamsError, match=r"params/digit\.yaml: there is no such file; .*digits"):
+        params.load(ROOT / "params/digit.yaml", [])
+    with pytest.raises(ParamsError, match=r"params/digit: there is no such file; .*digits"):
+        params.load(ROOT / "params/digit", [])
 
 
 def test_the_catalogue_lists_everything_with_source_and_defaults() -> None:

@@ -6,6 +6,7 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -68,7 +69,7 @@ def attack_result(profile: Profile, correct: int, autoattack: bool) -> dict[str,
 
 
 MADE = {
-    "pretrain": [],
+    "pretrain": ["pretrain_curve.csv"],
     "finetune": ["finetune_curve.csv"],
     "attack": ["verdicts.parquet"],
     "generate": ["samples.png", "chains.gif"],
@@ -164,6 +165,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
     for name in profile.pretraining:
         for seed in profile.seeds:
             write_result(results / "pretraining" / name / f"seed{seed}" / "pretrain.json", {"pretrain_seconds": 5.0})
+            (results / "pretraining" / name / f"seed{seed}/pretrain_curve.csv").write_text("epoch\n1\n")
     for path in results.rglob("seed*/*.json"):
         seal(path)
 
@@ -377,9 +379,8 @@ def test_several_seeds_divergences_are_summed_and_a_pretrainings_are_listed(tmp_
     rows = [dataclasses.replace(r, metrics={**r.metrics, **more.get(r.seed, {})}) if r.experiment == "eb_jdat" else r for r in rows]
     record = aggregate(profile, rows).set_index("experiment").loc["eb_jdat"]
     assert tables.collapse_cell(record) == "2 of 3: epoch 2, 5; 3 healed"
-    write_result(
-        tmp_path / "pretraining/clean/seed0/pretrain.json", {"pretrain_seconds": 5.0, "events": ["epoch 1, step 2: seen; done"]}, []
-    )
+    path = tmp_path / "pretraining/clean/seed0/pretrain.json"
+    write_result(path, {**read_json(path), "events": ["epoch 1, step 2: seen; done"]})
     events = {(r.experiment, r.seed): r.metrics["events"] for r in collect(profile, tmp_path, "d1")}
     assert events["pgd_at", 0] == ["pretraining clean, epoch 1, step 2: seen; done"]
     assert events["pgd_at", 1] == events["classifier", 0] == []
@@ -747,20 +748,35 @@ def test_no_changed_bit_of_a_result_reaches_the_report(profile: Profile, filled:
         collect(profile, filled, "d1")
 
 
-@pytest.mark.parametrize("name", [name for names in MADE.values() for name in names])
+@pytest.mark.parametrize("name", [name for stage, names in MADE.items() if stage != "pretrain" for name in names])
 def test_what_changed_beside_a_result_is_refused(profile: Profile, filled: Path, name: str) -> None:
     """A curve, a picture, verdicts or energies with one bit flipped, which their formats may well not notice."""
     path = filled / "eb_jdat/seed0" / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    with pytest.raises(FileError, match=rf"^{path}: not as its stage wrote it \(\w+\.json tells\); delete it and run its stage again$"):
+    mend = rf"`dvc checkout {path}` may have it, else delete it and run its stage again"
+    told = rf"^{path}: not as its stage wrote it \(\w+\.json tells\); {mend}$"
+    with pytest.raises(FileError, match=told):
         collect(profile, filled, "d1")
     path.write_bytes(whole)
     rows = collect(profile, filled, "d1")
+    assert "files" not in rows[0].metrics
     path.unlink()
     assert collect(profile, filled, "d1") == rows  # who reads it says that it is not there
-    path.mkdir()
-    with pytest.raises(FileError, match=name):
+    os.mkfifo(path)
+    with pytest.raises(FileError, match=rf"^{path}: not a plain file; delete it and run its stage again$"):
+        collect(profile, filled, "d1")
+
+
+@pytest.mark.parametrize(("files", "told"), [({}, "without files, so of an earlier version"), ([], "files is list, where names with")])
+def test_a_result_that_does_not_tell_its_files_is_refused(profile: Profile, filled: Path, files: Any, told: str) -> None:
+    path = filled / "eb_jdat/seed0/energy.json"
+    write_result(path, {**read_json(path), "files": files})
+    with pytest.raises(FileError, match=rf"energy\.json: .*{told}"):
+        collect(profile, filled, "d1")
+    found = {name: value for name, value in read_json(path).items() if name != "files"}
+    write_result(path, found)
+    with pytest.raises(FileError, match=r"energy\.json: .*without files, so of an earlier version"):
         collect(profile, filled, "d1")
 
 

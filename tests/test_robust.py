@@ -490,7 +490,7 @@ TEXT = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]  # the numbers of 12 folders that 
 def test_a_network_with_its_classes_in_another_order_is_told(name: Any, classes: int, told: str) -> None:
     x, y = digits_in_colour()
     says = failing(Reading(x, y, name=name, classes=classes), x, y)["classes in the network's order"]
-    mended = "; --classes, or data.classes, gives the network's order"
+    mended = "; give the classes in the network's order"
     assert says == f"share of images that another order of the classes makes right: {told}{mended}"
 
 
@@ -532,7 +532,7 @@ def test_two_classes_that_are_confused_are_no_other_order() -> None:
         prediction[(y == k).nonzero().squeeze(1)[:30]] = 1 - k
     found = checks.classes_in_order(Verdicts(y, prediction, classes=10))
     assert found.passed is False
-    assert "label 0 is its 1, 1 is its 0; --classes, or data.classes, gives" in found.says
+    assert "label 0 is its 1, 1 is its 0; give the classes in the network's order" in found.says
 
 
 def test_a_reading_under_which_the_most_frequent_class_is_guessed_is_no_better_one() -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
     checkpoint(tmp_path / "checkpoints/a.safetensors", WEIGHTS)
     pq.write_table(pa.table({"clean": [True, False], "autoattack": [True, None]}), tmp_path / "results/verdicts.parquet")
-    (tmp_path / "results/attack.json").write_text('{"clean_acc": 0.5, "attack_seconds": 3.0, "sweep": [[0.1, 0.5]]}')
+    (tmp_path / "results/attack.json").write_text('{"clean_acc": 0.5, "attack_seconds": 3.0, "files": {"a": "1"}, "sweep": [[0.1, 0.5]]}')
     (tmp_path / "results/summary.csv").write_text("experiment,clean_acc,train_seconds\na,0.5,3.0\n")
     (tmp_path / "results/table.md").write_text("| experiment | clean % | train s |\n|---|---|---|\n| a | 50.0 | 3.0 |\n")
     (tmp_path / "results/a.journal.jsonl").write_text('{"metrics": {"loss": 1.5}, "step": 1, "time": 5}\n{"end": "FINISHED", "time": 6}\n')
@@ -103,7 +103,7 @@ def test_a_missing_file_is_seen_where_all_have_to_be_there(folder: Path) -> None
 def test_seconds_and_times_are_not_compared(folder: Path) -> None:
     reference = contents(folder)
     checkpoint(folder / "checkpoints/a.safetensors", WEIGHTS, seconds=2.0)
-    (folder / "results/attack.json").write_text('{"clean_acc": 0.5, "attack_seconds": 4.0, "sweep": [[0.1, 0.5]]}')
+    (folder / "results/attack.json").write_text('{"clean_acc": 0.5, "attack_seconds": 4.0, "files": {"a": "2"}, "sweep": [[0.1, 0.5]]}')
     (folder / "results/summary.csv").write_text("experiment,clean_acc,train_seconds\na,0.5,4.0\n")
     (folder / "results/table.md").write_text("| experiment | clean % | train s |\n|---|---|---|\n| a | 50.0 | 4.0 |\n")
     (folder / "results/.attack.json.17.tmp.json").write_text("half")  # of a process that was killed

@@ -74,25 +74,28 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.params import load, named_files, too_few_classes
+    from ebjdat.params import load, lost_files, named_files, too_few_classes
 
     profile = load(params, override)
-    problems = [str(named) for named in named_files(profile) if named.lost and not named.here]
-    folders = [item for item in Path(profile.data.path or "").glob("train/*") if item.is_dir()] if profile.data.path else []
+    problems, named = lost_files(profile), list(named_files(profile))
+    images = [Path(file.path) for file in named if file.key == "data.path" and file.here]
+    folders = [item for path in images for item in path.glob("train/*") if item.is_dir()]
     if folders and (problem := too_few_classes(profile.evaluation.attack, len(folders))):  # an archive is counted by `prepare`
         problems.append(f"evaluation.attack: {problem}")
     if problems:
         raise ParamsError("\n".join(problems))
     seeds = f"{len(profile.experiments)} experiments x {len(profile.seeds)} seeds"
     typer.echo(printable(f"{params}: fine; {seeds} on {profile.data.name}"))
-    for named in named_files(profile):
-        typer.secho(printable(named), fg=None if named.here else "yellow", err=not named.here)
+    for file in named:
+        typer.secho(printable(file), fg=None if file.here else "yellow", err=not file.here)
     generate = profile.evaluation.generate
     if generate.extractor == "inception" and generate.inception_weights is None:
         from ebjdat.evaluation.frechet import kept_weights
 
-        here = (file := kept_weights()).is_file()
-        where = f"evaluation.generate.extractor: Inception's weights: {file} is {'here' if here else 'not here yet; `prepare` fetches it'}"
+        here = (weights := kept_weights()).is_file()
+        where = (
+            f"evaluation.generate.extractor: Inception's weights: {weights} is {'here' if here else 'not here yet; `prepare` fetches it'}"
+        )
         typer.secho(printable(where), fg=None if here else "yellow", err=not here)
 
 
@@ -190,6 +193,8 @@ def attack(
     from ebjdat.stages.context import Context, device_for
 
     verdicts = verdicts or out.with_suffix(".parquet")
+    if verdicts.resolve() == out.resolve():
+        raise ParamsError(f"--out {out} is where the verdicts go; end it in .json, or name another file with --verdicts")
     if model is not None:
         if experiment is not None or (n is not None and params is not None):
             raise ParamsError("with --model: --experiment means nothing, and --n nothing beside --params (set the protocols' n there)")

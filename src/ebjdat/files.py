@@ -77,7 +77,7 @@ def write_result(path: Path | str, values: Mapping[str, Any], made: Iterable[Pat
     """
     said = {name: value for name, value in values.items() if name != DIGEST}
     if made is not None:
-        said[FILES] = {file.name: _sha256(file) for file in made if file.parent == Path(path).parent}
+        said[FILES] = {file.name: _sha256(file) for file in made if file.parent.resolve() == Path(path).parent.resolve()}
     write_json(path, {**said, DIGEST: digest(_plain(said))})
 
 
@@ -93,10 +93,18 @@ def read_result(path: Path | str) -> dict[str, Any]:
             raise ValueError(f"without {DIGEST}, so of an earlier version")
         if told != digest(found):
             raise ValueError(f"changed since it was written (its {DIGEST} is of other values)")
-        for name, told in found.get(FILES, {}).items():
+        made = found.get(FILES, {})
+        if not isinstance(made, dict):
+            raise ValueError(f"{FILES} is {type(made).__name__}, where names with their sha256 belong")
+        for name, sha256 in made.items():
             beside = Path(path).with_name(name)
-            if beside.exists() and (not beside.is_file() or _sha256(beside) != told):
-                raise FileError(f"{beside}: not as its stage wrote it ({Path(path).name} tells); delete it and run its stage again")
+            if beside.exists():
+                with reading(beside, largest=None):
+                    if _sha256(beside) != sha256:
+                        raise FileError(
+                            f"{beside}: not as its stage wrote it ({Path(path).name} tells); `dvc checkout {beside}` may have it, "
+                            "else delete it and run its stage again"
+                        )
     return found
 
 

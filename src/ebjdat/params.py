@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
@@ -481,7 +481,7 @@ def usual_protocols(n: int, overrides: Sequence[str] = ()) -> AttackSettings:
             "standard_l2": {"like": STANDARD, "norm": "L2", "eps": 0.5, "pgd": {"step_size": 0.1}, "n": n},
         }
     }
-    raw = merge(raw, *(content for item in overrides for _, content in read_layers(item)))
+    raw = merge(raw, *(content for _, content in read_layers(None, overrides)))
     problems = [f"{_key_path(where)}: {what}" for where, what in _invalid(AttackSettings, raw, ())]
     if problems:
         raise ParamsError("\n".join(problems))
@@ -891,17 +891,17 @@ def join_overrides(overrides: Sequence[str]) -> str:
     return text if text == shlex.join(overrides) else json.dumps(list(overrides), ensure_ascii=False)
 
 
-def read_layers(path: Path | str, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The profile and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
-    layers = []
-    for i, item in enumerate(map(str, [path, *overrides])):
+def read_layers(path: Path | str | None, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The profile, where there is one, and its overrides (a YAML file, or "key.path=value") as (where it is from, raw mapping)."""
+    layers, profile = [], [] if path is None else [path]
+    for i, item in enumerate(map(str, [*profile, *overrides])):
         name = f"override {shown(item)}" if "=" in item else item if item.isprintable() and 0 < len(item) < 1000 else shown(item)
         try:
             content = yamlfile.parse_assignment(item) if "=" in item else yamlfile.parse(yamlfile.read_text(Path(item)))
         except FileNotFoundError as error:
             beside = sorted(p.stem for p in Path(item).parent.glob("*.yaml") if p.stem.isprintable())
             near = f"; {nearest(Path(item).stem, beside)}" if beside else ""
-            if i and Path(item).suffix not in (".yaml", ".yml"):
+            if i >= len(profile) and Path(item).suffix not in (".yaml", ".yml"):
                 near = "; key.path=value or a YAML file is allowed"
             raise ParamsError(f"{name}: there is no such file{near}") from error
         except yamlfile.YamlError as error:
@@ -1165,35 +1165,35 @@ class Named:
         return f"{self.key}: {self.path} " + ("is here" if self.here else self.otherwise)
 
 
-def _is_here(key: str, path: str | Path) -> bool:
-    """Raises ParamsError for a path that no file can have."""
+def _named(key: str, path: str | Path, lost: bool, otherwise: str) -> Named:
     try:
-        return Path(path).exists()
-    except OSError as error:
-        raise ParamsError(f"{key}: {brief(path)}: {error.strerror}") from error
+        return Named(key, str(path), Path(path).exists(), lost, otherwise)
+    except OSError as error:  # no file can have this path
+        return Named(key, brief(path), False, True, f"cannot be had: {error.strerror}")
 
 
 def named_files(profile: Profile) -> Iterator[Named]:
     """The files and folders outside of `results` that a profile reads, and whether they are there."""
     data, reliability, generate = profile.data, profile.evaluation.reliability, profile.evaluation.generate
     if data.source == "folder" and data.path:
-        here = _is_here("data.path", data.path)
-        yield Named("data.path", data.path, here, False, "is not here yet; put the folder or archive there")
+        yield _named("data.path", data.path, False, "is not here yet; put the folder or archive there")
     for key, source in [("data.root", data.source), *(("evaluation.reliability.ood", name) for name in reliability.ood)]:
         if source in KNOWN_FILES:
-            file = Path(data.root, KNOWN_FILES[source])
-            here = _is_here(key, file)
-            yield Named(key, str(file), here, False, f"is not here yet; {source} is fetched to data.root when it is read")
+            fetched = f"is not here yet; {source} is fetched to data.root when it is read"
+            yield _named(key, Path(data.root, KNOWN_FILES[source]), False, fetched)
     if path := reliability.ood_path:
-        here = _is_here(key := "evaluation.reliability.ood_path", path)
-        yield Named(key, path, here, True, "is not here; put the folder or archive there")
+        yield _named("evaluation.reliability.ood_path", path, True, "is not here; put the folder or archive there")
     if (path := generate.inception_weights) and generate.extractor != "reference":
-        here = _is_here(key := "evaluation.generate.inception_weights", path) and Path(path).is_file()
-        yield Named(key, path, here, True, "is not here; put the file of Inception's weights there")
+        named = _named("evaluation.generate.inception_weights", path, True, "is not here; put the file of Inception's weights there")
+        yield replace(named, here=named.here and Path(path).is_file())
+
+
+def lost_files(profile: Profile) -> list[str]:
+    """Named files, a line each, whose absence would be noticed only after trainings."""
+    return [str(named) for named in named_files(profile) if named.lost and not named.here]
 
 
 def require_files(profile: Profile) -> None:
-    """Raises ParamsError for named files whose absence would be noticed only after trainings."""
-    lost = [str(named) for named in named_files(profile) if named.lost and not named.here]
-    if lost:
+    """Raises ParamsError for lost_files."""
+    if lost := lost_files(profile):
         raise ParamsError("\n".join(lost))

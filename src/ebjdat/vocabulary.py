@@ -116,7 +116,7 @@ VOCABULARY: tuple[Quantity, ...] = (
             "commit it was measured at (`summary.csv`, checkpoints: trained at); `-dirty` when tracked files differed",
         ),
         Q("digest", "hex", "", "of all else in the file, so that a value that changed later is noticed"),
-        Q("files", "mapping", "", "name → sha256 of each file that its stage wrote beside it"),
+        Q("files", "mapping", "", "name → sha256 of the curves, pictures, arrays and verdicts that its stage wrote beside it"),
         Q("version", "text", "", "version of this package"),
         Q("settings", "settings", "", "what robustness was measured with (`evaluation.attack`, resolved)"),
         Q("not_finite", "list of names", "", "names beside it whose value was NaN or infinite, and is null", "there was one"),

@@ -60,7 +60,7 @@ def main(
         network = network.to(memory_format=torch.contiguous_format)  # plain users do not change it
     else:
         network = outside_model(str(model), weights).to(device)
-    images, labels = outside.images_of(data, size)
+    images, labels, _ = outside.images_of(data, size)
     x, y = unit_from_uint8(torch.from_numpy(images[:n])).to(device), torch.from_numpy(labels[:n]).to(device)
     settings = usual_protocols(len(x)).model_copy(update={"batch_size": batch_size})
     protocol = settings.standard.model_copy(update={"eps": parse_budget(eps), "norm": norm})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +22,16 @@ HIGHEST_LABEL = 2**31 - 1
 
 
 class Labelled(NamedTuple):
-    """images: uint8 (N, C, H, W); labels: int64 (N,). said: how files were read, where that is not what everybody expects; a line each."""
+    """images: uint8 (N, C, H, W); labels: int64 (N,); notes: how files were read, where not as everybody expects, a line each."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | None = None) -> Labelled:
-    """Those of a data file of this project (its test split), of an .npz with arrays `images` and `labels`, or of a folder or
-    archive with test/<class>/<image> (and train/<class>/...), shuffled by a fixed seed.
+    """Test images, uint8 (N, C, H, W), and labels (N,) of a data file of this project, of an .npz with arrays `images` and `labels`,
+    or of a folder or archive with test/<class>/<image> (and train/<class>/...), shuffled by a fixed seed.
 
     size: for folders, scale the shorter side to it and crop the centre. classes: for folders, their names in the network's
     order, which the labels then have; it may hold more. Raises DataError.
@@ -43,6 +44,8 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
             why = wrong["msg"].removeprefix("Value error, ")
             raise DataError(f"{brief(ascii(str(path)), 80)}: {wrong['loc'][0]}: {why}") from error
         raw = folder(settings)
+        if classes is not None:
+            raw = replace(raw, reading={**raw.reading, "class_order": "given"})
         order = np.random.default_rng(0).permutation(np.flatnonzero(raw.test))
         images = np.ascontiguousarray(raw.images[order])
         check_range(images, str(path))

@@ -43,11 +43,10 @@ class Raw:
         """How files were read, where that is not what everybody expects."""
         notes = [f"the folder {folder!r} is the {split} split" for split, folder in self.reading.get("folders", {}).items()]
         if self.reading.get("class_order") == "numeric" and list(self.classes) != sorted(self.classes):
-            first = ", ".join(self.classes[:3])
-            notes.append(f"classes are in numeric order ({first}, ...), not sorted as text; --classes, or data.classes, gives another")
+            notes.append(f"classes are in numeric order ({', '.join(self.classes[:3])}, ...), not sorted as text")
         notes += [f"{n} images: {rule}" for rule, n in self.reading.get("converted", {}).items()]
         if self.reading.get("grey_stored_as_rgb"):
-            notes.append("all images are grey but stored as RGB, so three equal channels; data.channels: 1 makes them one")
+            notes.append("all images are grey but stored as RGB, so three equal channels")
         return notes
 
     def warnings(self) -> list[str]:

@@ -151,7 +151,7 @@ def classes_in_order(verdicts: Verdicts) -> Check:
     order = _best_order(y, prediction, verdicts.classes)
     named = [text for text, other in _orders(verdicts.classes).items() if (other[y] == prediction).mean() >= mapped.mean() - POINT]
     moved = [f"{k} is its {order[k]}" for k in np.unique(y) if order[k] != k]
-    told = f"{says}: it looks as if {named[0] if named else 'label ' + few(moved)}; --classes, or data.classes, gives the network's order"
+    told = f"{says}: it looks as if {named[0] if named else 'label ' + few(moved)}; give the classes in the network's order"
     return Check.at_most("classes in the network's order", gain, 0.0, told)
 
 

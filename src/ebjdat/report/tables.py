@@ -112,7 +112,6 @@ class Nested(BaseModel, strict=True):
     sweep: Annotated[list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
     events: list[str] | None = None
     ood_missing: dict[str, str] | None = None
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,9 @@ def stage_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str
     with reading(path):
         if len(found) > MANY:
             raise ValueError(f"{len(found):,} names")
-        missing = [name for name in (*NEEDED[stage], FILES) if name not in found or (found[name] is None and name in NOT_NULL)]
+        if not found.get(FILES):
+            raise ValueError(f"without {FILES}, so of an earlier version")
+        missing = [name for name in NEEDED[stage] if name not in found or (found[name] is None and name in NOT_NULL)]
         if missing:
             raise ValueError(f"without {', '.join(missing)}")
         for name, value in found.items():

@@ -108,8 +108,8 @@ def run_any(network: Foreign, data: Images, settings: AttackSettings, device: to
     names = outside.class_names(data.classes) if data.classes else None
     model = outside_model(network.factory, network.weights, network.key, device)
     other = outside_model(network.source, device=device) if network.source else None
-    images, labels, said = outside.images_of(data.path, data.size, names)
-    for line in said:
+    images, labels, notes = outside.images_of(data.path, data.size, names)
+    for line in notes:
         print(f"{data.path}: {line}", flush=True)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
     if data.path.suffix != ".npz":
@@ -127,7 +127,7 @@ def run_any(network: Foreign, data: Images, settings: AttackSettings, device: to
     with alone(place):
         state = place / _made_from(settings, device, data_hash, tensors, network.factory)
         found = audit(model, x, y, settings, other, state, network.factory, workers=torch.get_num_threads())
-        about = {"model": network.factory, "weights": tensors[:16], "data": data.path.name, "data_hash": data_hash, "notes": list(said)}
+        about = {"model": network.factory, "weights": tensors[:16], "data": data.path.name, "data_hash": data_hash, "notes": list(notes)}
         _write(found.metrics, _named(found, "raw"), settings, about, out, verdicts_out)
         shutil.rmtree(place, ignore_errors=True)
 
