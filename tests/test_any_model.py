@@ -173,24 +173,9 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
 
 
 def test_the_bench_of_attacks_runs_on_a_network_from_elsewhere(folder: Path) -> None:
-    words = [
-        "--model",
-        "somenets:whitened",
-        "--weights",
-        "whitened.pt",
-        "--data",
-        "digits.npz",
-        "--n",
-        "1",
-        "--eps",
-        "0.5",
-        "--json",
-        "b.json",
-    ]
-    script = str(ROOT / "workflow/scripts/bench_attacks.py")
-    done = subprocess.run(
-        [sys.executable, script, *words, "--search", "fp32"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
-    )
+    words = "--model somenets:whitened --weights whitened.pt --data digits.npz --n 1 --eps 0.5 --json b.json --threads 1 --search fp32"
+    command = [sys.executable, str(ROOT / "workflow/scripts/bench_attacks.py"), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
     assert read_json(folder / "b.json")["equal_verdicts"] == {"fp32": 1.0}
 

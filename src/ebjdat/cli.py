@@ -93,10 +93,8 @@ def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
         from ebjdat.evaluation.frechet import kept_weights
 
         here = (weights := kept_weights()).is_file()
-        where = (
-            f"evaluation.generate.extractor: Inception's weights: {weights} is {'here' if here else 'not here yet; `prepare` fetches it'}"
-        )
-        typer.secho(printable(where), fg=None if here else "yellow", err=not here)
+        where = f"Inception's weights: {weights} is {'here' if here else 'not here yet; `prepare` fetches it'}"
+        typer.secho(printable(f"evaluation.generate.extractor: {where}"), fg=None if here else "yellow", err=not here)
 
 
 @app.command()
