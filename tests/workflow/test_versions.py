@@ -228,8 +228,7 @@ def test_experiments_of_dvc_from_a_clone(project: Project, tmp_path: Path) -> No
     assert ran(text) == {"energy-classifier-seed0", "report"}
     made.run("git", "checkout", "-q", "params", "dvc.lock")
     made.run("dvc", "checkout")
-    for paper in ("cifar10", "cifar100"):
-        made.run("dvc", "exp", "run", "--queue", "-n", paper, "-S", f"params/digits.yaml:report.paper={paper}")
+    made.run("dvc", "exp", "run", "--queue", "-n", "cifar10", "-S", "params/digits.yaml:report.paper=cifar10")
     made.run("dvc", "exp", "run", "--run-all")
     (baseline,) = [e for e in json.loads(made.run("dvc", "exp", "show", "--json")) if e["rev"] != "workspace"]
     found = {e["name"]: e["revs"][0]["data"] for e in baseline["experiments"]}
@@ -241,9 +240,8 @@ def test_experiments_of_dvc_from_a_clone(project: Project, tmp_path: Path) -> No
     assert {name: values[:2] for name, values in shown.items()} == {
         "fewer": (20, None),
         "cifar10": (None, "cifar10"),
-        "cifar100": (None, "cifar100"),
     }
-    assert shown["cifar10"][2] == shown["cifar100"][2] != shown["fewer"][2]
+    assert shown["cifar10"][2] != shown["fewer"][2]
     made.run("dvc", "exp", "apply", "fewer")
     assert made.planned() == {}
     assert "up to date" in made.run("dvc", "status")
