@@ -51,7 +51,7 @@ reproduce: install ## run the profile's whole chain, then show its table
 	@$(BIN)/ebjdat show --params "params/$$PROFILE.yaml" --overrides "$$OVERRIDES"
 
 test: install ## run the tests, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 torture: install ## kills, full disks, damaged files, bad servers and clocks (docs/reliability.md); ONLY=kill, N=50, SEED=0, MINUTES=10
 	$(BIN)/python -m pytest -m torture -s tests/torture$(if $(ONLY),/test_$(ONLY).py) $(if $(N),--torture-n $(N)) $(if $(SEED),--torture-seed $(SEED)) \
