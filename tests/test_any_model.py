@@ -351,8 +351,8 @@ def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
 
 def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     model = outside_model("somenets:whitened", folder / "whitened.safetensors")
-    images, labels, said = outside.images_of(folder / "digits.npz")
-    assert said == ()
+    images, labels, notes = outside.images_of(folder / "digits.npz")
+    assert notes == ()
     asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
     found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)
     run(

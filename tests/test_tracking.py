@@ -999,7 +999,7 @@ def test_a_damaged_journal_is_named_with_its_line(lines: bytes) -> None:
     assert re.match(r"results/bad\.journal\.jsonl: cannot be read \(line [12]: .*\); delete it if it is damaged$", outcome.errors[0])
 
 
-def test_a_finished_journal_that_changed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_journal_that_changed_is_told() -> None:
     """A digit of a number that became another, a line that is gone, the end that is, or everything."""
     path = Path("results/f.journal.jsonl")
     with track(Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS), path) as tracker:
