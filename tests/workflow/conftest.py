@@ -25,7 +25,10 @@ TINY = {
     "data": {"n_train": 130, "n_test": 40},
     "training": {"batch_size": 32},
     "evaluation": {
-        "attack": {"protocols": {name: {"n": 0} for name in ("standard", "released", "standard_l2")}, "checks": {"n": 10}},
+        "attack": {
+            "protocols": {name: {"n": 0} for name in ("standard", "released", "standard_l2")},
+            "checks": {"n": 10, "steps": 2, "restarts": 1},
+        },
         "generate": {"n": 40},
     },
 }

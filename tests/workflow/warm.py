@@ -1,7 +1,8 @@
-"""Starts `python -m ebjdat` in forks of a process that has imported torch and the other libraries: seconds less for each stage.
+"""Starts `python -m ebjdat` and `snakemake` in forks of a process that has imported their libraries: seconds less for each stage.
 
-The package itself is imported in the fork, from the checkout that it runs in. Commands reach it through a `python` that stands
-first on PATH (CLIENT), with its arguments, folder, environment and open files; every other call of that `python` is the real one's.
+The package itself is imported in the fork, from the checkout that it runs in. Commands reach it through a `python` and a `snakemake`
+that stand first on PATH (CLIENT), with their arguments, folder, environment and open files; every other call of that `python` is the
+real one's.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from pathlib import Path
 LIBRARIES = (
     *("numpy", "scipy.stats", "scipy.linalg", "scipy.optimize", "torch", "torch._dynamo", "torch_fidelity", "sklearn.calibration"),
     *("sklearn.datasets", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "PIL.Image", "safetensors.torch", "pydantic", "typer"),
+    "snakemake.cli",
 )
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
-if sys.argv[1:3] != ["-m", "ebjdat"]:
+if sys.argv[0].endswith("snakemake"):
+    module, arguments = "snakemake", sys.argv[1:]
+elif sys.argv[1:3] == ["-m", "ebjdat"]:
+    module, arguments = "ebjdat", sys.argv[3:]
+else:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"x"], [0, 1, 2])
-    order = {{"arguments": sys.argv[3:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    order = {{"module": module, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}}
     server.sendall(json.dumps(order).encode())
     server.shutdown(socket.SHUT_WR)
     status = server.recv(16)
@@ -38,16 +44,16 @@ sys.exit(int(status or 1))
 
 
 def client(folder: Path, address: Path) -> None:
-    """Write the `python` that asks the server at this address."""
+    """Write the `python` and the `snakemake` that ask the server at this address."""
     folder.mkdir()
-    file = folder / "python"
-    file.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    file.chmod(0o755)
+    for name in ("python", "snakemake"):
+        (folder / name).write_text(CLIENT.format(python=sys.executable, address=str(address)))
+        (folder / name).chmod(0o755)
     (folder / "first").write_text(f'PATH="{folder}:$PATH"\n')  # BASH_ENV: Snakemake puts its own Python's folder before all others
 
 
-def serve(address: str) -> None:
-    """Until standard input ends. Returns in every fork that is to run a command, prepared for it."""
+def serve(address: str) -> str:
+    """Until standard input ends. Returns in every fork that is to run a command, prepared for it, the module to run."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
@@ -74,8 +80,10 @@ def serve(address: str) -> None:
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = ["ebjdat", *order["arguments"]]
-    sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    module: str = order["module"]
+    sys.argv = [module, *order["arguments"]]
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
+    return module
 
 
 if __name__ == "__main__":
@@ -84,9 +92,9 @@ if __name__ == "__main__":
     assert "ebjdat" not in sys.modules
     gc.collect()
     gc.freeze()  # what was imported is neither looked through nor taken down in the forks: that would copy all of it
-    serve(sys.argv[1])
+    asked = serve(sys.argv[1])
     try:
-        runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
+        runpy.run_module(asked, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
