@@ -1,0 +1,146 @@
+"""A golden record: what a profile's whole chain makes, as digests of tensors and verdicts and as every figure.
+
+    snakemake --cores all --config profile=digits overrides=tests/golden/digits.yaml
+    python -m tests.golden.record digits            # compares with tests/golden/digits.json; --write replaces it
+
+A change of code that is not meant to change results leaves the record equal, on the machine that made it: other processors and
+versions of torch round differently. Times, hashes of code and settings, and commits are left out. docs/development.md says when.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+
+from ebjdat.params import run_name
+
+HERE = Path(__file__).parent
+LONGEST = 200  # characters of a value that is kept as it is; longer ones as digests
+# What may differ between two runs of the same code, by the end of its name.
+VOLATILE = ("seconds", "git_commit", "params_hash", "digest", "files", "version")
+
+
+def machine() -> dict[str, str]:
+    """What the last bits depend on."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def of_array(name: str, array: np.ndarray[Any, Any]) -> str:
+    values = json.dumps(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes()
+    return digest(name.encode(), str(array.dtype).encode(), str(array.shape).encode(), values)
+
+
+def checkpoint(file: Path) -> dict[str, Any]:
+    """Digest of the tensors below each first word of their names: model, ema, buffer."""
+    groups: dict[str, list[bytes]] = {}
+    with safe_open(file, framework="numpy") as tensors:
+        for name in sorted(tensors.keys()):
+            groups.setdefault(name.split(".")[0], []).append(of_array(name, tensors.get_tensor(name)).encode())
+    return {group: digest(*found) for group, found in groups.items()}
+
+
+def kept(value: Any) -> Any:
+    """Without what may differ, and what is long as a digest."""
+    if isinstance(value, Mapping):
+        value = {k: kept(v) for k, v in value.items() if not k.endswith(VOLATILE)}
+    elif isinstance(value, list):
+        value = [kept(v) for v in value]
+    text = json.dumps(value, sort_keys=True)
+    return value if len(text) <= LONGEST or (isinstance(value, Mapping) and value) else digest(text.encode())
+
+
+def figures(file: Path) -> dict[str, Any]:
+    found = kept(json.loads(file.read_text()))
+    assert isinstance(found, dict)
+    return found
+
+
+def table(file: Path) -> dict[str, Any]:
+    """A CSV's columns as digests."""
+    with file.open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    names = [name for name in (rows[0] if rows else {}) if not name.endswith(VOLATILE)]
+    return {name: digest(*(str(row[name]).encode() for row in rows)) for name in names}
+
+
+def arrays(file: Path) -> dict[str, Any]:
+    with np.load(file, allow_pickle=False) as found:
+        return {name: of_array(name, found[name]) for name in found.files}
+
+
+def verdicts(file: Path) -> dict[str, Any]:
+    found = pd.read_parquet(file)
+    return {str(name): of_array(str(name), found[name].to_numpy()) for name in found}
+
+
+READERS = {".safetensors": checkpoint, ".json": figures, ".csv": table, ".npz": arrays, ".parquet": verdicts}
+
+
+def record(root: Path, run: str) -> dict[str, Any]:
+    """{"machine": ..., "data/card.json": {...}, "checkpoints/eb_jdat/seed0.safetensors": {...}, ...} of a run's files below root."""
+    found: dict[str, Any] = {"machine": machine()}
+    for place in ("data", "checkpoints", "results"):
+        files = sorted(p for p in (root / place / run).rglob("*") if p.suffix in READERS)
+        if not files:
+            raise SystemExit(f"{place}/{run} is not there: run the profile first")
+        for file in files:
+            found[f"{place}/{file.relative_to(root / place / run)}"] = READERS[file.suffix](file)
+    return found
+
+
+def leaves(tree: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, (*where, str(key)))
+    else:
+        yield where, tree
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each value that is another one, missing or new; the machine is not compared."""
+    old, new = (dict(leaves({k: v for k, v in tree.items() if k != "machine"})) for tree in (before, now))
+    missing = object()
+    return [
+        f"{' '.join(where)}: {old.get(where, 'nothing')} -> {new.get(where, 'nothing')}"
+        for where in [*old, *(w for w in new if w not in old)]
+        if old.get(where, missing) != new.get(where, missing)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", choices=sorted(p.stem for p in HERE.glob("*.yaml")))
+    parser.add_argument("--write", action="store_true", help="replace the record")
+    asked = parser.parse_args()
+    file = HERE / f"{asked.profile}.json"
+    overrides = (HERE / f"{asked.profile}.yaml").relative_to(Path.cwd())
+    now = record(Path(), run_name(f"params/{asked.profile}.yaml", [str(overrides)]))
+    if asked.write:
+        file.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+        print(f"wrote {file}: {len(now) - 1} files")
+        return 0
+    before = json.loads(file.read_text())
+    if before["machine"] != now["machine"]:
+        print(f"made on another machine ({before['machine']}; here {now['machine']}): the last digits may differ", file=sys.stderr)
+    found = differences(before, now)
+    print("\n".join([*found[:50], f"{len(found)} differences in {len(now) - 1} files"]))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
