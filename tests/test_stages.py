@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,8 @@ import torch
 import yaml
 from torch.optim.swa_utils import AveragedModel
 
-from ebjdat import params
+import ebjdat
+from ebjdat import codehash, jobs, params
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation.frechet import frechet_distance
@@ -28,7 +32,29 @@ from ebjdat.training.loop import TrainingError
 
 from .conftest import ROOT
 
+PACKAGE = str(Path(ebjdat.__file__).parent)
 NO_ENSEMBLES = [f"evaluation.attack.protocols.{name}.n=0" for name in ("standard", "released", "standard_l2")]
+
+
+class Executed:
+    """While it is entered: (file, first line) of every function of the package that is called, in any thread."""
+
+    def __init__(self) -> None:
+        self.functions: set[tuple[str, int]] = set()
+
+    def __enter__(self) -> Executed:
+        threading.setprofile(self.note)
+        sys.setprofile(self.note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+    def note(self, frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_name != "<module>" and code.co_filename.startswith(PACKAGE):
+            self.functions.add((code.co_filename, code.co_firstlineno))
 
 
 class Files:
@@ -36,6 +62,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.executed = {stage: Executed() for stage in ("pretrain", "finetune", "attack", "generate", "energy")}
         overrides = [str(ROOT / "params/overrides/ci.yaml"), *NO_ENSEMBLES]
         self.context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
         self.data_path = folder / "data.npz"
@@ -58,16 +85,67 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         patch.setenv("EBJDAT_TRACKING", "0")
         made = Files(folder)
         for name in ("clean", "scratch"):
-            train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
-        train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
+            with made.executed["pretrain"]:
+                train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
+        with made.executed["finetune"]:
+            train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
         source, outputs = made.out("clean").checkpoint, (folder / "attack.json", folder / "verdicts.parquet")
-        attack.run(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, source, *outputs, None)
+        with made.executed["attack"]:
+            attack.run(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, source, *outputs, None)
         outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png", folder / "chains.gif")
         checkpoints = (made.out("eb_jdat").checkpoint, made.out("clean").checkpoint)
-        evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
+        with made.executed["generate"]:
+            evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
         outputs = (folder / "energy.json", folder / "energy.npz", folder / "energy.png")
-        evaluate.energy(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, folder / "samples.npz", *outputs, None)
+        weights = made.out("eb_jdat").checkpoint
+        with made.executed["energy"]:
+            evaluate.energy(made.context, "eb_jdat", 0, made.data_path, weights, folder / "samples.npz", *outputs, None)
     return made
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "attack", "generate", "energy"])
+def test_nothing_is_executed_that_the_digest_of_a_jobs_code_does_not_hold(stage: str, files: Files) -> None:
+    """By what Python really called. Reading of settings and what has no effect on numbers is left out of both."""
+    profile, name = files.context.profile, "clean" if stage == "pretrain" else "eb_jdat"
+    spec = jobs.STAGES[stage]
+    held = {key[:2] for key in codehash.code(*spec.code, *(entry.target for entry in spec.strategies(profile, name)))}
+    executed = set()
+    for file, line in files.executed[stage].functions:
+        module = f"ebjdat.{file.removeprefix(PACKAGE).strip('/').removesuffix('.py').replace('/', '.')}"
+        statements = [n for n in ast.parse(Path(file).read_bytes()).body if first_line(n) <= line <= (n.end_lineno or 0)]
+        (names,) = [codehash.defines(n) or [""] for n in statements]
+        executed |= {(module, one) for one in names}
+    counted = {(module, one) for module, one in executed if codehash.counts(module, one) and module != codehash.SETTINGS}
+    assert len(counted) > 20
+    assert counted - held == set()
+
+
+def test_state_made_by_other_code_is_not_continued(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint.load(files.out("eb_jdat").checkpoint).header.code == jobs.STAGES["finetune"].digest(files.context.profile, "eb_jdat")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    states: list[Path] = []
+
+    def stopped(*found: Any, **_: Any) -> None:
+        states.extend(s for a in found for s in [a if isinstance(a, Path) else getattr(a, "state", None)] if s)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(attack, "audit", stopped)
+    weights = files.out("eb_jdat").checkpoint
+    for code in ("as it is", "as it is", "another"):
+        if code == "another":
+            monkeypatch.setattr(codehash, "digest", lambda *_: "another")
+        with pytest.raises(KeyboardInterrupt):
+            train.pretrain(files.context, "clean", 0, files.data_path, files.out("other"), None)
+        with pytest.raises(KeyboardInterrupt):
+            attack.run(files.context, "eb_jdat", 0, files.data_path, weights, None, tmp_path / "a.json", tmp_path / "v.parquet", None)
+    assert states[:2] == states[2:4]
+    assert not set(states[4:]) & set(states[:4])
+
+
+def first_line(node: ast.stmt) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
 def logits(network: WideResNet, images: np.ndarray) -> np.ndarray:
@@ -309,7 +387,7 @@ STAGES = {
     "reliability": "reliability",
     "report": "report",
 }
-OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress"}
+OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.jobs", "ebjdat.codehash"}
 EACH_ALONE = """
 import os, sys, torch
 for stage in sys.argv[1:]:
@@ -331,7 +409,7 @@ def loaded() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("rule", STAGES)
 def test_rules_name_every_module_that_their_stage_imports(rule: str, loaded: dict[str, set[str]]) -> None:
-    """Tracking, progress and packages that hold nothing change no result."""
+    """Tracking, progress, digests of code and packages that hold nothing change no result."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     named = next(set(stage["deps"]) for name, stage in stages.items() if name.startswith("finetune" if rule == "train" else rule))
     modules = {m for m in loaded[STAGES[rule]] - OUTSIDE if not m.startswith("ebjdat.tracking")}

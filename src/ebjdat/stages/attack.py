@@ -12,28 +12,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ebjdat import __version__
+from ebjdat import __version__, codehash
 from ebjdat.data import outside, prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.evaluation.robust import classes_of, judging
 from ebjdat.files import digest, git_commit, write_result
+from ebjdat.jobs import STAGES, named
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.outside import outside_model
 from ebjdat.params import AttackSettings, prefix_of
 from ebjdat.pixels import unit_from_uint8
-from ebjdat.stages.context import Context, alone, source_files
+from ebjdat.stages.context import Context, alone
 from ebjdat.training import checkpoint
 
 AVERAGED = ("_correct", "_acc", "_low", "_high", "n_not_finite", "n_not_finite_adversarial")  # ends of names that averaged weights have too
-
-# What finished batches depend on beside their inputs; an edit there starts an evaluation again.
-CODE = (
-    *("errors.py", "params.py", "yamlfile.py", "registry.py", "pixels.py", "files.py", "statistics.py"),
-    *("stages/context.py", "stages/attack.py"),
-    *("data", "models", "samplers", "evaluation"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def run(
     other = UnitRange(checkpoint.load(source, data_hash=data.data_hash).network(device)).eval() if source and not is_source else None
     title, workers = f"{experiment}/seed{seed}", torch.get_num_threads()
     place = Path("state") / context.run / experiment / f"seed{seed}-attack"
-    state = place / _made_from(settings, device, data.data_hash, weights)
+    state = place / _made_from(settings, device, STAGES["attack"].digest(context.profile, experiment), data.data_hash, weights)
     with context.track_result(experiment, seed, "attack", data, out) as tracker, alone(place):
         found = audit(UnitRange(loaded.network(device)).eval(), x, y, settings, other, state, title, workers=workers)
         metrics, tables = found.metrics, [_named(found, "raw")]
@@ -125,16 +119,18 @@ def run_any(network: Foreign, data: Images, settings: AttackSettings, device: to
     data_hash = digest(images.tobytes(), labels.tobytes())[:16]
     place = out.parent / f".{out.name}.state"
     with alone(place):
-        state = place / _made_from(settings, device, data_hash, tensors, network.factory)
+        code = codehash.digest([f"{__name__}:run_any"], named({"attack": settings.model_dump()}))
+        state = place / _made_from(settings, device, code, data_hash, tensors, network.factory)
         found = audit(model, x, y, settings, other, state, network.factory, workers=torch.get_num_threads())
         about = {"model": network.factory, "weights": tensors[:16], "data": data.path.name, "data_hash": data_hash, "notes": list(notes)}
         _write(found.metrics, _named(found, "raw"), settings, about, out, verdicts_out)
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _made_from(settings: AttackSettings, device: torch.device, *inputs: Any) -> str:
+def _made_from(settings: AttackSettings, device: torch.device, code: str, *inputs: Any) -> str:
+    """What finished batches depend on: where any of it is another, an evaluation starts again."""
     machine = [str(device), torch.get_num_threads(), torch.__version__]
-    return digest(settings.model_dump(), machine, *inputs, *source_files(*CODE))[:16]
+    return digest(settings.model_dump(), machine, code, *inputs)[:16]
 
 
 def _named(found: Audit, weights: str) -> pa.Table:

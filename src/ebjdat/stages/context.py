@@ -52,7 +52,7 @@ class Context:
             source = Path(self.profile.data.path).name if self.profile.data.path else self.profile.data.name
             told = {"name": self.profile.data.name, "digest": data.data_hash, "source": source, "image_shape": data.image_shape, **splits}
             tags = {**tags, "data_hash": data.data_hash}
-        about = About(settings, {**tags, "git_commit": git_commit()}, told, source_files(""))
+        about = About(settings, {**tags, "git_commit": git_commit()}, told, source_files())
         return track(subject, about, journal_of(out))
 
     def track_result(self, experiment: str, seed: int, stage: str, data: Prepared, out: Path) -> AbstractContextManager[Tracker]:
@@ -90,10 +90,9 @@ def device_for(wanted: str, threads: int) -> torch.device:
     return torch.device(wanted)
 
 
-def source_files(*names: str) -> list[Path]:
-    """This package's files: modules ("params.py") and packages ("data") by name. State made by other code is not continued."""
-    root = Path(ebjdat.__file__).parent
-    return [file for name in names for file in sorted([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
+def source_files() -> list[Path]:
+    """This package's modules."""
+    return sorted(Path(ebjdat.__file__).parent.rglob("*.py"))
 
 
 @contextlib.contextmanager

@@ -17,20 +17,15 @@ from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.files import digest, git_commit, write_result, write_text
+from ebjdat.jobs import STAGES
 from ebjdat.models import wrn
 from ebjdat.params import ModelSettings
-from ebjdat.stages.context import Context, alone, source_files
+from ebjdat.stages.context import Context, alone
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.healing import Event
 from ebjdat.training.loop import Job, Trained, TrainingError, train
-
-# What a resumed training depends on beside its inputs; an edit there starts it again.
-CODE = (
-    *("errors.py", "params.py", "yamlfile.py", "registry.py", "pixels.py", "files.py", "stages/context.py", "stages/train.py"),
-    *("data", "models", "samplers", "objectives", "training"),
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,8 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
     tags = {"method": entry.method, "params_hash": params_hash}
     with context.track(subject, described, tags, out.metrics, data) as tracker:
         job = Job(f"pretraining/{name}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
-        state = _train(context, job, data, context.profile.model_settings(name), None, params_hash, out, tracker, threads)
+        made_by = _made_by(context, params_hash, STAGES["pretrain"].digest(context.profile, name))
+        state = _train(context, job, data, context.profile.model_settings(name), None, made_by, out, tracker, threads)
     shutil.rmtree(state, ignore_errors=True)
 
 
@@ -66,9 +62,13 @@ def finetune(context: Context, experiment: str, seed: int, data_path: Path, init
     with context.track_result(experiment, seed, "finetune", data, out.metrics) as tracker:
         job = Job(f"{experiment}/seed{seed}", entry.method, settings, seed, Path(), context.profile.runtime.checkpoint_minutes)
         network = context.profile.model_settings(entry.pretraining)
-        params_hash = context.profile.params_hash(experiment, seed)
-        state = _train(context, job, data, network, initial, params_hash, out, tracker, threads)
+        made_by = _made_by(context, context.profile.params_hash(experiment, seed), STAGES["finetune"].digest(context.profile, experiment))
+        state = _train(context, job, data, network, initial, made_by, out, tracker, threads)
     shutil.rmtree(state, ignore_errors=True)
+
+
+def _made_by(context: Context, params_hash: str, code: str) -> dict[str, str]:
+    return {"run": context.run, "params_hash": params_hash, "code": code, "git_commit": git_commit()}
 
 
 def _train(
@@ -77,12 +77,15 @@ def _train(
     data: Prepared,
     model_settings: ModelSettings,
     initial: Path | None,
-    params_hash: str,
+    made_by: Mapping[str, str],
     out: Outputs,
     tracker: Tracker,
     threads: int | None,
 ) -> Path:
-    """Returns the folder of the resumable state, to be deleted when every declared output is written, the journal too."""
+    """Returns the folder of the resumable state, to be deleted when every declared output is written, the journal too.
+
+    State made by other code, from other settings or inputs, or on another machine, is not continued.
+    """
     device = context.device(threads)
     settings = job.settings
     model = wrn.build(model_settings, data.image_shape[0], len(data.classes), job.seed)
@@ -93,7 +96,7 @@ def _train(
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     machine = [str(device), torch.get_num_threads(), torch.__version__]
-    inputs = [data.data_hash, *([initial] if initial else []), *source_files(*CODE)]
+    inputs = [data.data_hash, *([initial] if initial else []), made_by["code"]]
     made_from = digest(job.method, settings.model_dump(), model_settings.model_dump(), job.seed, machine, *inputs)
     state = Path("state") / context.run / job.title / made_from[:16]
     job = replace(job, state=state)
@@ -119,7 +122,6 @@ def _train(
         except TrainingError:
             tracker.final(_divergences(events))
             raise
-        made_by = {"run": context.run, "params_hash": params_hash, "git_commit": git_commit()}
         _write(job, model_settings, data, result, made_by, f"{'finetune' if initial else 'pretrain'}_seconds", out, tracker)
     return state.parent
 
@@ -153,7 +155,7 @@ def _write(
     out: Outputs,
     tracker: Tracker,
 ) -> None:
-    """made_by: run, params_hash and git_commit. seconds: the name of the training's time."""
+    """made_by: run, params_hash, code and git_commit. seconds: the name of the training's time."""
     selected = result.selected
     metrics: dict[str, float] = {
         seconds: round(result.seconds, 3),
@@ -176,6 +178,7 @@ def _write(
         run=made_by["run"],
         params_hash=made_by["params_hash"],
         git_commit=made_by["git_commit"],
+        code=made_by["code"],
         metrics=metrics,
         events=tuple(map(str, result.events)),
     )

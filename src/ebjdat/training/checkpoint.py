@@ -56,6 +56,7 @@ class Header:
     params_hash: str  # of the experiment and seed, when it was trained
     git_commit: str
     metrics: dict[str, int | float]
+    code: str = ""  # digest of what the training could execute; "" where it was not noted
     events: tuple[str, ...] = ()  # divergences, and what was changed in `training` after them
     version: str = __version__
     format: int = FORMAT

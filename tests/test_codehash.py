@@ -1,0 +1,123 @@
+"""What an edit makes out of date, stage by stage; and that nothing is executed that the digest does not hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ebjdat import codehash, params
+from ebjdat.jobs import STAGES
+from ebjdat.params import Profile
+
+from .conftest import ROOT
+
+Digests = dict[tuple[str, str], str]
+SADAJEM = {("finetune", "sadajem"), ("finetune", "eb_jdat_sadajem"), ("generate", "sadajem"), ("generate", "eb_jdat_sadajem")}
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return params.load(ROOT / "params/digits-full.yaml")
+
+
+def digests(profile: Profile) -> Digests:
+    """(stage, experiment or pretraining) -> digest of its code."""
+    names = {"prepare": [""], "pretrain": [*profile.pretraining]}
+    return {(stage, name): STAGES[stage].digest(profile, name) for stage in STAGES for name in names.get(stage, [*profile.experiments])}
+
+
+@pytest.fixture(scope="module")
+def before(profile: Profile) -> Digests:
+    return digests(profile)
+
+
+@pytest.fixture
+def changed(profile: Profile, before: Digests, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[tuple[str, str]]]:
+    """Jobs that are out of date after an edit: a module and what is replaced there, or all modules and a function of their text."""
+    read, parsed = codehash.source, codehash.parsed
+
+    def edit(module: str, old: str, new: str) -> set[tuple[str, str]]:
+        assert old in read(module).decode()
+        return by(lambda _, text: text.replace(old, new), module)
+
+    def by(function: Callable[[str, str], str], only: str | None = None) -> set[tuple[str, str]]:
+        monkeypatch.setattr(codehash, "source", lambda module: function(module, read(module).decode()).encode())
+        anew = cache(parsed.__wrapped__)
+        monkeypatch.setattr(codehash, "parsed", lambda module: anew(module) if only in (None, module) else parsed(module))
+        now = digests(profile)
+        return {job for job in before if now[job] != before[job]}
+
+    edit.by = by  # type: ignore[attr-defined]
+    return edit
+
+
+def of(before: Digests, *stages: str) -> set[tuple[str, str]]:
+    return {job for job in before if job[0] in stages}
+
+
+NOTHING = {
+    "a docstring": ("ebjdat.training.loop", '"""The best checkpoint', '"""The very best checkpoint'),
+    "a comment": ("ebjdat.samplers.starts", "# added to the diagonal", "# is added to the diagonal"),
+    "a message": ("ebjdat.errors", "def brief", "import os\n\n\ndef brief"),
+    "an annotation": ("ebjdat.objectives.recipes", "def eb_jdat(model: nn.Module,", "def eb_jdat(model: torch.nn.Module,"),
+    "a validator": ("ebjdat.params", "both", "the two"),
+    "a new setting": ("ebjdat.params", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
+    "the command line": ("ebjdat.cli", "def attack(", "def attack_(a: int) -> None: ...\n\n\ndef attack("),
+    "the report": ("ebjdat.report.page", "def write(", "def write_(a: int) -> None: ...\n\n\ndef write("),
+    "MLflow": ("ebjdat.tracking.runs", "def track(", "def track_(a: int) -> None: ...\n\n\ndef track("),
+    "a function that no stage uses": ("ebjdat.bench.naive", "import", "import os\nimport"),
+    "a new strategy": ("ebjdat.samplers.sgld", "def sgld(", "def other(x):\n    return x\n\n\ndef sgld("),
+}
+
+
+@pytest.mark.parametrize("edit", NOTHING.values(), ids=NOTHING)
+def test_these_edits_make_nothing_out_of_date(edit: tuple[str, str, str], changed: Callable[..., set[tuple[str, str]]]) -> None:
+    assert changed(*edit) == set()
+
+
+def test_formatting_makes_nothing_out_of_date(changed: Callable[..., set[tuple[str, str]]]) -> None:
+    def narrow(module: str, text: str) -> str:
+        command = [str(Path(sys.executable).parent / "ruff"), "format", "--isolated", "--line-length", "50", "-"]
+        formatted = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+        assert formatted != text or text.count("\n") < 10
+        return formatted
+
+    assert changed.by(narrow) == set()  # type: ignore[attr-defined]
+
+
+def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Callable[..., set[tuple[str, str]]]) -> None:
+    assert changed("ebjdat.samplers.sgld", "x = x.clamp(*INTERNAL)", "x = x.clamp(-1, 1)") == SADAJEM
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "stages"),
+    [
+        ("ebjdat.training.loop", "PLANNED_STEPS = ", "PLANNED_STEPS = 0 + ", ("pretrain", "finetune")),
+        ("ebjdat.models.wrn", "relu(", "relu(0 + ", ("pretrain", "finetune", "attack", "generate", "energy", "reliability")),
+        ("ebjdat.evaluation.checks", "POINT = ", "POINT = 0 + ", ("attack",)),
+        ("ebjdat.evaluation.ensemble", "TIE = ", "TIE = 0 + ", ("attack",)),
+        ("ebjdat.evaluation.calibration", "return ", "return 0 or ", ("reliability",)),
+        ("ebjdat.evaluation.frechet", "def frechet_distance(", "@torch.no_grad()\ndef frechet_distance(", ("generate",)),
+        ("ebjdat.data.sources", "def digits(", "@staticmethod\ndef digits(", ("prepare",)),
+        ("ebjdat.data.decode", "return ", "return 0 or ", ("reliability",)),  # of a folder of OOD images; digits are no files
+    ],
+)
+def test_code_is_for_the_stages_that_execute_it(
+    module: str, old: str, new: str, stages: tuple[str, ...], before: Digests, changed: Callable[..., set[tuple[str, str]]]
+) -> None:
+    assert changed(module, old, new) == of(before, *stages)
+
+
+def test_an_objective_is_for_its_method(changed: Callable[..., set[tuple[str, str]]]) -> None:
+    assert changed("ebjdat.objectives.recipes", "weights.beta * kl", "kl * weights.beta") == {("finetune", "trades")}
+
+
+def test_what_settings_compute_counts(before: Digests, changed: Callable[..., set[tuple[str, str]]]) -> None:
+    found = changed("ebjdat.params", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
+    assert of(before, "attack") <= found
+    assert not found & of(before, "prepare", "pretrain", "finetune", "generate")
