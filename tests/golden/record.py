@@ -4,7 +4,8 @@
     python -m tests.golden.record digits            # compares with tests/golden/digits.json; --write replaces it
 
 A change of code that is not meant to change results leaves the record equal, on the machine that made it: other processors and
-versions of torch round differently. Times, hashes of code and settings, and commits are left out. docs/development.md says when.
+versions of torch round differently. Times, hashes of code and settings, and commits are left out. tiny.json is of the two
+experiments in tests/workflow, which compare with it; `--root` says where such a checkout is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import csv
 import hashlib
 import json
+import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +36,10 @@ VOLATILE = ("seconds", "git_commit", "params_hash", "digest", "files", "version"
 
 def machine() -> dict[str, str]:
     """What the last bits depend on."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    cpu = Path("/proc/cpuinfo")
+    found = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpu.read_text() if cpu.exists() else "", re.M))
+    processor = f"{found.get('model name', platform.processor())}, features {digest(found.get('flags', '').encode())}"
+    return {"torch": torch.__version__, "processor": processor}
 
 
 def digest(*parts: bytes) -> str:
@@ -124,12 +130,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", choices=sorted(p.stem for p in HERE.glob("*.yaml")))
+    parser.add_argument("name", choices=sorted(p.stem for p in HERE.glob("*.json")))
     parser.add_argument("--write", action="store_true", help="replace the record")
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout whose results are looked at")
     asked = parser.parse_args()
-    file = HERE / f"{asked.profile}.json"
-    overrides = (HERE / f"{asked.profile}.yaml").relative_to(Path.cwd())
-    now = record(Path(), run_name(f"params/{asked.profile}.yaml", [str(overrides)]))
+    file, overrides = HERE / f"{asked.name}.json", HERE / f"{asked.name}.yaml"
+    run = run_name(f"params/{asked.name}.yaml", [str(overrides.relative_to(Path.cwd()))]) if overrides.exists() else "digits"
+    now = record(asked.root, run)
     if asked.write:
         file.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
         print(f"wrote {file}: {len(now) - 1} files")

@@ -5,6 +5,7 @@ The tests build on each other in this order, because every run costs a minute.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from ebjdat.params import join_overrides
 
 from ..conftest import ROOT
+from ..golden import record as golden
 from .conftest import Project
 
 DOWNSTREAM = {"finetune": 1, "attack": 1, "generate": 1, "energy": 1, "reliability": 1, "report": 1}
@@ -49,6 +51,15 @@ def test_after_snakemake_neither_tool_has_anything_to_do(after_snakemake: Projec
     assert ran(after_snakemake.run("dvc", "repro")) == set()
     assert after_snakemake.planned() == {}
     assert stamps(after_snakemake) == before
+
+
+def test_results_are_those_of_the_golden_record(after_snakemake: Project) -> None:
+    """To the bit on a machine like the one that made it; elsewhere the same files with the same names in them."""
+    before = json.loads((ROOT / "tests/golden/tiny.json").read_text())
+    now = json.loads(json.dumps(golden.record(after_snakemake.folder, "digits")))
+    assert {file: sorted(content) for file, content in now.items()} == {file: sorted(content) for file, content in before.items()}
+    if now["machine"] == before["machine"]:
+        assert golden.differences(before, now) == []
 
 
 def test_snakemakes_own_report_has_every_result_with_its_caption(after_snakemake: Project) -> None:
