@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +62,29 @@ def test_results_are_those_of_the_golden_record(after_snakemake: Project) -> Non
     assert {file: sorted(content) for file, content in now.items()} == {file: sorted(content) for file, content in before.items()}
     if now["machine"] == before["machine"]:
         assert golden.differences(before, now) == []
+
+
+LOADED = """
+import atexit, runpy, sys
+atexit.register(lambda: print("loaded:", *sys.modules))
+runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("stage", ["show", "report", "attack"])
+def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, after_snakemake: Project, tmp_path: Path) -> None:
+    """torch takes seconds, its compiler as many again."""
+    words = [stage, "--params", "params/digits.yaml"]
+    if stage != "show":
+        log = after_snakemake.run("snakemake", "--dry-run", "--printshellcmds", "--forcerun", stage, "--cores", "1")
+        command = re.search(rf"python -m ebjdat ({stage} .*?--(?:experiment eb_jdat|card) .*?)(?: 2>&1| > )", log)
+        assert command
+        words = shlex.split(command[1])
+    copy = shutil.copytree(after_snakemake.folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".snakemake", ".dvc"))
+    modules = Project(copy).run("python", "-c", LOADED, *words).split("loaded:")[1].split()
+    assert "ebjdat.params" in modules
+    assert "torch._dynamo" not in modules
+    assert ("torch" in modules) == (stage == "attack")
 
 
 def test_snakemakes_own_report_has_every_result_with_its_caption(after_snakemake: Project) -> None:

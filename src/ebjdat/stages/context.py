@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import ebjdat
 from ebjdat import params
 from ebjdat.errors import UserError
@@ -20,7 +18,9 @@ from ebjdat.params import Profile
 from ebjdat.tracking.journal import SUFFIX
 from ebjdat.tracking.runs import About, Subject, Tracker, track
 
-if TYPE_CHECKING:  # the report reads no data, and does not depend on how that is prepared
+if TYPE_CHECKING:  # the report needs no torch, which takes seconds, reads no data, and does not depend on how that is prepared
+    import torch
+
     from ebjdat.data.prepared import Prepared
 
 
@@ -77,6 +77,8 @@ def journal_of(out: Path) -> Path:
 
 def device_for(wanted: str, threads: int) -> torch.device:
     """ "cpu", "cuda" or "auto" as a device, with exactly these threads, fp32 that means fp32, and deterministic algorithms."""
+    import torch
+
     torch.set_num_threads(threads)
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

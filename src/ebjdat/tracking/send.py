@@ -371,12 +371,12 @@ class Sender:
             self._client.log_image(run, image, key=event["picture"], step=event["step"], timestamp=event["time"])
 
     def _model(self, run: str, event: Mapping[str, Any]) -> None:
-        from ebjdat.tracking.served import log
-
         experiment = self._client.get_run(run).info.experiment_id
         newest = self._client.search_logged_models([experiment], f"source_run_id = '{run}'", max_results=1)
         # Asked of the model itself: a mark on the run could get lost after the model was logged.
         if not any(model.tags.get("sha256") == event["sha256"] and model.status == LoggedModelStatus.READY for model in newest):
+            from ebjdat.tracking.served import log  # with torch, which takes seconds
+
             log(run, self._home / event["model"], event["sha256"])
 
     def _result(self, begin: Mapping[str, Any], event: Mapping[str, Any]) -> None:
