@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ebjdat import codehash, params
-from ebjdat.jobs import STAGES
+from ebjdat import codehash, params, registry
+from ebjdat.jobs import NAMED_BY, STAGES
 from ebjdat.params import Profile
+from ebjdat.registry import Entry
 
 from .conftest import ROOT
 
@@ -121,3 +122,10 @@ def test_what_settings_compute_counts(before: Digests, changed: Callable[..., se
     found = changed("ebjdat.params", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
     assert of(before, "attack") <= found
     assert not found & of(before, "prepare", "pretrain", "finetune", "generate")
+
+
+def test_every_registry_of_strategies_is_asked() -> None:
+    """A strategy that settings name through a registry that is not asked would be executed, and not held."""
+    registries = [r for r in vars(registry).values() if isinstance(r, dict) and any(isinstance(e, Entry) for e in r.values())]
+    assert len(registries) > 10
+    assert [r for r in registries if r is not registry.DRAWS and not any(r is asked for asked in NAMED_BY.values())] == []
