@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from ebjdat.registry import Entry
 
 from .conftest import ROOT
 
+Edit = Callable[[str], str]
+Changed = Callable[[str | None, Edit], set[tuple[str, str]]]
 Digests = dict[tuple[str, str], str]
 SADAJEM = {("finetune", "sadajem"), ("finetune", "eb_jdat_sadajem"), ("generate", "sadajem"), ("generate", "eb_jdat_sadajem")}
 
@@ -38,23 +41,23 @@ def before(profile: Profile) -> Digests:
 
 
 @pytest.fixture
-def changed(profile: Profile, before: Digests, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[tuple[str, str]]]:
-    """Jobs that are out of date after an edit: a module and what is replaced there, or all modules and a function of their text."""
-    read, parsed = codehash.source, codehash.parsed
+def changed(profile: Profile, before: Digests, monkeypatch: pytest.MonkeyPatch) -> Changed:
+    """Jobs that are out of date after an edit of a module's text, or of all modules' (None)."""
+    source, parsed = codehash.source, codehash.parsed
 
-    def edit(module: str, old: str, new: str) -> set[tuple[str, str]]:
-        assert old in read(module).decode()
-        return by(lambda _, text: text.replace(old, new), module)
-
-    def by(function: Callable[[str, str], str], only: str | None = None) -> set[tuple[str, str]]:
-        monkeypatch.setattr(codehash, "source", lambda module: function(module, read(module).decode()).encode())
+    def after(module: str | None, edit: Edit) -> set[tuple[str, str]]:
+        monkeypatch.setattr(codehash, "source", lambda name: edit(source(name).decode()).encode())
         anew = cache(parsed.__wrapped__)
-        monkeypatch.setattr(codehash, "parsed", lambda module: anew(module) if only in (None, module) else parsed(module))
+        monkeypatch.setattr(codehash, "parsed", lambda name: anew(name) if module in (None, name) else parsed(name))
         now = digests(profile)
         return {job for job in before if now[job] != before[job]}
 
-    edit.by = by  # type: ignore[attr-defined]
-    return edit
+    return after
+
+
+def replaced(module: str, old: str, new: str) -> Edit:
+    assert old in codehash.source(module).decode()
+    return lambda text: text.replace(old, new)
 
 
 def of(before: Digests, *stages: str) -> set[tuple[str, str]]:
@@ -77,22 +80,23 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("edit", NOTHING.values(), ids=NOTHING)
-def test_these_edits_make_nothing_out_of_date(edit: tuple[str, str, str], changed: Callable[..., set[tuple[str, str]]]) -> None:
-    assert changed(*edit) == set()
+def test_these_edits_make_nothing_out_of_date(edit: tuple[str, str, str], changed: Changed) -> None:
+    assert changed(edit[0], replaced(*edit)) == set()
 
 
-def test_formatting_makes_nothing_out_of_date(changed: Callable[..., set[tuple[str, str]]]) -> None:
-    def narrow(module: str, text: str) -> str:
+def test_formatting_makes_nothing_out_of_date(changed: Changed) -> None:
+    def narrow(text: str) -> str:
         command = [str(Path(sys.executable).parent / "ruff"), "format", "--isolated", "--line-length", "50", "-"]
         formatted = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
         assert formatted != text or text.count("\n") < 10
         return formatted
 
-    assert changed.by(narrow) == set()  # type: ignore[attr-defined]
+    assert changed(None, narrow) == set()
 
 
-def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Callable[..., set[tuple[str, str]]]) -> None:
-    assert changed("ebjdat.samplers.sgld", "x = x.clamp(*INTERNAL)", "x = x.clamp(-1, 1)") == SADAJEM
+def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Changed) -> None:
+    edit = ("ebjdat.samplers.sgld", "x = x.clamp(*INTERNAL)", "x = x.clamp(-1, 1)")
+    assert changed(edit[0], replaced(*edit)) == SADAJEM
 
 
 @pytest.mark.parametrize(
@@ -109,17 +113,19 @@ def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Callabl
     ],
 )
 def test_code_is_for_the_stages_that_execute_it(
-    module: str, old: str, new: str, stages: tuple[str, ...], before: Digests, changed: Callable[..., set[tuple[str, str]]]
+    module: str, old: str, new: str, stages: tuple[str, ...], before: Digests, changed: Changed
 ) -> None:
-    assert changed(module, old, new) == of(before, *stages)
+    assert changed(module, replaced(module, old, new)) == of(before, *stages)
 
 
-def test_an_objective_is_for_its_method(changed: Callable[..., set[tuple[str, str]]]) -> None:
-    assert changed("ebjdat.objectives.recipes", "weights.beta * kl", "kl * weights.beta") == {("finetune", "trades")}
+def test_an_objective_is_for_its_method(changed: Changed) -> None:
+    edit = ("ebjdat.objectives.recipes", "weights.beta * kl", "kl * weights.beta")
+    assert changed(edit[0], replaced(*edit)) == {("finetune", "trades")}
 
 
-def test_what_settings_compute_counts(before: Digests, changed: Callable[..., set[tuple[str, str]]]) -> None:
-    found = changed("ebjdat.params", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
+def test_what_settings_compute_counts(before: Digests, changed: Changed) -> None:
+    edit = ("ebjdat.params", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
+    found = changed(edit[0], replaced(*edit))
     assert of(before, "attack") <= found
     assert not found & of(before, "prepare", "pretrain", "finetune", "generate")
 
@@ -129,3 +135,23 @@ def test_every_registry_of_strategies_is_asked() -> None:
     registries = [r for r in vars(registry).values() if isinstance(r, dict) and any(isinstance(e, Entry) for e in r.values())]
     assert len(registries) > 10
     assert [r for r in registries if r is not registry.DRAWS and not any(r is asked for asked in NAMED_BY.values())] == []
+
+
+def test_a_stage_that_is_not_there_is_no_digest() -> None:
+    with pytest.raises(LookupError, match="train defines no finetunes"):
+        codehash.digest(["ebjdat.stages.train:finetunes"])
+
+
+def test_the_package_imports_itself_in_the_forms_that_are_followed() -> None:
+    """`from ebjdat.a import name`, `from ebjdat import module` or `import ebjdat.a as name`; other forms would go unseen."""
+    root = ROOT / "src/ebjdat"
+    wrong = []
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                wrong += [(file, a.name) for a in node.names if a.name.startswith("ebjdat.") and not a.asname]
+            if isinstance(node, ast.ImportFrom):
+                below = root.joinpath(*(node.module or "").split(".")[1:])
+                own = (node.module or "").split(".")[0] == "ebjdat"
+                wrong += [(file, a.name) for a in node.names if node.level or (own and (a.name == "*" or (below / a.name).is_dir()))]
+    assert wrong == []

@@ -23,17 +23,16 @@ PACKAGE = "ebjdat"
 # Of its classes only methods count: a job's settings hold the fields' values, as they are after all checks. They are followed
 # from wherever an attribute of that name is used.
 SETTINGS = "ebjdat.params"
-# Modules, and definitions ("module:name"), that no number of a result comes from: messages, progress, MLflow,
+# Modules, packages and definitions ("module:name") that no number of a result comes from: messages, progress, MLflow,
 # reading and refusing of settings.
 WITHOUT_EFFECT = frozenset(
     {
-        *("ebjdat", "ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.checkout"),
+        *("ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.tracking", "ebjdat.checkout"),
         *("ebjdat.jobs", "ebjdat.codehash"),
         *("ebjdat.params:Profile", "ebjdat.params:load", "ebjdat.params:run_name", "ebjdat.params:ParamsError"),
         *("ebjdat.params:require_files", "ebjdat.params:too_few_classes", "ebjdat.pixels:parse_budget"),
     }
 )
-TRACKING = "ebjdat.tracking"
 
 Definition = tuple[str, str]  # module, name
 
@@ -71,8 +70,14 @@ def digest(starts: Iterable[str], entries: Iterable[Entry] = ()) -> str:
 
 
 def code(*targets: str) -> dict[tuple[str, str, int], Statement]:
-    """(module, name, number) -> statement, for all that these definitions ("module:name") can execute, and they."""
+    """(module, name, number) -> statement, for all that these definitions ("module:name") can execute, and they.
+
+    Raises LookupError where there is no such definition: nothing would ever make its digest another one.
+    """
     waiting: list[Definition] = [(home, name) for home, _, name in (target.partition(":") for target in targets)]
+    for home, name in waiting:
+        if name not in parsed(home).defined:
+            raise LookupError(f"{home} defines no {name}")
     seen: set[Definition] = set()
     found: dict[tuple[str, str, int], Statement] = {}
     while waiting:
@@ -92,9 +97,7 @@ def code(*targets: str) -> dict[tuple[str, str, int], Statement]:
 
 
 def counts(module: str, name: str) -> bool:
-    if module.split(".")[0] != PACKAGE or module == TRACKING or module.startswith(f"{TRACKING}."):
-        return False
-    return module not in WITHOUT_EFFECT and f"{module}:{name}" not in WITHOUT_EFFECT
+    return module.startswith(f"{PACKAGE}.") and not WITHOUT_EFFECT & {module, module.rpartition(".")[0], f"{module}:{name}"}
 
 
 def used(home: str, module: Module, statement: Statement) -> Iterator[Definition]:

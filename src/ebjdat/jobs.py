@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebjdat import codehash, registry
-from ebjdat.params import Profile
+from ebjdat.params import Profile, flat
 from ebjdat.registry import Entry
 
-# Where settings name a strategy: the end of the key's path.
+# Where settings name a strategy: the end of the key's path, or what is followed by the strategies' own keys.
 NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "method": registry.METHODS,
     "chain.sampler": registry.SAMPLERS,
@@ -28,20 +28,14 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
     """Registry entries that resolved settings name, and what a method draws. A name like "auto" is all of them."""
-    for key, value in walk(settings):
+    for key, value in flat(settings).items():
         for end, entries in NAMED_BY.items():
-            if key == end or key.endswith(f".{end}"):
-                names = value if isinstance(value, list | tuple | dict) else [value]
+            _, found, below = f".{key}.".partition(f".{end}.")
+            names = [below.split(".")[0]] if below else value if isinstance(value, tuple | list) else [value]
+            if found:
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     if settings.get("method") in registry.METHODS:
         yield from (registry.DRAWS[draw] for draw in registry.METHODS[settings["method"]].draws)
-
-
-def walk(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        yield f"{above}{key}", value
-        if isinstance(value, Mapping):
-            yield from walk(value, f"{above}{key}.")
 
 
 @dataclass(frozen=True)

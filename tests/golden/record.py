@@ -1,6 +1,6 @@
 """A golden record: what a profile's whole chain makes, as digests of tensors and verdicts and as every figure.
 
-    snakemake --cores all --config profile=digits overrides=tests/golden/digits.yaml
+    EBJDAT_TRACKING=0 snakemake --cores all --config profile=digits overrides=tests/golden/digits.yaml
     python -m tests.golden.record digits            # compares with tests/golden/digits.json; --write replaces it
 
 A change of code that is not meant to change results leaves the record equal, on the machine that made it: other processors and
@@ -17,7 +17,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 
-from ebjdat.params import run_name
+from ebjdat.params import flat, run_name
 
 HERE = Path(__file__).parent
 LONGEST = 200  # characters of a value that is kept as it is; longer ones as digests
+ABSENT = "nothing"
 # What may differ between two runs of the same code, by the end of its name.
 VOLATILE = ("seconds", "git_commit", "params_hash", "digest", "files", "version")
 
@@ -109,23 +110,10 @@ def record(root: Path, run: str) -> dict[str, Any]:
     return found
 
 
-def leaves(tree: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from leaves(value, (*where, str(key)))
-    else:
-        yield where, tree
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value that is another one, missing or new; the machine is not compared."""
-    old, new = (dict(leaves({k: v for k, v in tree.items() if k != "machine"})) for tree in (before, now))
-    missing = object()
-    return [
-        f"{' '.join(where)}: {old.get(where, 'nothing')} -> {new.get(where, 'nothing')}"
-        for where in [*old, *(w for w in new if w not in old)]
-        if old.get(where, missing) != new.get(where, missing)
-    ]
+    old, new = (flat({k: v for k, v in tree.items() if k != "machine"}) for tree in (before, now))
+    return [f"{key}: {old.get(key, ABSENT)} -> {new.get(key, ABSENT)}" for key in old | new if old.get(key, ABSENT) != new.get(key, ABSENT)]
 
 
 def main() -> int:

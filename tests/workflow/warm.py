@@ -82,7 +82,8 @@ def serve(address: str) -> str:
     os.environ.update(order["environment"])
     module: str = order["module"]
     sys.argv = [module, *order["arguments"]]
-    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
+    here = [os.getcwd()] if module == "ebjdat" else []  # as `python -m` does
+    sys.path[:0] = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     return module
 
 
