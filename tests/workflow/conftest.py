@@ -69,7 +69,7 @@ class Project:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**made, "PATH": f"{warm_python()}:{made['PATH']}", "BASH_ENV": f"{warm_python()}/first"},
+            env={**made, "PATH": f"{warm_python()}:{made['PATH']}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -28,8 +28,8 @@ CLIENT = """#!{python} -IS
 import json, os, socket, sys
 if sys.argv[0].endswith("snakemake"):
     module, arguments = "snakemake", sys.argv[1:]
-elif sys.argv[1:3] == ["-m", "ebjdat"]:
-    module, arguments = "ebjdat", sys.argv[3:]
+elif sys.argv[1:3] in (["-m", "ebjdat"], ["-m", "snakemake"]):
+    module, arguments = sys.argv[2], sys.argv[3:]
 else:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
@@ -49,7 +49,6 @@ def client(folder: Path, address: Path) -> None:
     for name in ("python", "snakemake"):
         (folder / name).write_text(CLIENT.format(python=sys.executable, address=str(address)))
         (folder / name).chmod(0o755)
-    (folder / "first").write_text(f'PATH="{folder}:$PATH"\n')  # BASH_ENV: Snakemake puts its own Python's folder before all others
 
 
 def serve(address: str) -> str:
@@ -82,6 +81,7 @@ def serve(address: str) -> str:
     os.environ.update(order["environment"])
     module: str = order["module"]
     sys.argv = [module, *order["arguments"]]
+    sys.executable = str(Path(address).parent / "bin/python")  # whose folder Snakemake puts before all others
     here = [os.getcwd()] if module == "ebjdat" else []  # as `python -m` does
     sys.path[:0] = [*here, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     return module
