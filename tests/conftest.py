@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import DataSettings, ModelSettings, Profile, TrainingSettings
+from ebjdat.settings import DataSettings, ModelSettings, Profile, TrainingSettings
 
 ROOT = Path(__file__).parents[1]
 

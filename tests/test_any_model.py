@@ -24,13 +24,13 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from ebjdat.cli import app
-from ebjdat.data import outside
+from ebjdat.data import external
 from ebjdat.data.prepared import Prepared
 from ebjdat.errors import DataError
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
-from ebjdat.models.outside import ModelError, outside_model
-from ebjdat.params import ParamsError, usual_protocols
+from ebjdat.models.external import ModelError, external_model
+from ebjdat.settings import ParamsError, usual_protocols
 
 from .conftest import ROOT
 
@@ -80,7 +80,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("somenets", None)
     bunch = load_digits()
     images, labels = np.rint(bunch.images * 255 / 16).astype(np.uint8)[:, None], bunch.target
-    model = outside_model("somenets:whitened", None)
+    model = external_model("somenets:whitened", None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for layer in (model.layers[1], model.layers[3]):
@@ -110,7 +110,7 @@ def test_a_network_from_elsewhere_gets_the_same_files(folder: Path) -> None:
     assert "standard (Linf, radius 0.05 in [0, 1]): clean" in text
     result = read_json(folder / "out/whitened.json")
     x, y = torch.from_numpy(np.load("digits.npz")["images"]).float() / 255, torch.from_numpy(np.load("digits.npz")["labels"])
-    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
+    model = external_model("somenets:whitened", folder / "whitened.safetensors")
     with torch.no_grad():
         assert result["clean_correct"] == int((model(x).argmax(1) == y).sum()) > 50
     assert result["pgd20_correct"] < result["clean_correct"]
@@ -161,11 +161,11 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
     skipped = "skipped 1 file: 1 .txt ('test/class0/notes.txt')"
     assert f"pictures: {skipped}\n" in said
     assert result["notes"] == [skipped]
-    images, labels, _ = outside.images_of(folder / "pictures", 32)
+    images, labels, _ = external.images_of(folder / "pictures", 32)
     assert images.shape == (20, 3, 32, 32)
     assert sorted(labels) == sorted([0, 1, 2, 3] * 5)
     assert len(set(labels[:8].tolist())) > 2  # shuffled: the first n are not one class
-    model = outside_model("somenets:squeezenet", None)
+    model = external_model("somenets:squeezenet", None)
     with torch.no_grad():
         predicted = model(torch.from_numpy(images).float() / 255).argmax(1).numpy()
     assert result["clean_correct"] == (predicted == labels).sum()
@@ -225,10 +225,10 @@ def test_what_is_wrong_with_a_network_is_said(folder: Path) -> None:
         ("somenets:whitened", "other.pt", r"other.pt: does not fit somenets:whitened: [\s\S]*Missing key"),
     ):
         with pytest.raises(ModelError, match=message):
-            outside_model(factory, Path(weights) if weights else None)
+            external_model(factory, Path(weights) if weights else None)
     assert not Path("evil").exists()
     with pytest.raises(DataError, match="--size is for folders"):
-        outside.images_of(Path("digits.npz"), 32)
+        external.images_of(Path("digits.npz"), 32)
     words = ["attack", "--model", "somenets:whitened", "--data", "digits.npz", "--out", "x.json", "--experiment", "a"]
     assert "--experiment means nothing" in CliRunner().invoke(app, words).output
     done = CliRunner().invoke(app, ["attack", "--data", "digits.npz", "--out", "x.json"])
@@ -249,12 +249,12 @@ def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> 
     ):
         np.savez(tmp_path / "data.npz", **arrays)
         with pytest.raises(DataError, match=message):
-            outside.images_of(tmp_path / "data.npz")
+            external.images_of(tmp_path / "data.npz")
     (tmp_path / "data.npz").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"not a readable \.npz file"):
-        outside.images_of(tmp_path / "data.npz")
+        external.images_of(tmp_path / "data.npz")
     with pytest.raises(DataError, match="there is no such file"):
-        outside.images_of(tmp_path / "none.npz")
+        external.images_of(tmp_path / "none.npz")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_images_and_labels_of_another_kind_are_refused_with_what_mends_them(
 ) -> None:
     np.savez(tmp_path / "data.npz", images=images(digits.images[:4]), labels=labels(digits.labels[:4]))
     with pytest.raises(DataError, match=message) as raised:
-        outside.images_of(tmp_path / "data.npz")
+        external.images_of(tmp_path / "data.npz")
     assert "\n" not in str(raised.value)
 
 
@@ -302,7 +302,7 @@ def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
     text = run(*words, "--classes", "classes.txt")
     assert "above chance" not in text
     assert "under 'state_dict.module.layers'" in text or "under 'state_dict.module'" in text
-    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
+    model = external_model("somenets:whitened", folder / "whitened.safetensors")
     with torch.no_grad():
         right = model(torch.from_numpy(data["images"]).float() / 255).argmax(1).numpy() == data["labels"]
     assert read_json(folder / "x.json")["clean_correct"] == right.sum() > 50
@@ -350,8 +350,8 @@ def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
 
 
 def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
-    model = outside_model("somenets:whitened", folder / "whitened.safetensors")
-    images, labels, notes = outside.images_of(folder / "digits.npz")
+    model = external_model("somenets:whitened", folder / "whitened.safetensors")
+    images, labels, notes = external.images_of(folder / "digits.npz")
     assert notes == ()
     asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
     found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)

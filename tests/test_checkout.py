@@ -16,7 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 import ebjdat
-from ebjdat import params, yamlfile
+from ebjdat import settings as params
+from ebjdat import yamlfile
 from ebjdat.checkout import CheckoutError, refuse_another
 from ebjdat.cli import app
 from ebjdat.files import commit_of

@@ -25,7 +25,7 @@ from ebjdat.cli import app
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import ModelSettings, Profile
+from ebjdat.settings import ModelSettings, Profile
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, CheckpointError, Header
 

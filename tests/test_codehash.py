@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ebjdat import codehash, params, registry
+from ebjdat import codehash, registry
+from ebjdat import settings as params
 from ebjdat.jobs import NAMED_BY, STAGES
-from ebjdat.params import Profile
 from ebjdat.registry import Entry
+from ebjdat.settings import Profile
 
 from .conftest import ROOT
 
@@ -69,8 +70,8 @@ NOTHING = {
     "a comment": ("ebjdat.samplers.starts", "# added to the diagonal", "# is added to the diagonal"),
     "a message": ("ebjdat.errors", "def brief", "import os\n\n\ndef brief"),
     "an annotation": ("ebjdat.objectives.recipes", "def eb_jdat(model: nn.Module,", "def eb_jdat(model: torch.nn.Module,"),
-    "a validator": ("ebjdat.params", "both", "the two"),
-    "a new setting": ("ebjdat.params", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
+    "a validator": ("ebjdat.settings", "both", "the two"),
+    "a new setting": ("ebjdat.settings", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
     "the command line": ("ebjdat.cli", "def attack(", "def attack_(a: int) -> None: ...\n\n\ndef attack("),
     "the report": ("ebjdat.report.page", "def write(", "def write_(a: int) -> None: ...\n\n\ndef write("),
     "MLflow": ("ebjdat.tracking.runs", "def track(", "def track_(a: int) -> None: ...\n\n\ndef track("),
@@ -124,7 +125,7 @@ def test_an_objective_is_for_its_method(changed: Changed) -> None:
 
 
 def test_what_settings_compute_counts(before: Digests, changed: Changed) -> None:
-    edit = ("ebjdat.params", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
+    edit = ("ebjdat.settings", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
     found = changed(edit[0], replaced(*edit))
     assert of(before, "attack") <= found
     assert not found & of(before, "prepare", "pretrain", "finetune", "generate")
@@ -134,7 +135,7 @@ def test_every_registry_of_strategies_is_asked() -> None:
     """A strategy that settings name through a registry that is not asked would be executed, and not held."""
     registries = [r for r in vars(registry).values() if isinstance(r, dict) and any(isinstance(e, Entry) for e in r.values())]
     assert len(registries) > 10
-    assert [r for r in registries if r is not registry.DRAWS and not any(r is asked for asked in NAMED_BY.values())] == []
+    assert [r for r in registries if r is not registry.SAMPLES and not any(r is asked for asked in NAMED_BY.values())] == []
 
 
 def test_a_stage_that_is_not_there_is_no_digest() -> None:

@@ -24,13 +24,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import ebjdat.files
-from ebjdat import params
-from ebjdat.data import members, outside, prepared, sources
+from ebjdat import settings as params
+from ebjdat.data import external, members, prepared, sources
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
 from ebjdat.data.prepared import Prepared
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of
-from ebjdat.params import AugmentSettings, DataSettings
+from ebjdat.settings import AugmentSettings, DataSettings
 from ebjdat.stages import prepare
 
 from .conftest import ROOT
@@ -286,7 +286,7 @@ def test_batches_cover_an_epoch_once_and_repeat_exactly(train_data: DeviceData) 
 def test_density_images_get_noise_of_the_stated_size(train_data: DeviceData) -> None:
     batch = next(epoch_batches(train_data, 256, AugmentSettings(pad=0, noise=0.03), 0, 0))
     noise = batch.x_density - batch.x
-    assert abs(noise.std() - 0.03) < 0.001  # 256 * 64 draws: standard error 0.0002
+    assert abs(noise.std() - 0.03) < 0.001  # 256 * 64 samples: standard error 0.0002
     assert abs(noise.mean()) < 0.001
     as_is = next(epoch_batches(train_data, 64, AugmentSettings(pad=0, noise=0.0, density="plain"), 0, 0))
     assert as_is.x_density is as_is.x  # nothing to undo, no second forward
@@ -373,7 +373,7 @@ def test_noise_on_labelled_images_is_another_than_that_of_density_images(train_d
     )
     assert torch.equal(noisy.x_density, silent.x_density)
     labelled, density = noisy.x - silent.x, silent.x_density - silent.x
-    assert float(labelled.std()) == pytest.approx(0.1, rel=0.03)  # 256 * 64 draws: standard error 0.6 %
+    assert float(labelled.std()) == pytest.approx(0.1, rel=0.03)  # 256 * 64 samples: standard error 0.6 %
     assert abs(float((labelled * density).mean())) < 5 * 0.1 * 0.03 / 128
 
 
@@ -814,9 +814,9 @@ def test_folders_named_by_numbers_are_in_numeric_order_and_said(tmp_path: Path) 
     assert (data.images[:, 0, 0, 0] == data.labels).all()
     assert card["reading"]["class_order"] == "numeric"
     assert "classes are in numeric order (0, 1, 2, ...), not sorted as text" in card["notes"]
-    (in_order,) = outside.images_of(path).notes
+    (in_order,) = external.images_of(path).notes
     assert in_order == "classes are in numeric order (0, 1, 2, ...), not sorted as text"
-    assert outside.images_of(path, classes=tuple(map(str, range(12)))).notes == ()
+    assert external.images_of(path, classes=tuple(map(str, range(12)))).notes == ()
     named = {name.replace("/11/", "/eleven/"): content for name, content in files.items()}
     assert sources.folder(settings(as_zip(tmp_path / "b.zip", named))).classes == (*sorted(map(str, range(11))), "eleven")
     text = sorted(map(str, range(12)))
@@ -838,7 +838,7 @@ def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
         prepared.prepare(settings(path))
     for size in (None, 8):
         with pytest.raises(DataError, match="half: no pixel is above 1"):
-            outside.images_of(path, size)
+            external.images_of(path, size)
 
 
 @pytest.mark.parametrize(
@@ -847,7 +847,7 @@ def test_images_divided_by_255_are_refused(tmp_path: Path) -> None:
 )
 def test_paths_and_sizes_that_no_settings_allow_are_one_line(path: str, size: int | None, expected: str) -> None:
     with pytest.raises(DataError, match=expected) as caught:
-        outside.images_of(Path(path), size)
+        external.images_of(Path(path), size)
     assert "\n" not in str(caught.value)
 
 
@@ -858,15 +858,15 @@ def test_class_names_are_compared_in_one_form_of_unicode(tmp_path: Path, files: 
         assert raw.classes == ("cat", "caf\u00e9", "bee")
         assert (raw.images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[raw.labels]).mean() == 1
         (tmp_path / "names.txt").write_text(f"cat\n{name}\nbee\n", encoding="utf-8")
-        names = outside.class_names(tmp_path / "names.txt")
+        names = external.class_names(tmp_path / "names.txt")
         assert names == raw.classes
-        images, labels, _ = outside.images_of(path, classes=names)
+        images, labels, _ = external.images_of(path, classes=names)
         assert (images[:, 0, 0, 0] // 50 == np.array([2, 0, 1])[labels]).all()
     with pytest.raises(DataError, match="each has to be named once"):
         sources.folder(settings(path, classes=["cat", "bee", "caf\u00e9", "cafe\u0301"]))
     (tmp_path / "names.txt").write_text("caf\u00e9\ncafe\u0301\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"line 2: .* stands there already"):
-        outside.class_names(tmp_path / "names.txt")
+        external.class_names(tmp_path / "names.txt")
 
 
 def test_a_zip_with_backslashes_has_folders_too(tmp_path: Path, files: Files) -> None:
@@ -1027,7 +1027,7 @@ def test_small_npz_members_do_not_swell_together_and_only_those_asked_for_are_re
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
     path = npz(tmp_path / "b.npz", {"images": images, "labels": np.arange(4), **zeros}, compress=True)
     with peak_below(8_000_000):
-        assert np.array_equal(outside.images_of(path)[0], images)
+        assert np.array_equal(external.images_of(path)[0], images)
 
 
 def test_grey_images_count_as_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

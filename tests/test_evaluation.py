@@ -15,8 +15,8 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.evaluation import energy, frechet, generate
 from ebjdat.evaluation.frechet import ExtractorError
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ChainSettings, GenerateSettings
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import ChainSettings, GenerateSettings
 
 from .conftest import Linear
 

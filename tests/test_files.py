@@ -17,13 +17,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.cli import app, friendly
 from ebjdat.data.prepared import Prepared
 from ebjdat.errors import UserError, brief, few, message, printable
 from ebjdat.evaluation.robust import Verdicts
 from ebjdat.files import FileError, parse_json, read_json, read_npz, write_npz
-from ebjdat.params import ParamsError
+from ebjdat.settings import ParamsError
 from ebjdat.stages import evaluate
 from ebjdat.training import loop
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageSequence
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from ebjdat import params, registry
+from ebjdat import registry
+from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
@@ -21,12 +22,12 @@ from ebjdat.evaluation import fidelity, frechet, generate
 from ebjdat.evaluation.frechet import Features, frechet_distance
 from ebjdat.evaluation.generate import Samples
 from ebjdat.files import read_json
-from ebjdat.models.modes import moving_images
+from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import ChainSettings, GenerateSettings, ParamsError, Profile
 from ebjdat.report.figures import animate
-from ebjdat.samplers.chains import strides, walk
+from ebjdat.samplers.chains import run_chain, strides
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import ChainSettings, GenerateSettings, ParamsError, Profile
 from ebjdat.training import checkpoint
 
 from .conftest import ROOT
@@ -53,8 +54,8 @@ def test_a_walk_in_single_steps_is_the_same_walk(
     """Bit for bit: no sampler keeps anything from step to step but x and its noise."""
     spec = ChainSettings(sampler=name, conditional=conditional, steps=4, step_size=0.3, noise=0.05)
     x, y = train_data.internal(slice(12)), train_data.labels[:12]
-    with moving_images(network, "train"):
-        end = walk(network, x, y, spec, rng)
+    with frozen_parameters(network, "train"):
+        end = run_chain(network, x, y, spec, rng)
         seen = list(strides(network, x, y, spec, torch.Generator().manual_seed(0)))
     assert len(seen) == 4
     assert torch.equal(seen[-1], end)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ebjdat.data import batches
 from ebjdat.data.batches import Batch
 from ebjdat.data.prepared import Prepared
-from ebjdat.objectives import draws, recipes
-from ebjdat.params import HealingSettings, ParamsError, Rung, TrainingSettings, load
+from ebjdat.objectives import recipes, sampling
+from ebjdat.settings import HealingSettings, ParamsError, Rung, TrainingSettings, load
 from ebjdat.training import healing, loop, schedules
 from ebjdat.training.healing import Event, adjusted, symptoms, usable, vitals
 from ebjdat.training.loop import TrainingError
@@ -253,7 +253,7 @@ def test_each_rung_reaches_what_it_is_to_change(
 ) -> None:
     """The second try's noise, chain steps, penalty and rate, as the sampler, the loss and the optimiser see them."""
     purposes = spy(monkeypatch, loop, "generator", lambda device, *purpose: purpose)
-    steps = spy(monkeypatch, draws, "walk", lambda model, x, y, spec, noise: spec.steps)
+    steps = spy(monkeypatch, sampling, "run_chain", lambda model, x, y, spec, noise: spec.steps)
     penalties = spy(monkeypatch, recipes, "_generation", lambda *arguments: arguments[-1].energy_l2)
     ladders = {"seed": {}, "steps": {"by": 2}, "energy_l2": {"by": 0.125}, "lr": {"by": 0.5}}
     for change, by in ladders.items():

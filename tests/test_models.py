@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ebjdat.bench.measure import FlopCount
 from ebjdat.models.energy import joint_energy, marginal_energy
-from ebjdat.models.modes import UnitRange, moving_images
+from ebjdat.models.modes import UnitRange, frozen_parameters
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import ModelSettings
+from ebjdat.settings import ModelSettings
 
 # Logits of the first image in test_the_jem_familys_network_from_its_definition.
 EVAL_LOGITS = [52.12033267912046, 224.7577903066674, 255.29400955907425]
@@ -158,7 +158,7 @@ def test_moving_images_restores_everything(mode: str, network: WideResNet) -> No
     momenta = [m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
     def use() -> None:
-        with moving_images(network, mode):
+        with frozen_parameters(network, mode):
             assert network.training == (mode == "train")
             assert not any(p.requires_grad for p in network.parameters())
             network(torch.rand(4, 1, 8, 8))
@@ -176,7 +176,7 @@ def test_train_mode_uses_the_statistics_of_the_batch(network: WideResNet) -> Non
     x = torch.rand(8, 1, 8, 8) * 2 - 1
     outputs: dict[str, Tensor] = {}
     for mode in ("train", "eval"):
-        with moving_images(network, mode):
+        with frozen_parameters(network, mode):
             outputs[mode] = network(x).detach()
     assert not torch.allclose(outputs["train"], outputs["eval"])
 

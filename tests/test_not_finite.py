@@ -17,7 +17,7 @@ from ebjdat.evaluation import energy as landscapes
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json, write_json
 from ebjdat.models.logits import NO_CLASS, predicted
-from ebjdat.params import AttackSettings
+from ebjdat.settings import AttackSettings
 
 from .conftest import Linear
 
@@ -94,7 +94,7 @@ def test_an_attack_that_meets_such_logits_breaks_the_image(attack: str) -> None:
     y = model.network(x).argmax(1)
     protocol = settings(2e-3).protocols["quick"]
     few = settings().protocols["others" if attack in ("fab", "apgd_dlr") else "quick"].attacks[attack]
-    with robust.judging(model) as judge:
+    with robust.fp32_eval_copy(model) as judge:
         network = ensemble.FastNetwork(judge, x)
         moved = getattr(ensemble, attack)(network, x, y, few, protocol, 0)
         prediction = robust.predictions(judge, moved, N)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.data.batches import Batch, DeviceData, epoch_batches
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.objectives import draws, recipes
-from ebjdat.objectives.draws import DrawState, adversarial, negatives, neighbours
-from ebjdat.params import AdversarySettings, ModelSettings, TrainingSettings, WeightSettings
+from ebjdat.objectives import recipes, sampling
+from ebjdat.objectives.sampling import SamplingState, adversarial, negatives, neighbours
 from ebjdat.pixels import internal_distance
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import AdversarySettings, ModelSettings, TrainingSettings, WeightSettings
 from ebjdat.training.loop import draw_states
 
 from .conftest import ROOT
@@ -54,11 +54,11 @@ def table() -> Table:
 
 
 BATCH = Batch(x=torch.tensor([0]), x_density=torch.tensor([1]), y=torch.tensor([Y]))
-DRAWS = {"negatives": torch.tensor([2]), "adversarial": torch.tensor([3])}
+SAMPLES = {"negatives": torch.tensor([2]), "adversarial": torch.tensor([3])}
 
 
 def loss_and_gradient(table: Table, recipe: object, weights: WeightSettings) -> tuple[float, Tensor]:
-    terms = recipe(table, BATCH, DRAWS, weights)  # type: ignore[operator]
+    terms = recipe(table, BATCH, SAMPLES, weights)  # type: ignore[operator]
     (gradient,) = torch.autograd.grad(terms["loss"], table.rows)
     assert not any(value.requires_grad for name, value in terms.items() if name != "loss")
     return float(terms["loss"].detach()), gradient
@@ -130,7 +130,7 @@ def test_energy_penalty_by_hand(table: Table, recipe: object) -> None:
 
 def test_without_noise_the_clean_logits_serve_both_terms(table: Table) -> None:
     x = torch.tensor([0])
-    terms = recipes.jem(table, Batch(x=x, x_density=x, y=torch.tensor([Y])), DRAWS, WeightSettings())
+    terms = recipes.jem(table, Batch(x=x, x_density=x, y=torch.tensor([Y])), SAMPLES, WeightSettings())
     assert float(terms["loss"].detach()) == pytest.approx(-lse(CLEAN) + lse(NEGATIVE) + ce(CLEAN), abs=1e-6)
 
 
@@ -218,7 +218,7 @@ def test_the_released_loss_from_its_definition(
 
 @pytest.mark.parametrize("variant", ["wrn", "jem"])
 def test_chains_count_in_running_statistics_for_the_jem_familys_network_alone(
-    variant: str, state: DrawState, train_data: DeviceData, rng: torch.Generator
+    variant: str, state: SamplingState, train_data: DeviceData, rng: torch.Generator
 ) -> None:
     """Of five trunk passes in train mode; an adversary in eval mode never counts. Against each pass's own mean, weighted."""
     network = build(ModelSettings(depth=10, width=1, variant=variant), 1, 10, 0)  # type: ignore[arg-type]
@@ -264,11 +264,11 @@ def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_d
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_chains_walk_in_their_mode_to_their_own_class_and_start_afresh_by_chance(
-    mode: str, state: DrawState, pool: StartPool, network: WideResNet, train_data: DeviceData, monkeypatch: pytest.MonkeyPatch
+    mode: str, state: SamplingState, pool: StartPool, network: WideResNet, train_data: DeviceData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the sampler is handed, with a buffer of fives: reinit 1 starts every chain anew, 0 none."""
     seen: list[tuple[bool, Tensor, Tensor]] = []
-    monkeypatch.setattr(draws, "walk", lambda model, x, y, spec, noise: seen.append((model.training, x.clone(), y)) or x)
+    monkeypatch.setattr(sampling, "run_chain", lambda model, x, y, spec, noise: seen.append((model.training, x.clone(), y)) or x)
     network.train()
     rng = torch.Generator().manual_seed(0)
     batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
@@ -304,14 +304,14 @@ def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
 
 
 @pytest.fixture
-def state(pool: StartPool, settings: TrainingSettings) -> DrawState:
+def state(pool: StartPool, settings: TrainingSettings) -> SamplingState:
     rng = torch.Generator().manual_seed(0)
     start = starter(settings.chain, pool)
     buffer = ReplayBuffer.fresh(200, 10, start, torch.device("cpu"), rng)
-    return DrawState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
+    return SamplingState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
 
 
-def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: DrawState, pool: StartPool) -> None:
+def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: SamplingState, pool: StartPool) -> None:
     settings = state.settings.model_copy(update={"density_batch": "own", "density_batch_size": 24})
     for asked, n in ((settings, 24), (state.settings, 64)):
         (begun,) = draw_states(asked, state.buffer, pool, ("test",), 0, 1)
@@ -320,7 +320,7 @@ def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: DrawS
 
 
 def test_draws_leave_the_network_alone_and_respect_the_budget(
-    state: DrawState, network: WideResNet, train_data: DeviceData, settings: TrainingSettings, rng: torch.Generator
+    state: SamplingState, network: WideResNet, train_data: DeviceData, settings: TrainingSettings, rng: torch.Generator
 ) -> None:
     batch = next(epoch_batches(train_data, 64, settings.augment, 0, 0))
     before = {k: v.clone() for k, v in network.state_dict().items()}

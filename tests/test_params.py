@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ebjdat import params, registry
+from ebjdat import registry
+from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.evaluation.frechet import ExtractorError
-from ebjdat.params import ParamsError, merge, run_name
 from ebjdat.pixels import parse_budget
+from ebjdat.settings import ParamsError, merge, run_name
 from ebjdat.stages import prepare
 
 from .conftest import ROOT
@@ -225,7 +226,7 @@ def test_the_rows_are_those_of_the_published_table() -> None:
 
 def test_every_method_with_chains_stands_on_a_row() -> None:
     for name, method in registry.METHODS.items():
-        assert bool(method.bases) == ("negatives" in method.draws), name
+        assert bool(method.bases) == ("negatives" in method.samples), name
         assert set(method.bases) <= set(registry.BASES)
         assert set(method.forms) <= set(registry.FORMS)
 

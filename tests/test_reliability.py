@@ -15,18 +15,18 @@ from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss
 from torch import Tensor
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.data import prepared, sources
 from ebjdat.errors import DataError
 from ebjdat.evaluation import calibration, detection, ood, robust
 from ebjdat.files import read_json
+from ebjdat.metrics import describe
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import DataSettings, ParamsError, ReliabilitySettings
+from ebjdat.settings import DataSettings, ParamsError, ReliabilitySettings
 from ebjdat.stages import reliability, train
 from ebjdat.stages.context import Context
 from ebjdat.training import checkpoint
-from ebjdat.vocabulary import describe
 
 from .conftest import ROOT
 from .test_evaluation import Linear
@@ -90,7 +90,7 @@ def test_likelihood_and_brier_score_against_scikit_learn() -> None:
 def test_the_temperature_that_labels_were_drawn_at_is_found(temperature: float) -> None:
     logits, labels = drawn(20_000, 6, temperature)
     found = calibration.fit_temperature(logits, labels)
-    assert found == pytest.approx(temperature, rel=0.04)  # 20,000 draws: standard error about 1 %
+    assert found == pytest.approx(temperature, rel=0.04)  # 20,000 samples: standard error about 1 %
     assert found is not None
     around = [calibration.negative_log_likelihood(logits, labels, found * f) for f in (0.99, 1.0, 1.01)]
     assert around[1] == min(around)
@@ -121,7 +121,7 @@ def test_the_interval_holds_the_true_area_as_often_as_it_says(area: float) -> No
     for _ in range(500):
         found = detection.separation(rng.normal(shift, size=60), rng.normal(size=40), "a")
         held += found["a_low"] <= area <= found["a_high"]
-    assert 0.925 <= held / 500 <= 0.995  # nominal 0.95, more near 1; 500 draws: standard error 0.01
+    assert 0.925 <= held / 500 <= 0.995  # nominal 0.95, more near 1; 500 samples: standard error 0.01
 
 
 def test_the_interval_against_a_bootstrap_and_at_its_ends() -> None:
@@ -183,12 +183,12 @@ def test_made_sets(x: Tensor) -> None:
         assert torch.equal(images, again[name])
         assert torch.equal(images, other[name]) == (name == "inverted")
     assert torch.equal(found["inverted"], 1 - x)
-    noise = ood.noise(torch.zeros(100, 1, 8, 8), ood.Whence("", None, False, 0)).flatten()
+    noise = ood.noise(torch.zeros(100, 1, 8, 8), ood.OODSource("", None, False, 0)).flatten()
     assert (float(noise.mean()), float(noise.std())) == pytest.approx((0.5, 12**-0.5), abs=0.02)  # 6,400 draws
 
 
 def test_shuffled_images_keep_their_pixels_whole(x: Tensor) -> None:
-    moved = ood.shuffled(x, ood.Whence("", None, False, 0))
+    moved = ood.shuffled(x, ood.OODSource("", None, False, 0))
 
     def pixels(image: Tensor) -> list[Any]:
         return image.flatten(1).T.tolist()  # (H W, C)
@@ -362,7 +362,7 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     attack = context.profile.evaluation.attack
     assert list(attack.protocols) == ["standard", "released", "standard_l2"]
     for name, protocol in attack.protocols.items():
-        seen = robust.seen_under(protocol, x, attack.seed)
+        seen = robust.apply_protocol_noise(protocol, x, attack.seed)
         moved = robust.pgd_examples(model, seen, y, protocol, attack.seed, attack.batch_size)
         assert torch.equal(seen, x) == (name != "released")
         clean, adversarial = (np.log(np.exp(logits(points)).sum(1)) for points in (seen, moved))

@@ -22,13 +22,13 @@ import scipy.stats
 from markupsafe import Markup
 from typer.testing import CliRunner
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.files import FileError, read_json, write_result
-from ebjdat.params import Profile
 from ebjdat.report import claims, inline, page, tables
 from ebjdat.report.figures import animate, sample_grids, save
 from ebjdat.report.tables import METRICS, aggregate, collect, wilson
+from ebjdat.settings import Profile
 
 from .conftest import ROOT
 

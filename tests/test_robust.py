@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ebjdat.evaluation import checks, ensemble, robust
 from ebjdat.evaluation.audit import audit
 from ebjdat.evaluation.robust import Verdicts
-from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings
-from ebjdat.statistics import mcnemar, wilson
+from ebjdat.intervals import mcnemar, wilson
+from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings
 
 from .conftest import Linear
 
@@ -85,7 +85,7 @@ def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
     assert 0.005 < eps < 0.3
     asked = settings(eps)
     verdicts = robust.evaluate(linear, x, y, "standard", asked)
-    assert torch.equal(verdicts.survivors(list(asked.standard.attacks)), radius > eps)
+    assert torch.equal(verdicts.robust_under(list(asked.standard.attacks)), radius > eps)
     found = robust.summary("standard", asked.standard, verdicts)
     assert (found["clean_correct"], found["autoattack_correct"]) == (20, 11)
     assert 11 <= found["pgd20_correct"] <= 14  # cross-entropy does not aim at the nearest class
@@ -110,7 +110,7 @@ def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None
     adversarial, _ = plain.run_standard_evaluation(x, y, batch_size=40)
     expected = robust.predictions(model, adversarial, 40) == y
     verdicts = robust.evaluate(model, x, y, "fewer", asked)
-    found = verdicts.survivors(list(asked.standard.attacks))
+    found = verdicts.robust_under(list(asked.standard.attacks))
     assert 5 < int(expected.sum()) < 31
     assert torch.equal(found, expected)
 
@@ -193,9 +193,9 @@ def test_bf16_search_leaves_verdicts_to_fp32() -> None:
     fp32 = robust.evaluate(model, x, y, "quick", settings(0.012, 40))
     bf16 = robust.evaluate(model, x, y, "quick", settings(0.012, 40, search="bf16"))
     names = ["apgd_ce", "apgd_t", "fab_t", "square"]
-    assert (bf16.survivors(names) != fp32.survivors(names)).sum() <= 1  # of 40: another search, the same judge
-    with_all = bf16.survivors(names)
-    assert with_all[~fp32.survivors(names)].sum() <= 1
+    assert (bf16.robust_under(names) != fp32.robust_under(names)).sum() <= 1  # of 40: another search, the same judge
+    with_all = bf16.robust_under(names)
+    assert with_all[~fp32.robust_under(names)].sum() <= 1
 
 
 def test_released_fab_works_in_the_brighter_half_alone(linear: Linear) -> None:
@@ -224,13 +224,13 @@ def test_released_protocol_adds_its_noise_and_halves_the_radius(linear: Linear) 
     x = torch.rand(2000, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     asked = settings(0.1)
     released = asked.protocols["released"]
-    seen = robust.seen_under(released, x, 0)
+    seen = robust.apply_protocol_noise(released, x, 0)
     assert float((seen - x).std()) == pytest.approx(0.015, rel=0.02)  # 0.03 in [-1, 1]
     assert float(seen.min()) < 0  # not clamped
-    assert torch.equal(seen, robust.seen_under(released, x, 0))
-    assert robust.seen_under(asked.standard, x, 0) is x
-    assert robust.seen_under(asked.on("sadajem").protocols["released"], x, 0) is x
-    assert torch.equal(robust.seen_under(asked.on("jempp").protocols["released"], x, 0), seen)
+    assert torch.equal(seen, robust.apply_protocol_noise(released, x, 0))
+    assert robust.apply_protocol_noise(asked.standard, x, 0) is x
+    assert robust.apply_protocol_noise(asked.on("sadajem").protocols["released"], x, 0) is x
+    assert torch.equal(robust.apply_protocol_noise(asked.on("jempp").protocols["released"], x, 0), seen)
     moved = robust.pgd_examples(linear, seen, torch.zeros(2000, dtype=torch.int64), released, 0, 500)
     assert float((moved - seen.clamp(0, 1)).abs().max()) == pytest.approx(0.05, abs=1e-6)
     assert (float(moved.min()), float(moved.max())) == (0, 1)
@@ -294,7 +294,7 @@ def test_batches_and_restarts_of_pgd_hit_their_own_examples() -> None:
     verdicts = robust.evaluate(model, x, y, "standard", asked)
     moved = robust.pgd_examples(model, x, y, asked.standard, asked.seed, 7)
     expected = (model(moved).argmax(1) == y) & (model(x).argmax(1) == y)
-    assert torch.equal(verdicts.survivors(["pgd20"]), expected)
+    assert torch.equal(verdicts.robust_under(["pgd20"]), expected)
     assert 3 < int(expected.sum()) < 30
 
 
@@ -708,6 +708,6 @@ def test_a_protocol_counts_restarts_as_the_worst_of_them() -> None:
     several = {**one.protocols, "few": ProtocolSettings(eps=0.012, n=0, pgd=step, attacks={})}
     several["many"] = ProtocolSettings(eps=0.012, n=0, pgd={**step, "restarts": 4}, attacks={})
     asked = one.model_copy(update={"protocols": several})
-    few, many = (robust.evaluate(model, x, y, name, asked).survivors(["pgd3"]) for name in ("few", "many"))
+    few, many = (robust.evaluate(model, x, y, name, asked).robust_under(["pgd3"]) for name in ("few", "many"))
     assert not (many & ~few).any()
     assert many.sum() <= few.sum()

@@ -16,11 +16,10 @@ from ebjdat import registry
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.energy import marginal_energy
-from ebjdat.models.modes import moving_images
+from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ChainSettings
 from ebjdat.samplers.buffer import ReplayBuffer
-from ebjdat.samplers.chains import walk
+from ebjdat.samplers.chains import run_chain
 from ebjdat.samplers.pgd import (
     cross_entropy_score,
     joint_energy_score,
@@ -34,6 +33,7 @@ from ebjdat.samplers.pgd import (
 from ebjdat.samplers.pyld import pyld
 from ebjdat.samplers.sgld import clipped_sgld, sgld
 from ebjdat.samplers.starts import StartPool, class_gaussians, data, uniform
+from ebjdat.settings import ChainSettings
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def slow_pyld(model: WideResNet, x: Tensor, spec: ChainSettings) -> Tensor:
 def test_pyld_matches_a_slow_loop(clamp: float | None, network: WideResNet, rng: torch.Generator) -> None:
     spec = ChainSettings(steps=3, inner_steps=2, step_size=0.5, clamp=clamp, noise=0.0)
     x = torch.rand(3, 1, 8, 8, generator=rng) * 2 - 1
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         fast, slow = pyld(network, x, marginal_energy, spec, rng), slow_pyld(network, x, spec)
     assert (fast - x).abs().max() > 1e-3
     assert (clamp is not None) or fast.abs().max() == 1  # the range binds
@@ -75,7 +75,7 @@ def test_pyld_matches_a_slow_loop(clamp: float | None, network: WideResNet, rng:
 def test_pyld_runs_the_trunk_once_per_outer_step(network: WideResNet, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, trunk = [], network.trunk
     monkeypatch.setattr(network, "trunk", lambda h: calls.append(1) or trunk(h))
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         pyld(network, torch.zeros(2, 1, 8, 8), marginal_energy, ChainSettings(steps=3, inner_steps=7), rng)
     assert len(calls) == 3
 
@@ -105,8 +105,8 @@ def test_langevin_samplers_match_a_slow_loop(name: str, conditional: bool, netwo
     x, y = torch.rand(3, 1, 8, 8, generator=rng) * 2 - 1, torch.tensor([3, 0, 7])
     replay = torch.Generator().manual_seed(5)
     noise = [torch.randn(3, 1, 8, 8, generator=replay) for _ in range(4)]
-    with moving_images(network, "eval"):
-        fast = walk(network, x, y, spec, torch.Generator().manual_seed(5))
+    with frozen_parameters(network, "eval"):
+        fast = run_chain(network, x, y, spec, torch.Generator().manual_seed(5))
         slow = [
             slow_langevin(network, x[i], spec, [n[i] for n in noise], name == "clipped_sgld", int(y[i]) if conditional else None)
             for i in range(3)
@@ -119,8 +119,8 @@ def test_langevin_samplers_match_a_slow_loop(name: str, conditional: bool, netwo
 def test_conditional_chains_go_to_their_class(network: WideResNet, rng: torch.Generator) -> None:
     x, y = torch.rand(20, 1, 8, 8, generator=rng) * 2 - 1, torch.arange(20) % 10
     spec = ChainSettings(steps=10, step_size=0.02)
-    with moving_images(network, "eval"):
-        free, bound = (walk(network, x, y, spec.model_copy(update={"conditional": c}), rng) for c in (False, True))
+    with frozen_parameters(network, "eval"):
+        free, bound = (run_chain(network, x, y, spec.model_copy(update={"conditional": c}), rng) for c in (False, True))
         joint, marginal = network(bound)[range(20), y], network(free)[range(20), y]
         assert (joint > network(x)[range(20), y]).all()
     assert (joint > marginal).float().mean() > 0.9
@@ -136,7 +136,7 @@ def test_samplers_read_the_settings_that_the_registry_says(sampler: Any, network
             seen.add(name)
             return getattr(ChainSettings(noise=0.01), name)
 
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         sampler(network, torch.zeros(1, 1, 8, 8), marginal_energy, Watched(), rng)
     assert seen == set(registry.SAMPLERS[sampler.__name__].reads)
 
@@ -149,7 +149,7 @@ def test_stem_gradient_is_autograds(network: WideResNet, rng: torch.Generator) -
 
 def test_pyld_goes_down_the_energy_and_stays_an_image(network: WideResNet, rng: torch.Generator) -> None:
     x = torch.rand(64, 1, 8, 8, generator=rng) * 2 - 1
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         moved = pyld(network, x, marginal_energy, ChainSettings(steps=5, step_size=0.02), rng)
         assert (network(moved).logsumexp(1) > network(x).logsumexp(1)).all()
     assert moved.abs().max() <= 1
@@ -158,7 +158,7 @@ def test_pyld_goes_down_the_energy_and_stays_an_image(network: WideResNet, rng: 
 
 @pytest.mark.parametrize("sampler", [pyld, clipped_sgld])
 def test_noise_does_not_leave_the_range(sampler: Any, network: WideResNet, rng: torch.Generator) -> None:
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         moved = sampler(network, torch.zeros(8, 1, 8, 8), marginal_energy, ChainSettings(steps=2, noise=2.0), rng)
     assert moved.abs().max() == 1
 
@@ -168,7 +168,7 @@ def test_clamps_of_one_bind_too(network: WideResNet, rng: torch.Generator) -> No
     with torch.no_grad():
         network.head.weight.mul_(1e4)
     x = torch.zeros(4, 1, 8, 8)
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         moved = clipped_sgld(network, x, marginal_energy, ChainSettings(steps=1, step_size=0.1, clamp=1.0), rng)
     assert moved.abs().max() == pytest.approx(0.1)
     assert (moved.abs() > 0.0999).float().mean() > 0.2
@@ -178,9 +178,9 @@ def test_pyld_noise_is_per_outer_step(network: WideResNet) -> None:
     """With steps too small to matter, what remains is the sum of `steps` independent draws."""
     spec = ChainSettings(steps=2, inner_steps=3, step_size=1e-9, noise=0.01)
     x = torch.zeros(64, 1, 8, 8)
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         moved = pyld(network, x, marginal_energy, spec, torch.Generator().manual_seed(1))
-    assert moved.std() == pytest.approx(0.01 * 2**0.5, rel=0.05)  # 4096 draws: standard error 1 %
+    assert moved.std() == pytest.approx(0.01 * 2**0.5, rel=0.05)  # 4096 samples: standard error 1 %
 
 
 images = st.integers(0, 2**31 - 1).map(lambda seed: torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed)))
@@ -225,7 +225,7 @@ def test_scores_move_images_the_way_they_say(network: WideResNet, rng: torch.Gen
     x = torch.rand(16, 1, 8, 8, generator=rng) * 2 - 1
     y = torch.arange(16) % 10
     attack = {"eps": 0.1, "step_size": 0.02, "steps": 5, "norm": "Linf", "bounds": (-1.0, 1.0), "start": x}
-    with moving_images(network, "eval"):
+    with frozen_parameters(network, "eval"):
         up = projected_gradient(joint_energy_score(network, x, y), x, **attack)  # type: ignore[arg-type]
         assert (network(up)[range(16), y] < network(x)[range(16), y]).all()  # E(x, y) = -f(x)[y] went up
         down = projected_gradient(released_score(network, x, y), x, **attack)  # type: ignore[arg-type]
@@ -248,7 +248,7 @@ def test_scores_by_hand(network: WideResNet, rng: torch.Generator) -> None:
     """
     x, moved = torch.rand(2, 6, 1, 8, 8, generator=rng) * 2 - 1
     y = torch.arange(6)
-    with moving_images(network, "eval"), torch.no_grad():
+    with frozen_parameters(network, "eval"), torch.no_grad():
         p, q = (torch.distributions.Categorical(logits=network(z)) for z in (x, moved))
         expected = torch.distributions.kl_divergence(p, q)
         assert torch.allclose(kl_score(network, x, y)(moved), expected, atol=1e-5)

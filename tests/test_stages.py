@@ -19,7 +19,8 @@ import yaml
 from torch.optim.swa_utils import AveragedModel
 
 import ebjdat
-from ebjdat import codehash, jobs, params
+from ebjdat import codehash, jobs
+from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation.frechet import frechet_distance

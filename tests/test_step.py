@@ -20,22 +20,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from ebjdat import params, registry
+from ebjdat import registry
+from ebjdat import settings as params
 from ebjdat.bench import naive
 from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate, rates, step_flops, timed
 from ebjdat.cli import app
 from ebjdat.data.batches import Batch, generator
+from ebjdat.metrics import describe
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import autocast
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives import draws, recipes
-from ebjdat.objectives.draws import DrawState
-from ebjdat.params import ModelSettings, TrainingSettings, merge
+from ebjdat.objectives import recipes, sampling
+from ebjdat.objectives.sampling import SamplingState
 from ebjdat.samplers.chains import starter
+from ebjdat.settings import ModelSettings, TrainingSettings, merge
 from ebjdat.training import step
 from ebjdat.training.step import Step
-from ebjdat.vocabulary import describe
 
 from .conftest import ROOT
 
@@ -62,8 +63,8 @@ def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[di
     one = Step(ours.case.method, settings, model, optimizer)
     batch, state = next(ours._work())
     buffer = copy.deepcopy(state.buffer)
-    drawn = one.draw(batch, DrawState(settings, buffer, state.chains), generator(CPU, "test"))
-    return one.update(batch, drawn), model.state_dict()
+    samples = one.sample(batch, SamplingState(settings, buffer, state.chains), generator(CPU, "test"))
+    return one.update(batch, samples), model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -82,26 +83,26 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
     chains = 20 if "released" in experiment else 32
     own = {"density_batch_size": chains} if "released" in experiment else {}
     of = case(experiment, {"augment": {"pad": 2}, **own}, variant=variant)
-    signs = "adversarial" in registry.METHODS[of.method].draws and (of.settings.adversary.score.endswith("ce") or variant == "jem")
+    signs = "adversarial" in registry.METHODS[of.method].samples and (of.settings.adversary.score.endswith("ce") or variant == "jem")
     tolerance = 5e-2 if signs else 1e-3
     ours = Ours(of, of.data())
     theirs = wrn.build(of.model, 3, 10, 0)
     settings, spec, start = of.settings, of.settings.chain, starter(of.settings.chain, ours.pool)
     batch, _ = next(ours.work)
     before = copy.deepcopy(theirs.state_dict())
-    held, state, random = torch.zeros(100, 3, 16, 16), DrawState(settings), None
+    held, state, random = torch.zeros(100, 3, 16, 16), SamplingState(settings), None
     uniform = torch.rand(batch.x.shape, generator=generator(CPU, "noise")) * 2 - 1
     if ours.learner.buffer is not None:
         buffer = ours.learner.buffer
         plan = buffer.plan(1, chains, spec.reinit, start, generator(CPU, "plan"))
-        state, held = DrawState(settings, buffer, buffer.take(plan, 0)), buffer.images.clone()
+        state, held = SamplingState(settings, buffer, buffer.take(plan, 0)), buffer.images.clone()
         random = naive.Randomness(plan.slots[0], plan.fresh[plan.which[0]], plan.again[0], uniform)
         assert 0 < int(plan.again[0].sum()) < chains == len(batch.x_density)
     else:
         random = naive.Randomness(torch.zeros(0), torch.zeros(0), torch.zeros(0), uniform)
     optimizer = torch.optim.SGD(theirs.parameters(), settings.optimizer.lr, 0.9, weight_decay=settings.optimizer.weight_decay)
     loss = naive.step(of.method, theirs, optimizer, (batch.x, batch.x_density, batch.y), held, random, settings)
-    terms = ours.step.update(batch, ours.step.draw(batch, state, generator(CPU, "noise")))
+    terms = ours.step.update(batch, ours.step.sample(batch, state, generator(CPU, "noise")))
     assert float(terms["loss"]) == pytest.approx(loss, rel=1e-4)
     if ours.learner.buffer is not None:
         assert (ours.learner.buffer.images - held).abs().max() < 1e-4
@@ -182,9 +183,9 @@ def test_bf16_is_for_layers_alone() -> None:
     of = case("eb_jdat", {"compute": {"precision": "bf16"}})
     ours = Ours(of, of.data())
     batch, state = next(ours.work)
-    drawn = ours.step.draw(batch, state, ours.noise)
-    assert {value.dtype for value in drawn.values()} == {torch.float32}
-    terms = ours.step.update(batch, drawn)
+    samples = ours.step.sample(batch, state, ours.noise)
+    assert {value.dtype for value in samples.values()} == {torch.float32}
+    terms = ours.step.update(batch, samples)
     assert {value.dtype for value in terms.values()} == {torch.float32}
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
     ours.model.eval()
@@ -203,12 +204,12 @@ def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypat
     of = case("eb_jdat", {"compute": {"precision": "bf16", "recompute": True}, "update": {"name": "sam"}, "chain": {"steps": 1}})
     ours, entered, seen = Ours(of, of.data()), [], []
     monkeypatch.setattr(step, "autocast", lambda *arguments: entered.append(arguments[1]) or autocast(*arguments))
-    monkeypatch.setattr(draws, "walk", lambda model, x, *_: seen.append((torch.is_autocast_enabled("cpu"), model.recompute)) or x)
+    monkeypatch.setattr(sampling, "run_chain", lambda model, x, *_: seen.append((torch.is_autocast_enabled("cpu"), model.recompute)) or x)
     batch, state = next(ours.work)
-    drawn = ours.step.draw(batch, state, ours.noise)
+    samples = ours.step.sample(batch, state, ours.noise)
     assert seen == [(True, True)]
     entered.clear()
-    ours.step.update(batch, drawn)
+    ours.step.update(batch, samples)
     assert entered == ["bf16", "bf16"]
     flags: list[tuple[bool, bool]] = []
 
@@ -221,7 +222,7 @@ def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypat
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     changed = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"precision": "tf32"}}))
     with pytest.raises(ZeroDivisionError):
-        Step("eb_jdat", changed, ours.model, ours.learner.optimizer).update(batch, drawn)
+        Step("eb_jdat", changed, ours.model, ours.learner.optimizer).update(batch, samples)
     assert flags == [(True, True)]
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
     assert not ours.model.recompute

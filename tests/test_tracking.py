@@ -25,7 +25,7 @@ from ebjdat.cli import app
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ModelSettings, Profile, flat
+from ebjdat.settings import ModelSettings, Profile, flat
 from ebjdat.tracking import background, journal
 from ebjdat.tracking.runs import About, Subject, Tracker, numbers, track
 from ebjdat.tracking.send import Outcome, Sender

@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.batches import Batch, DeviceData
 from ebjdat.data.prepared import Prepared
+from ebjdat.metrics import describe
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.params import ModelSettings, OptimizerSettings, Profile, ScheduleSettings, TrainingSettings, UpdateSettings, merge
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import ModelSettings, OptimizerSettings, Profile, ScheduleSettings, TrainingSettings, UpdateSettings, merge
 from ebjdat.training import checkpoint, loop, schedules, updates
 from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.healing import Event
 from ebjdat.training.loop import Job, Trained, train
-from ebjdat.vocabulary import describe
 
 from .conftest import ROOT
 

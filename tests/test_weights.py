@@ -28,8 +28,8 @@ from torch.optim.swa_utils import AveragedModel
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust
 from ebjdat.evaluation.audit import audit
-from ebjdat.models.outside import ModelError, outside_model
-from ebjdat.params import AttackSettings
+from ebjdat.models.external import ModelError, external_model
+from ebjdat.settings import AttackSettings
 
 from .conftest import Linear
 from .test_robust import images, labelled, settings
@@ -133,7 +133,7 @@ def test_weights_are_found_however_they_are_wrapped(factory: str, capsys: pytest
     expected = reference(x)
     for name, (content, route) in FILES.items():
         torch.save(content, "weights.pt")
-        model = outside_model(f"somebodys:{factory}", Path("weights.pt"))
+        model = external_model(f"somebodys:{factory}", Path("weights.pt"))
         assert torch.equal(model(x), expected), name
         told = capsys.readouterr().out
         assert told.startswith("weights: weights.pt: ")
@@ -145,19 +145,19 @@ def test_weights_are_found_however_they_are_wrapped(factory: str, capsys: pytest
 
 def _told(content: Any, capsys: pytest.CaptureFixture[str]) -> str:
     torch.save(content, "weights.pt")
-    outside_model("somebodys:plain", Path("weights.pt"))
+    external_model("somebodys:plain", Path("weights.pt"))
     return capsys.readouterr().out
 
 
 def test_half_and_double_weights_and_old_files_are_read() -> None:
     for dtype in (torch.float16, torch.float64):
         torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in STATE.items()}, "weights.pt")
-        found = outside_model("somebodys:plain", Path("weights.pt")).state_dict()["1.weight"]
+        found = external_model("somebodys:plain", Path("weights.pt")).state_dict()["1.weight"]
         assert torch.equal(found, STATE["1.weight"].to(dtype).float())
     torch.save(STATE, "old.pt", _use_new_zipfile_serialization=False)
     save_file(STATE, "weights.bin")  # safetensors by any name
     for name in ("old.pt", "weights.bin"):
-        assert torch.equal(outside_model("somebodys:plain", Path(name)).state_dict()["3.bias"], STATE["3.bias"])
+        assert torch.equal(external_model("somebodys:plain", Path(name)).state_dict()["3.bias"], STATE["3.bias"])
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ def test_half_and_double_weights_and_old_files_are_read() -> None:
 def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[str, str]) -> None:
     torch.save(content, "weights.pt")
     with pytest.raises(ModelError, match=f"several weights fit somebodys:plain, and differ; what fits: {', '.join(routes)}; --weights-key"):
-        outside_model("somebodys:plain", Path("weights.pt"))
+        external_model("somebodys:plain", Path("weights.pt"))
     for route, state in zip(routes, (STATE, OTHER), strict=True):
-        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), route).state_dict()["3.bias"], state["3.bias"])
+        assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), route).state_dict()["3.bias"], state["3.bias"])
     with pytest.raises(ModelError, match=f"nothing that fits .* is under --weights-key 'nix'; what fits: {routes[0]}"):
-        outside_model("somebodys:plain", Path("weights.pt"), "nix")
+        external_model("somebodys:plain", Path("weights.pt"), "nix")
 
 
 def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
@@ -185,27 +185,27 @@ def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
     torch.save(dict(sorted(both.items(), key=lambda entry: entry[0], reverse=True)), "both.pt")
     for file in (Path("both.safetensors"), Path("both.pt")):
         for key, expected in ((".", 1.0), ("", 1.0), ("module", 2.0)):
-            found = outside_model("somebodys:named", file, key).state_dict().values()
+            found = external_model("somebodys:named", file, key).state_dict().values()
             assert {float(value.unique()) for value in found} == {expected}, (file, key)
         with pytest.raises(ModelError, match=r"and differ; what fits: .*\. \(the file itself\).*; --w"):
-            outside_model("somebodys:named", file)
+            external_model("somebodys:named", file)
     half = {**raw, "module.conv.weight": other["conv.weight"]}
     save_file(half, "half.safetensors")
-    assert set(outside_model("somebodys:named", Path("half.safetensors")).state_dict()["conv.weight"].unique().tolist()) == {1.0}
+    assert set(external_model("somebodys:named", Path("half.safetensors")).state_dict()["conv.weight"].unique().tolist()) == {1.0}
     save_file({name: value for name, value in half.items() if name != "norm.bias"} | {"module.norm.bias": other["norm.bias"]}, "bad.pt")
     with pytest.raises(ModelError, match="tensors are there twice, wrapped in two ways, and neither has all of them"):
-        outside_model("somebodys:named", Path("bad.pt"))
+        external_model("somebodys:named", Path("bad.pt"))
 
 
 def test_a_state_dict_with_another_in_it_is_not_taken_without_a_word() -> None:
     torch.save({**STATE, "averaged": OTHER}, "weights.pt")
     with pytest.raises(ModelError, match=r"and differ; what fits: \. \(the file itself\), averaged; --weights-key"):
-        outside_model("somebodys:plain", Path("weights.pt"))
+        external_model("somebodys:plain", Path("weights.pt"))
     for key, state in ((".", STATE), ("averaged", OTHER)):
-        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), key).state_dict()["3.bias"], state["3.bias"])
+        assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), key).state_dict()["3.bias"], state["3.bias"])
     torch.save({"a": {"b": STATE}, "a.b": OTHER}, "weights.pt")
     with pytest.raises(ModelError, match=r"several weights under 'a\.b' fit somebodys:plain, and differ; save"):
-        outside_model("somebodys:plain", Path("weights.pt"), "a.b")
+        external_model("somebodys:plain", Path("weights.pt"), "a.b")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_state_dict_with_another_in_it_is_not_taken_without_a_word() -> None:
 def test_what_does_not_fit_is_said_in_a_line(content: Any, message: str) -> None:
     torch.save(content, "weights.pt")
     with pytest.raises(ModelError, match=message) as raised:
-        outside_model("somebodys:plain", Path("weights.pt"))
+        external_model("somebodys:plain", Path("weights.pt"))
     assert str(raised.value).isprintable()
 
 
@@ -314,7 +314,7 @@ def test_a_short_pickle_takes_no_memory_and_no_time(kind: str, old: bool) -> Non
     content, message = BOMBS[kind]
     torch.save({"state_dict": STATE, "x": content}, "bad.pt", _use_new_zipfile_serialization=not old)
     with pytest.raises(ModelError, match=message) as raised:
-        outside_model("somebodys:plain", Path("bad.pt"))
+        external_model("somebodys:plain", Path("bad.pt"))
     assert str(raised.value).isprintable()
 
 
@@ -333,7 +333,7 @@ def test_what_usual_checkpoints_hold_beside_tensors_is_read() -> None:
     }
     for new in (True, False):
         torch.save(content, "weights.pt", _use_new_zipfile_serialization=new)
-        assert torch.equal(outside_model("somebodys:plain", Path("weights.pt"), "model").state_dict()["3.bias"], STATE["3.bias"])
+        assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), "model").state_dict()["3.bias"], STATE["3.bias"])
 
 
 def test_lists_of_the_same_list_are_walked_once() -> None:
@@ -345,7 +345,7 @@ def test_lists_of_the_same_list_are_walked_once() -> None:
     ):
         torch.save(content, "weights.pt")
         with pytest.raises(ModelError, match=message) if message else contextlib.nullcontext():
-            outside_model("somebodys:plain", Path("weights.pt"))
+            external_model("somebodys:plain", Path("weights.pt"))
     assert time.monotonic() - started < 1
 
 
@@ -355,7 +355,7 @@ def test_a_long_list_of_records_is_not_read() -> None:
         for i in range(2100):
             archive.writestr(f"good/{i:02000d}", b"")
     with pytest.raises(ModelError, match=r"good\.pt: the list of its members has more than 4,194,304 bytes"):
-        outside_model("somebodys:plain", Path("good.pt"))
+        external_model("somebodys:plain", Path("good.pt"))
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -390,7 +390,7 @@ def test_files_from_strangers_are_refused_unread(kind: str) -> None:
     make, message = BAD[kind]
     make()
     with pytest.raises(ModelError, match=message) as raised:
-        outside_model("somebodys:plain", Path("bad.pt"))
+        external_model("somebodys:plain", Path("bad.pt"))
     assert str(raised.value).startswith("bad.pt: ")
     assert str(raised.value).isprintable()
     assert not Path("evil").exists()
@@ -408,7 +408,7 @@ def test_no_flipped_bit_of_a_file_is_loaded() -> None:
         flipped[place] ^= 1 << int(rng.integers(8))
         Path("bad.pt").write_bytes(bytes(flipped))
         try:
-            found = outside_model("somebodys:plain", Path("bad.pt")).state_dict()
+            found = external_model("somebodys:plain", Path("bad.pt")).state_dict()
             assert all(torch.equal(found[name], value) for name, value in STATE.items()), place
         except ModelError:
             refused += 1
@@ -431,7 +431,7 @@ def test_a_function_that_fails_is_one_line(tmp_path: Path) -> None:
         ("worse:net", "importing worse raised ValueError: at import"),
     ):
         with pytest.raises(ModelError, match=message) as raised:
-            outside_model(factory)
+            external_model(factory)
         assert str(raised.value).isprintable()
 
 
@@ -503,7 +503,7 @@ def test_verdicts_are_those_of_the_plain_network(make: Callable[[], nn.Module]) 
     expected = robust.evaluate(Plain().eval(), x, y, "quick", asked)
     assert torch.equal(given, x)
     assert all(torch.equal(found.stands[name], expected.stands[name]) for name in expected.stands)
-    assert 0 < int(found.survivors(["pgd20", "apgd_ce"]).sum()) < 26
+    assert 0 < int(found.robust_under(["pgd20", "apgd_ce"]).sum()) < 26
     with torch.no_grad():
         assert torch.equal(model(x.clone()), before)
 
@@ -604,7 +604,7 @@ def test_logits_of_another_kind_are_as_good(change: Callable[[Tensor], Tensor]) 
     found, expected = (robust.evaluate(After(f).eval(), x, y, "standard", asked) for f in both)
     assert torch.equal(found.prediction, expected.prediction)
     assert torch.equal(found.stands["pgd20"], expected.stands["pgd20"])
-    assert 0 < int(found.survivors(["pgd20"]).sum()) < 30
+    assert 0 < int(found.robust_under(["pgd20"]).sum()) < 30
 
 
 def test_a_network_that_sets_the_seed_of_attacks_is_refused() -> None:

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from ebjdat import params, yamlfile
-from ebjdat.params import ParamsError
+from ebjdat import settings as params
+from ebjdat import yamlfile
+from ebjdat.settings import ParamsError
 
 from .conftest import ROOT
 

@@ -14,7 +14,7 @@ import typer
 
 from ebjdat.checkout import refuse_another
 from ebjdat.errors import TrackingError, UserError, brief, message, printable
-from ebjdat.params import ParamsError
+from ebjdat.settings import ParamsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.params import load, lost_files, named_files, too_few_classes
+    from ebjdat.settings import load, lost_files, named_files, too_few_classes
 
     profile = load(params, override)
     problems, named = lost_files(profile), list(named_files(profile))
@@ -106,7 +106,7 @@ def prepare(
     override: Overrides = NO_OVERRIDES,
 ) -> None:
     """Read the source, fix the splits, write arrays and data card."""
-    from ebjdat.params import load
+    from ebjdat.settings import load
     from ebjdat.stages import prepare as stage
 
     stage.run(load(params, override), out, card)
@@ -186,7 +186,7 @@ def attack(
     threads: Threads = None,
 ) -> None:
     """Robustness under every protocol, with integrity checks: of a profile's experiment, or of any network (--model)."""
-    from ebjdat.params import usual_protocols
+    from ebjdat.settings import usual_protocols
     from ebjdat.stages import attack as stage
     from ebjdat.stages.context import Context, device_for
 
@@ -317,8 +317,8 @@ def show(
     """Print a finished profile's table, and where its report and the MLflow UI are."""
     from rich.table import Column, Table
 
-    from ebjdat.params import load, run_name, split_overrides
     from ebjdat.report.tables import METRICS, aggregate, cell_parts, collect, header_parts, read_card
+    from ebjdat.settings import load, run_name, split_overrides
 
     override = [*override, *split_overrides(overrides)]
     profile, run = load(params, override), run_name(params, override)
@@ -432,7 +432,7 @@ def methods(
     """List every method, row of settings, sampler and update with its source and defaults."""
     import json
 
-    from ebjdat.params import catalogue, flat
+    from ebjdat.settings import catalogue, flat
 
     content = catalogue()
     if as_json:
@@ -460,7 +460,7 @@ def metrics(
     """Explain every name in result files, DVC, MLflow and the report, or one: meaning, unit, which direction is better."""
     import json
 
-    from ebjdat.vocabulary import STAGES, VOCABULARY, describe, markdown
+    from ebjdat.metrics import STAGES, VOCABULARY, describe, markdown
 
     chosen = VOCABULARY if name is None else (describe(name),)
     if as_markdown:
@@ -489,7 +489,7 @@ def inspect(
     """Show what made a checkpoint and what it holds, and verify its digests; exit code 1 when they do not fit."""
     import json
 
-    from ebjdat.params import flat
+    from ebjdat.settings import flat
     from ebjdat.training.checkpoint import inspect as read
 
     told = read(file)
@@ -547,7 +547,7 @@ def _console(width: int) -> Console:
 
 
 def _known(name: str, names: dict[str, Any]) -> str:
-    from ebjdat.params import nearest
+    from ebjdat.settings import nearest
 
     if name not in names:
         raise ParamsError(f"{name!r} is not in this profile; {nearest(name, list(names))}")

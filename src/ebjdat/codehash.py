@@ -22,15 +22,15 @@ from ebjdat.registry import Entry
 PACKAGE = "ebjdat"
 # Of its classes only methods count: a job's settings hold the fields' values, as they are after all checks. They are followed
 # from wherever an attribute of that name is used.
-SETTINGS = "ebjdat.params"
+SETTINGS = "ebjdat.settings"
 # Modules, packages and definitions ("module:name") that no number of a result comes from: messages, progress, MLflow,
 # reading and refusing of settings.
 WITHOUT_EFFECT = frozenset(
     {
         *("ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.tracking", "ebjdat.checkout"),
         *("ebjdat.jobs", "ebjdat.codehash"),
-        *("ebjdat.params:Profile", "ebjdat.params:load", "ebjdat.params:run_name", "ebjdat.params:ParamsError"),
-        *("ebjdat.params:require_files", "ebjdat.params:too_few_classes", "ebjdat.pixels:parse_budget"),
+        *("ebjdat.settings:Profile", "ebjdat.settings:load", "ebjdat.settings:run_name", "ebjdat.settings:ParamsError"),
+        *("ebjdat.settings:require_files", "ebjdat.settings:too_few_classes", "ebjdat.pixels:parse_budget"),
     }
 )
 
@@ -63,7 +63,7 @@ def digest(starts: Iterable[str], entries: Iterable[Entry] = ()) -> str:
     named = {entry.target: entry for entry in entries}
     total = hashlib.sha256()
     for target, entry in sorted(named.items()):
-        total.update(f"{target} {sorted((k, v) for k, v in vars(entry).items() if k in ('reads', 'draws', 'selection'))}\n".encode())
+        total.update(f"{target} {sorted((k, v) for k, v in vars(entry).items() if k in ('reads', 'samples', 'selection'))}\n".encode())
     for text in sorted(statement.text for statement in code(*starts, *named).values()):
         total.update(f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
     return total.hexdigest()[:16]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebjdat import codehash, registry
-from ebjdat.params import Profile, flat
 from ebjdat.registry import Entry
+from ebjdat.settings import Profile, flat
 
 # Where settings name a strategy: the end of the key's path, or what is followed by the strategies' own keys.
 NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
@@ -35,7 +35,7 @@ def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
             if found:
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     if settings.get("method") in registry.METHODS:
-        yield from (registry.DRAWS[draw] for draw in registry.METHODS[settings["method"]].draws)
+        yield from (registry.SAMPLES[draw] for draw in registry.METHODS[settings["method"]].samples)
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ class Row:
 class Method(Entry):
     """A training objective.
 
-    draws: names in DRAWS that are made once per step, before the loss.
+    samples: names in SAMPLES that are made once per step, before the loss.
     selection: the validation score that picks the checkpoint unless the settings say otherwise.
     bases: rows of BASES that it can stand on, the first by default. forms: the same of FORMS.
     defaults: training settings that belong to the method, over those of its base.
     """
 
-    draws: tuple[str, ...] = ()
+    samples: tuple[str, ...] = ()
     selection: str = "clean"
     bases: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
@@ -61,25 +61,25 @@ METHODS: Mapping[str, Method] = {
     "pgd_at": Method(
         "ebjdat.objectives.recipes:pgd_at",
         "Madry et al. 2018, arXiv 1706.06083",
-        draws=("adversarial",),
+        samples=("adversarial",),
         selection="robust",
     ),
     "trades": Method(
         "ebjdat.objectives.recipes:trades",
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
-        draws=("adversarial",),
+        samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}},
     ),
-    "jem": Method("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", draws=("negatives",), bases=("jem",)),
-    "jempp": Method("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", draws=("negatives",), bases=("jempp",)),
+    "jem": Method("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", samples=("negatives",), bases=("jem",)),
+    "jempp": Method("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", samples=("negatives",), bases=("jempp",)),
     "sadajem": Method(
-        "ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", draws=("negatives",), bases=("sadajem",)
+        "ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", samples=("negatives",), bases=("sadajem",)
     ),
     "eb_jdat": Method(
         "ebjdat.objectives.recipes:eb_jdat",
         "EB-JDAT, arXiv 2505.19459",
-        draws=("negatives", "adversarial"),
+        samples=("negatives", "adversarial"),
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
         forms=("paper", "released", "released_ce"),
@@ -147,9 +147,9 @@ FORMS: Mapping[str, Row] = {
 }
 
 # What a loss needs beside the batch; each is drawn once per step without gradients for the parameters.
-DRAWS: Mapping[str, Entry] = {
-    "negatives": Entry("ebjdat.objectives.draws:negatives", "persistent chains, arXiv 1912.03263"),
-    "adversarial": Entry("ebjdat.objectives.draws:adversarial", "projected gradient, arXiv 1706.06083"),
+SAMPLES: Mapping[str, Entry] = {
+    "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
+    "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
 }
 
 # Score whose ascent makes an adversarial neighbour.

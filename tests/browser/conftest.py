@@ -17,9 +17,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from ebjdat.params import Profile
 from ebjdat.report import claims, page
 from ebjdat.report.tables import aggregate, collect
+from ebjdat.settings import Profile
 
 from ..mlflow_server import Server
 from ..test_report import CARD, fill

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import ActionChains, Keys
 
-from ebjdat.params import Profile
+from ebjdat.settings import Profile
 
 from .conftest import Browser
 

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 
-from ebjdat.params import flat, run_name
+from ebjdat.settings import flat, run_name
 
 HERE = Path(__file__).parent
 LONGEST = 200  # characters of a value that is kept as it is; longer ones as digests

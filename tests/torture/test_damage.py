@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebjdat import params
-from ebjdat.params import ParamsError
+from ebjdat import settings as params
+from ebjdat.settings import ParamsError
 
 from .conftest import Campaign
 from .judge import content, differences

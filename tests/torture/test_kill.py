@@ -88,7 +88,7 @@ def go_on(lane: Lane, command: tuple[str, ...], groups: list[int]) -> list[str]:
     return [] if lane.call(*command) == 0 else [f"{' '.join(command)} does not go on: {lane.said().strip()[-300:]}"]
 
 
-def walk(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], kills: int, longest: float, rng: random.Random) -> int:
+def run_chain(campaign: Campaign, kind: str, lane: Lane, command: tuple[str, ...], kills: int, longest: float, rng: random.Random) -> int:
     """Run the command, hit it so many times on its way, let it end, and compare. Returns how often it was hit before it ended."""
     done: list[tuple[str, list[str]]] = []
     hits = 0
@@ -148,7 +148,7 @@ def walks(campaign: Campaign, kind: str, lane: str, kills: int) -> None:
             for stage in STAGES:  # as if these had never run
                 lock = without(lock, stage)
             (folder / "dvc.lock").write_text(lock)
-        left -= max(1, walk(campaign, kind, here, command, left, longest, rng))
+        left -= max(1, run_chain(campaign, kind, here, command, left, longest, rng))
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebjdat.params import merge
+from ebjdat.settings import merge
 
 from ..conftest import ROOT
 from . import warm

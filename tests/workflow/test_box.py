@@ -317,20 +317,20 @@ def test_what_was_spoilt_on_the_way_is_refused(home: Project, box: Box, broken: 
     curve = spoilt / "results/digits/classifier/seed0/finetune_curve.csv"
     curve.write_text(curve.read_text()[:-20])
     (spoilt / RESULT).unlink()
-    code = spoilt / "src/ebjdat/params.py"
+    code = spoilt / "src/ebjdat/settings"
     code.write_text(code.read_text() + "\n# edited there\n")
     text = refused(home, spoilt)
     for name in (weights, curve):
         assert f"{name.relative_to(spoilt)}: changed or truncated since finetune-classifier-seed0 wrote it" in text
     assert f"{RESULT}: missing" in text
-    assert "src/ebjdat/params.py: changed in the box since it was packed" in text
+    assert "src/ebjdat/settings: changed in the box since it was packed" in text
     assert "copy it back again" in text
     assert "again   finetune-classifier-seed0" in Box(spoilt, box.site).run("--status")
 
 
 def test_what_was_done_is_what_was_packed(home: Project, box: Box, broken: Callable[..., Path]) -> None:
     """A log that is the package's own source would otherwise be written over it; another command, or fewer files, be taken."""
-    spoilt, code, last = broken(), "src/ebjdat/params.py", STAGES[2]
+    spoilt, code, last = broken(), "src/ebjdat/settings", STAGES[2]
     packed = json.loads((spoilt / "box.json").read_text())["files"]
     for key, value in (
         ("log", {code: packed[code]}),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ebjdat.params import join_overrides
+from ebjdat.settings import join_overrides
 
 from ..conftest import ROOT
 from ..golden import record as golden
@@ -82,7 +82,7 @@ def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, af
         words = shlex.split(command[1])
     copy = shutil.copytree(after_snakemake.folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".snakemake", ".dvc"))
     modules = Project(copy).run("python", "-c", LOADED, *words).split("loaded:")[1].split()
-    assert "ebjdat.params" in modules
+    assert "ebjdat.settings" in modules
     assert "torch._dynamo" not in modules
     assert ("torch" in modules) == (stage == "attack")
 

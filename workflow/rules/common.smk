@@ -16,7 +16,7 @@ if ".dvc/tmp/exps/" in f"{workflow.basedir}/":
     # DVC runs an experiment in a copy of the checkout, with its programs but the copy's code.
     sys.path.insert(0, f"{workflow.basedir}/src")
 try:
-    from ebjdat import params as settings
+    from ebjdat import settings
     from ebjdat.checkout import CheckoutError, refuse_another
     from ebjdat.files import digest, git_commit
 
@@ -108,7 +108,7 @@ def package(*parts):
 
 BASE = (
     "errors.py",
-    "params.py",
+    "settings",
     "yamlfile.py",
     "registry.py",
     "pixels.py",
@@ -117,7 +117,7 @@ BASE = (
 )
 EVALUATION = (
     *BASE,
-    "statistics.py",
+    "intervals.py",
     "data",
     "models",
     "samplers",
@@ -140,7 +140,7 @@ CODE = {
     "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
     "reliability": package(*EVALUATION, "stages/reliability.py", "report/figures.py"),
     "report": [
-        *package(*BASE, "statistics.py", "vocabulary.py", "report", "stages/report.py"),
+        *package(*BASE, "intervals.py", "metrics.py", "report", "stages/report.py"),
         *sorted(str(p) for p in Path("src/ebjdat/report").glob("*.j2")),
         "src/ebjdat/report/paper.yaml",
     ],

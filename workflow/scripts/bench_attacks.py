@@ -20,12 +20,12 @@ import typer
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from ebjdat.data import outside
+from ebjdat.data import external
 from ebjdat.evaluation import robust
 from ebjdat.models.modes import UnitRange
-from ebjdat.params import STANDARD, ProtocolSettings, usual_protocols
 from ebjdat.pixels import parse_budget, unit_from_uint8
-from ebjdat.stages.attack import outside_model
+from ebjdat.settings import STANDARD, ProtocolSettings, usual_protocols
+from ebjdat.stages.attack import external_model
 from ebjdat.training import checkpoint
 
 
@@ -59,8 +59,8 @@ def main(
         network: nn.Module = UnitRange(checkpoint.load(checkpoint_file).network(device)).eval()
         network = network.to(memory_format=torch.contiguous_format)  # plain users do not change it
     else:
-        network = outside_model(str(model), weights).to(device)
-    images, labels, _ = outside.images_of(data, size)
+        network = external_model(str(model), weights).to(device)
+    images, labels, _ = external.images_of(data, size)
     x, y = unit_from_uint8(torch.from_numpy(images[:n])).to(device), torch.from_numpy(labels[:n]).to(device)
     settings = usual_protocols(len(x)).model_copy(update={"batch_size": batch_size})
     protocol = settings.standard.model_copy(update={"eps": parse_budget(eps), "norm": norm})
@@ -75,7 +75,7 @@ def main(
         else:
             asked = settings.model_copy(update={"search": way})
             found = robust.evaluate(network, x, y, STANDARD, asked, title=way, workers=threads)
-            standing[way] = found.survivors(list(protocol.attacks))
+            standing[way] = found.robust_under(list(protocol.attacks))
         seconds[way] = time.perf_counter() - started
         print(f"{way:5s} {int(standing[way].sum())} of {len(x)} stand, {seconds[way]:.1f} s", flush=True)
     result = {

@@ -20,10 +20,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from ebjdat import params
+from ebjdat import settings as params
 from ebjdat.bench.measure import Case, measure
 from ebjdat.files import git_commit
-from ebjdat.params import ModelSettings, TrainingSettings, merge
+from ebjdat.settings import ModelSettings, TrainingSettings, merge
 from ebjdat.stages.context import device_for
 
 COLUMNS = ("varied", "model", "batch_size", "chain_steps", "precision", "flops_per_image", "ms_per_step", "ms_low", "ms_high", "n")

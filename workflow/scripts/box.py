@@ -29,7 +29,7 @@ import dvc_stages
 from ebjdat.checkout import refuse_another
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, read_json, write_json
-from ebjdat.params import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names, split_overrides
+from ebjdat.settings import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names, split_overrides
 
 FORMAT = 1
 MADE = ("data", "checkpoints", "results")  # folders of what stages write

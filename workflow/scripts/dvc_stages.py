@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from ebjdat.files import digest
-from ebjdat.params import Profile, join_overrides, load, merge, read_layers, section, section_names
+from ebjdat.settings import Profile, join_overrides, load, merge, read_layers, section, section_names
 
 DEFAULT = "digits"
 HEAD = """\

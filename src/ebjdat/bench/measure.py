@@ -25,14 +25,14 @@ from ebjdat.data.batches import Batch, DeviceData, epoch_batches, generator
 from ebjdat.data.prepared import Prepared
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
-from ebjdat.models.modes import autocast, moving_images, tensor_cores
-from ebjdat.objectives.draws import DrawState
-from ebjdat.params import ModelSettings, TrainingSettings
+from ebjdat.models.modes import autocast, frozen_parameters, tensor_cores
+from ebjdat.objectives.sampling import SamplingState
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 from ebjdat.progress import Bar
 from ebjdat.samplers.buffer import Plan
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.training.loop import PLANNED_STEPS, Job, Learner
 from ebjdat.training.step import Step
 
@@ -77,19 +77,19 @@ class Ours:
         self.noise = generator(device, "bench")
         self.work = self._work()
 
-    def _work(self) -> Iterator[tuple[Batch, DrawState]]:
+    def _work(self) -> Iterator[tuple[Batch, SamplingState]]:
         settings, buffer, epoch, step = self.case.settings, self.learner.buffer, 0, 0
         plan = self.plan()
         while True:
             for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch, own_density=settings.own_density):
                 chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
-                yield batch, DrawState(settings, buffer, chains)
+                yield batch, SamplingState(settings, buffer, chains)
                 step += 1
             epoch += 1
 
     def __call__(self) -> None:
         batch, state = next(self.work)
-        self.step.update(batch, self.step.draw(batch, state, self.noise))
+        self.step.update(batch, self.step.sample(batch, state, self.noise))
 
     def plan(self) -> Plan | None:
         """What training does for PLANNED_STEPS steps at once. Steps here use one plan over and over; its time is added to theirs."""
@@ -114,7 +114,7 @@ class Plain:
         self.labelled = naive.endless(*data.split("train"), settings.batch_size, augment, augment.labelled_noise, workers)
         self.density = naive.endless(*data.split("train"), settings.chains, augment, augment.noise, workers)
         self.fresh, self.buffer = [], torch.zeros(case.settings.chain.buffer, *case.shape)
-        if "negatives" in registry.METHODS[case.method].draws:
+        if "negatives" in registry.METHODS[case.method].samples:
             x = internal_from_unit(unit_from_uint8(torch.from_numpy(data.images)))
             self.fresh = naive.class_distributions(x, torch.from_numpy(data.labels), case.device)
 
@@ -267,7 +267,7 @@ def step_flops(ours: Ours) -> int:
     step = Step(ours.case.method, ours.case.settings.model_copy(update={"compute": compute}), ours.model, ours.learner.optimizer)
     batch, state = next(ours.work)
     with FlopCount() as counter:
-        step.update(batch, step.draw(batch, state, ours.noise))
+        step.update(batch, step.sample(batch, state, ours.noise))
     return counter.flops
 
 
@@ -278,7 +278,7 @@ def parts_of(ours: Ours, planned: float, repeats: int) -> tuple[dict[str, float]
     but the optimiser counts as theirs.
     """
     device, step = ours.case.device, ours.step
-    names = registry.METHODS[ours.case.method].draws
+    names = registry.METHODS[ours.case.method].samples
     seconds: dict[str, list[float]] = {name: [] for name in ("data", *(PARTS[n] for n in names), "update")}
     held: dict[str, Any] = {}
 
@@ -287,7 +287,7 @@ def parts_of(ours: Ours, planned: float, repeats: int) -> tuple[dict[str, float]
 
     def draw(name: str) -> None:
         batch, state = held["work"]
-        held[name] = step.draw(batch, state, ours.noise, [name])[name]
+        held[name] = step.sample(batch, state, ours.noise, [name])[name]
 
     for _ in range(repeats):
         seconds["data"].append(timed(fetch, device, 1) + planned)
@@ -310,7 +310,7 @@ def bare_passes(ours: Ours, batch: Batch, name: str, repeats: int) -> float:
     precision = settings.compute.precision
 
     def passes() -> None:
-        with ours.step.computing(), autocast(ours.case.device, precision), moving_images(model, mode):
+        with ours.step.computing(), autocast(ours.case.device, precision), frozen_parameters(model, mode):
             x = (model.stem(batch.x) if through_trunk else batch.x).detach().requires_grad_(True)
             for _ in range(steps):
                 passed = model.trunk(x) if through_trunk else model(x)

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from ebjdat.errors import UserError
 from ebjdat.models.modes import frozen_statistics
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import AugmentSettings, ChainSettings, TrainingSettings
 from ebjdat.pixels import INTERNAL, internal_distance
 from ebjdat.samplers.starts import COVARIANCE_FLOOR
+from ebjdat.settings import AugmentSettings, ChainSettings, TrainingSettings
 
 SLICE = 2  # images of an adversarial slice
 LIMIT = 1e8  # of the loss, read in every step

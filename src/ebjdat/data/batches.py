@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebjdat.data.prepared import Prepared
-from ebjdat.params import AugmentSettings
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
+from ebjdat.settings import AugmentSettings
 
 
 def generator(device: torch.device, *purpose: int | str) -> torch.Generator:

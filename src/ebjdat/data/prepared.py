@@ -16,7 +16,7 @@ from ebjdat import registry
 from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of, write_npz, write_result
-from ebjdat.params import DataSettings
+from ebjdat.settings import DataSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
 DUPLICATES = {  # of `duplicates`, what it warns of

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ebjdat.data.decode import decode
 from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, ignored, members
 from ebjdat.errors import DataError, few
-from ebjdat.params import DataSettings
+from ebjdat.settings import DataSettings
 
 DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
 CLASS_NAME_LIMIT = 255  # bytes, as of file systems

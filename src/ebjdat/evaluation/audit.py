@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ebjdat.evaluation import checks, robust
 from ebjdat.files import write_atomic
-from ebjdat.params import AttackSettings
+from ebjdat.settings import AttackSettings
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def audit(
     Raises AttackError as robust.fit does.
     """
     settings = limited(settings, len(x))
-    with robust.judging(model) as judge:  # under every protocol, before the first one takes hours
+    with robust.fp32_eval_copy(model) as judge:  # under every protocol, before the first one takes hours
         fitted = {name: robust.fit(judge, x, y, name, settings) for name in settings.protocols}
     if source is not None:
-        with robust.judging(source) as judge:
+        with robust.fp32_eval_copy(source) as judge:
             robust.classes_of(judge, x, y)
     verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers, fitted[name]) for name in settings.protocols}
     metrics: dict[str, Any] = {}

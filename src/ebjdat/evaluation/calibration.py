@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.calibration import calibration_curve
 
-from ebjdat.statistics import wilson
+from ebjdat.intervals import wilson
 
 Values = NDArray[np.float64]
 Labels = NDArray[np.int64]

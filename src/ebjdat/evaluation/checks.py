@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.errors import few
-from ebjdat.evaluation.robust import SLACK, Verdicts, batches, judging, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.evaluation.robust import SLACK, Verdicts, batches, fp32_eval_copy, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.intervals import mcnemar
 from ebjdat.models.logits import NO_CLASS, predicted
-from ebjdat.params import STANDARD, AttackSettings, PGDSettings, ProtocolSettings
 from ebjdat.pixels import internal_from_unit
-from ebjdat.statistics import mcnemar
+from ebjdat.settings import STANDARD, AttackSettings, PGDSettings, ProtocolSettings
 
 POINT = 0.01  # one point of accuracy
 DIFFERENCE = 1e-4  # of logits over their length; what another order of summation may change
@@ -257,10 +257,10 @@ def transfer(model: nn.Module, source: nn.Module | None, x: Tensor, y: Tensor, s
     if source is None:
         return Check(name, None, None, 0.0, "no other model was given")
     protocol = settings.standard
-    with judging(source) as other:
+    with fp32_eval_copy(source) as other:
         moved = pgd_batch(other, x, y, protocol, pgd_start(x, 0, protocol, settings.seed))
     transferred = _share(predictions(model, moved, settings.batch_size) == y)
-    own = _share(verdicts.survivors([pgd_name(protocol)])[: len(x)])
+    own = _share(verdicts.robust_under([pgd_name(protocol)])[: len(x)])
     return Check.at_most(name, own - transferred, 0.0, "accuracy under the own attack less that under the transferred one")
 
 
@@ -282,7 +282,7 @@ def run(
     """
     everything = x, y
     x, y, standard = x[: settings.checks.n], y[: settings.checks.n], settings.standard
-    with judging(model) as judge:
+    with fp32_eval_copy(model) as judge:
         anew = usual_images(judge, *everything, settings)
         curve = sweep(judge, x, y, settings)
         with torch.no_grad():

@@ -17,9 +17,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from ebjdat.evaluation.robust import batches
+from ebjdat.intervals import CONFIDENCE
 from ebjdat.models.energy import marginal_energy
-from ebjdat.models.modes import moving_images
-from ebjdat.statistics import CONFIDENCE
+from ebjdat.models.modes import frozen_parameters
 
 Values = NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def logit_scores(logits: Values) -> dict[str, Values]:
 def gradient_norm(model: nn.Module, x: Tensor, batch_size: int) -> Values:
     """-|d logsumexp f(x) / dx|_2 (N,) of images (N, C, H, W) in [0, 1]: JEM's approximate mass (arXiv 1912.03263, section 5.3.3)."""
     found = []
-    with moving_images(model, "eval"), torch.enable_grad():
+    with frozen_parameters(model, "eval"), torch.enable_grad():
         for part in batches(len(x), batch_size):
             at = x[part].detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(marginal_energy(model(at)).sum(), at)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ebjdat.errors import AttackError
 from ebjdat.models.modes import copied
-from ebjdat.params import EnsembleSettings, ProtocolSettings
 from ebjdat.pixels import internal_distance, internal_from_unit, unit_from_internal
+from ebjdat.settings import EnsembleSettings, ProtocolSettings
 
 PIXELS_AT_ONCE = 65_536  # on a CPU; more images in one pass leave its caches
 CLEAR = 4.0  # a decision of bf16 stands where its margin exceeds so many times the largest error that was seen

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ebjdat import registry
 from ebjdat.errors import UserError, in_a_line
-from ebjdat.models.outside import ModelError, read_weights
+from ebjdat.models.external import ModelError, read_weights
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import GenerateSettings
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
+from ebjdat.settings import GenerateSettings
 
 Array = NDArray[np.float64]
 INCEPTION = 96 * 2**20  # bytes of its weights

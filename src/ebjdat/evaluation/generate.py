@@ -16,13 +16,13 @@ from ebjdat.evaluation.fidelity import compare
 from ebjdat.evaluation.frechet import Array, Features, frechet_distance
 from ebjdat.evaluation.robust import batches, predictions
 from ebjdat.models.logits import predicted
-from ebjdat.models.modes import UnitRange, moving_images
+from ebjdat.models.modes import UnitRange, frozen_parameters
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import STANDARD, ChainSettings, GenerateSettings
 from ebjdat.pixels import INTERNAL, uint8_from_unit, unit_from_internal, unit_from_uint8
 from ebjdat.progress import Bar
-from ebjdat.samplers.chains import strides, walk
+from ebjdat.samplers.chains import run_chain, strides
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import STANDARD, ChainSettings, GenerateSettings
 
 MOST_FRAMES = 24  # of a watched chain, beside its start
 COUNTS = ("frechet_against", "n_samples", "n_reference")  # beside every protocol's distances
@@ -57,12 +57,12 @@ def fresh_chains(
     spec = _spec(chain, settings, conditional)
     labels = _classes_in_turn(pool, settings)
     starts, ends, lost = [], [], 0
-    with Bar(f"{title}: fresh chains", settings.n) as bar, moving_images(model, spec.mode):
+    with Bar(f"{title}: fresh chains", settings.n) as bar, frozen_parameters(model, spec.mode):
         for part in batches(settings.n, settings.batch_size):
             noise = generator(device, "generate", settings.seed, part.start)
             x = registry.load(registry.STARTS, spec.start)(pool, labels[part], noise)
             starts.append(_uint8(x))
-            x = walk(model, x, labels[part], spec, noise)
+            x = run_chain(model, x, labels[part], spec, noise)
             lost += int((~torch.isfinite(x).flatten(1).all(1)).sum())
             ends.append(_uint8(x))
             bar.advance(part.stop - part.start)
@@ -81,7 +81,7 @@ def watched_chains(
     labels = _classes_in_turn(pool, settings)[: settings.batch_size]
     noise = generator(pool.mean.device, "generate", settings.seed, 0)
     seen_at = np.linspace(0, spec.steps, min(spec.steps, MOST_FRAMES) + 1).round().astype(int).tolist()
-    with moving_images(model, spec.mode):
+    with frozen_parameters(model, spec.mode):
         x = registry.load(registry.STARTS, spec.start)(pool, labels, noise)
         frames = [_uint8(x)]
         frames += [_uint8(x) for step, x in enumerate(strides(model, x, labels, spec, noise), 1) if step in seen_at]

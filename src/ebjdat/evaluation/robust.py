@@ -22,13 +22,13 @@ from ebjdat.data.batches import generator
 from ebjdat.errors import AttackError, UserError, in_a_line
 from ebjdat.evaluation import ensemble
 from ebjdat.files import digest, read_npz, reading, write_npz
+from ebjdat.intervals import wilson
 from ebjdat.models.logits import NO_CLASS, predicted
-from ebjdat.models.modes import Guarded, copied, moving_images
-from ebjdat.params import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of, too_few_classes
+from ebjdat.models.modes import Guarded, copied, frozen_parameters
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
-from ebjdat.statistics import wilson
+from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings, prefix_of, too_few_classes
 
 SLACK = ensemble.SLACK
 NOT_ATTACKED = -1  # broken already, wrong without an attack, or beyond the first n
@@ -62,7 +62,7 @@ class Verdicts:
     def clean(self) -> Tensor:
         return self.prediction == self.y
 
-    def survivors(self, attacks: list[str]) -> Tensor:
+    def robust_under(self, attacks: list[str]) -> Tensor:
         """Correct without an attack and after each of these (N,)."""
         standing = self.clean.clone()
         for name in attacks:
@@ -137,12 +137,12 @@ def pgd_examples(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSetti
 
     x: images of the protocol (noise, if it has any, already on them).
     """
-    with moving_images(model, "eval"):
+    with frozen_parameters(model, "eval"):
         parts = [(part, pgd_start(x[part], part.start, protocol, seed)) for part in batches(len(x), batch_size)]
         return torch.cat([pgd_batch(model, x[part], y[part], protocol, start) for part, start in parts])
 
 
-def seen_under(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
+def apply_protocol_noise(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:
     """Images in [0, 1] as the protocol shows them to the network: with its noise, the same for every network; not clamped, as released."""
     if not protocol.noise:
         return x
@@ -163,7 +163,7 @@ def outside(adversarial: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def judging(model: nn.Module) -> Iterator[Guarded]:
+def fp32_eval_copy(model: nn.Module) -> Iterator[Guarded]:
     """A copy of the network as verdicts see it: eval mode, fp32 weights and arithmetic (no autocast, no TF32), no parameter gradients.
 
     One that cannot be copied is used itself, and put back. Raises AttackError where its weights would have to be changed for that.
@@ -175,7 +175,7 @@ def judging(model: nn.Module) -> Iterator[Guarded]:
             try:
                 network = model
                 others = any(p.is_floating_point() and p.dtype != torch.float32 for p in (*model.parameters(), *model.buffers()))
-                held.enter_context(moving_images(model, "eval"))
+                held.enter_context(frozen_parameters(model, "eval"))
             except (Exception, SystemExit) as another:
                 raise AttackError(f"the network cannot be put into eval mode: {in_a_line(another)}") from another
             if others:
@@ -225,7 +225,7 @@ def fit(judge: Guarded, x: Tensor, y: Tensor, name: str, settings: AttackSetting
     classes = classes_of(judge, x, y)
     if problem := too_few_classes(settings, classes):
         raise AttackError(problem)
-    shown, found = seen_under(settings.protocols[name], x.contiguous(), settings.seed), []
+    shown, found = apply_protocol_noise(settings.protocols[name], x.contiguous(), settings.seed), []
     with torch.no_grad():
         for part in batches(len(shown), settings.batch_size):
             given = shown[part].clone()
@@ -265,9 +265,9 @@ def evaluate(
     what `fit` returned for the same arguments, where it was called. Raises AttackError as `fit` does.
     """
     protocol = settings.protocols[name]
-    with judging(model) as judge:
+    with fp32_eval_copy(model) as judge:
         classes, prediction = fitted or fit(judge, x, y, name, settings)
-        x = seen_under(protocol, x.contiguous(), settings.seed)
+        x = apply_protocol_noise(protocol, x.contiguous(), settings.seed)
         file = state / f"{name}.npz" if state else None
         with torch.no_grad():
             network = judge(x[:8])
@@ -346,7 +346,7 @@ class _Run:
                     stands &= self._judged(moved, rows + part.start)
                 self._finish(name, i, rows + part.start, stands, time.perf_counter() - started)
                 bar.advance()
-            bar.line(self._told(name, len(self.x), self.verdicts.survivors([name])))
+            bar.line(self._told(name, len(self.x), self.verdicts.robust_under([name])))
 
     def ensemble(self, classes: int) -> None:
         """The first n examples; each attack meets those that the ones before it left standing, in batches of their own order."""
@@ -357,7 +357,7 @@ class _Run:
             self._heard(ensemble.flags(self.judge, self.x[finite], self.y[finite], self.protocol))
         before: list[str] = []
         for name, settings in self.protocol.attacks.items():
-            standing = self.verdicts.survivors(before)[:n].nonzero().squeeze(1)
+            standing = self.verdicts.robust_under(before)[:n].nonzero().squeeze(1)
             before.append(name)
             parts = standing.tensor_split(-(-len(standing) // size)) if len(standing) else ()  # equal ones share the work evenly
             if self._begin(name) == len(parts):
@@ -366,7 +366,7 @@ class _Run:
             with Bar(f"{self.title}, {name}", cost * len(standing)) as bar:
                 jobs = [(name, network, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed) for rows in parts[first:]]
                 bar.at(cost * sum(map(len, parts[:first])))
-                bar.show({"batches": first, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
+                bar.show({"batches": first, "robust_acc": int(self.verdicts.robust_under(before)[:n].sum()) / n})
                 shared = self.workers > 1 and len(jobs) > 1
                 network.count = None if shared else bar.advance
                 found = _shared(jobs, self.workers) if shared else map(_attack, jobs)
@@ -374,10 +374,10 @@ class _Run:
                     self._heard(told)
                     self._finish(name, i, rows, self._judged(moved, rows), seconds)
                     bar.at(cost * sum(map(len, parts[: i + 1])))
-                    bar.show({"batches": i + 1, "robust_acc": int(self.verdicts.survivors(before)[:n].sum()) / n})
+                    bar.show({"batches": i + 1, "robust_acc": int(self.verdicts.robust_under(before)[:n].sum()) / n})
                 network.count = None
-                bar.line(self._told(name, n, self.verdicts.survivors(before)[:n]))
-        after = {name: float(self.verdicts.survivors(before[: i + 1])[:n].float().mean()) for i, name in enumerate(before)}
+                bar.line(self._told(name, n, self.verdicts.robust_under(before)[:n]))
+        after = {name: float(self.verdicts.robust_under(before[: i + 1])[:n].float().mean()) for i, name in enumerate(before)}
         self._heard(ensemble.square_flag({"clean": float(self.verdicts.clean[:n].float().mean()), **after}))
 
     def _heard(self, told: list[str]) -> None:
@@ -415,7 +415,7 @@ def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
     and the attacks before it. pgd<n>_acc_first_n: PGD on the ensemble's examples, to compare.
     """
     pgd, n = pgd_name(protocol), protocol.n
-    clean, after_pgd = verdicts.clean, verdicts.survivors([pgd])
+    clean, after_pgd = verdicts.clean, verdicts.robust_under([pgd])
     found: dict[str, Any] = {
         "norm": protocol.norm,
         "eps": protocol.eps,
@@ -429,9 +429,9 @@ def summary(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
     }
     names = list(protocol.attacks)
     if n and names:
-        found |= _counted("autoattack", verdicts.survivors(names)[:n])
+        found |= _counted("autoattack", verdicts.robust_under(names)[:n])
         for i, attack in enumerate(names):
-            found[f"after_{attack}_correct"] = int(verdicts.survivors(names[: i + 1])[:n].sum())
+            found[f"after_{attack}_correct"] = int(verdicts.robust_under(names[: i + 1])[:n].sum())
         found |= {f"{pgd}_acc_first_n": int(after_pgd[:n].sum()) / n, "autoattack_warnings": verdicts.flags}
         found["attack_seconds"] = round(sum(verdicts.seconds.values()), 3)
         found["n_targets"] = {a: ensemble.aimed_at(s, verdicts.classes) for a, s in protocol.attacks.items() if a in ensemble.TARGETED}
@@ -449,8 +449,8 @@ def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
     """The verdicts as a table, a row per example: what verdicts.parquet holds of one protocol. A verdict that was not asked for is None."""
     n = protocol.n if protocol.attacks else 0
     names = list(protocol.attacks)
-    after = verdicts.survivors(names) if n else verdicts.clean
-    worst = verdicts.survivors([pgd_name(protocol), *(names if n else [])])
+    after = verdicts.robust_under(names) if n else verdicts.clean
+    worst = verdicts.robust_under([pgd_name(protocol), *(names if n else [])])
     asked = {
         attack: [None if value == NOT_ATTACKED else bool(value) for value in stands.tolist()] for attack, stands in verdicts.stands.items()
     }

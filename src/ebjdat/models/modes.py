@@ -45,7 +45,7 @@ def repeated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moving_images(model: nn.Module, mode: str, update_statistics: bool = False) -> Iterator[None]:
+def frozen_parameters(model: nn.Module, mode: str, update_statistics: bool = False) -> Iterator[None]:
     """No gradients for parameters; mode "eval", or "train" (statistics of the batch), which counts in running statistics if asked.
 
     All else is restored on leaving, also after an error.

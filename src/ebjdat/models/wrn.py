@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ebjdat.models.modes import repeated
-from ebjdat.params import ModelSettings
+from ebjdat.settings import ModelSettings
 
 
 def _norm(settings: ModelSettings, channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Losses of the methods: pure functions (model, batch, draws, weights) -> terms.
+"""Losses of the methods: pure functions (model, batch, samples, weights) -> terms.
 
 "loss" is what is minimised; the other entries are detached and for the eye: cross-entropies, batch accuracies, mean
 energies. Each term is written once.
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.logits import predicted
-from ebjdat.params import WeightSettings
+from ebjdat.settings import WeightSettings
 
-Draws = Mapping[str, Tensor]
+Samples = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 
 
@@ -46,22 +46,22 @@ def _generation(
     return term, positive.mean(), {"energy_clean": positive.detach().mean(), "energy_generated": negative.detach().mean()}
 
 
-def classifier(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+def classifier(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on clean images."""
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
     return {"loss": ce, **logged, "energy_clean": marginal_energy(logits.detach()).mean()}
 
 
-def pgd_at(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+def pgd_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
-    logits, ce, logged = _classified(model, draws["adversarial"], batch.y, "robust")
+    logits, ce, logged = _classified(model, samples["adversarial"], batch.y, "robust")
     return {"loss": ce, **logged, "energy_adversarial": marginal_energy(logits.detach()).mean()}
 
 
-def trades(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+def trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
-    adversarial_logits = model(draws["adversarial"])
+    adversarial_logits = model(samples["adversarial"])
     kl = F.kl_div(adversarial_logits.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
     return {
         "loss": ce + weights.beta * kl,
@@ -73,14 +73,14 @@ def trades(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings
     }
 
 
-def jem(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+def jem(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
-    generation, _, energies = _generation(model, batch, logits, draws["negatives"], weights)
+    generation, _, energies = _generation(model, batch, logits, samples["negatives"], weights)
     return {"loss": generation + weights.w3 * ce, **logged, **energies}
 
 
-def eb_jdat(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSettings) -> Terms:
+def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """EB-JDAT (arXiv 2505.19459): minimise -(w1 h1 + w2 h2 + w3 h3).
 
     h1: log p(x), by chains. h2: log p(x~|x), by pulling the energy of adversarial neighbours, which were walked up, down
@@ -89,8 +89,8 @@ def eb_jdat(model: nn.Module, batch: Batch, draws: Draws, weights: WeightSetting
     (`align`), whose images are others.
     """
     logits, ce, logged = _classified(model, batch.x, batch.y, "clean")
-    adversarial_logits, ce_adversarial, logged_adversarial = _classified(model, draws["adversarial"], batch.y, "robust")
-    generation, density_energy, energies = _generation(model, batch, logits, draws["negatives"], weights)
+    adversarial_logits, ce_adversarial, logged_adversarial = _classified(model, samples["adversarial"], batch.y, "robust")
+    generation, density_energy, energies = _generation(model, batch, logits, samples["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
     alignment = energy_adversarial - (density_energy if weights.align == "density" else marginal_energy(logits).mean())
     return {

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import fisher_exact
 
-from ebjdat.params import RELEASED, STANDARD, Profile, base_of, form_of, form_values, prefix_of
+from ebjdat.intervals import mcnemar, normal, over_seeds
+from ebjdat.metrics import describe, sign
 from ebjdat.registry import FORMS, RELEASE
 from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_together
-from ebjdat.statistics import mcnemar, normal, over_seeds
-from ebjdat.vocabulary import describe, sign
+from ebjdat.settings import RELEASED, STANDARD, Profile, base_of, form_of, form_values, prefix_of
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05

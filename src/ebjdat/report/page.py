@@ -18,11 +18,11 @@ from PIL import Image, ImageSequence
 
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
-from ebjdat.params import RELEASED, Profile, flat, join_overrides
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline, tables
 from ebjdat.report.claims import Finding
 from ebjdat.report.tables import METRICS, STAGES, Metric, Row, averaged_weights, cell_parts, collapse_cell, differences, header_parts
+from ebjdat.settings import RELEASED, Profile, flat, join_overrides
 
 MOST_PIXELS = 100_000_000  # of a picture, over all its frames; ours have a few millions
 TRILEMMA = ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet")

@@ -18,10 +18,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ebjdat.errors import brief, printable
 from ebjdat.files import FILES, FileError, read_result, reading, write_text
-from ebjdat.params import STANDARD, Profile, base_of, flat, form_of, form_values, prefix_of
+from ebjdat.intervals import mcnemar, normal, over_seeds, wilson
+from ebjdat.metrics import Quantity, describe, find
 from ebjdat.registry import BASES, METHODS, RELEASE
-from ebjdat.statistics import mcnemar, normal, over_seeds, wilson
-from ebjdat.vocabulary import Quantity, describe, find
+from ebjdat.settings import STANDARD, Profile, base_of, flat, form_of, form_values, prefix_of
 
 # The contract with other programs: columns of summary.csv, in this order. Listed in docs/results-format.md, explained in docs/metrics.md.
 SUMMARY_COLUMNS = (
@@ -157,7 +157,7 @@ class Metric:
         return self.quantity.better
 
 
-METRICS = (  # vocabulary.TABLE, in its order
+METRICS = (  # metrics.TABLE, in its order
     Metric("clean_acc", "n_test", "clean_correct", paper="clean"),
     Metric("pgd20_acc", "n_test", "pgd20_correct", paper="pgd20"),
     Metric("autoattack_acc", "n_attack", "autoattack_correct", paper="autoattack"),

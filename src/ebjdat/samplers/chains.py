@@ -10,9 +10,9 @@ from torch import Tensor
 from ebjdat import registry
 from ebjdat.models.energy import joint_energy, marginal_energy
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ChainSettings
 from ebjdat.samplers.buffer import Start
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import ChainSettings
 
 
 def starter(spec: ChainSettings, pool: StartPool) -> Start:
@@ -21,7 +21,7 @@ def starter(spec: ChainSettings, pool: StartPool) -> Start:
     return lambda labels, generator: start(pool, labels, generator)
 
 
-def walk(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Tensor:
+def run_chain(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Tensor:
     """Move chains x (B, C, H, W) of classes y (B,) by `spec.steps` full gradients of E(x), or of E(x, y) if conditional."""
     energy = (lambda logits: joint_energy(logits, y)) if spec.conditional else marginal_energy
     moved: Tensor = registry.load(registry.SAMPLERS, spec.sampler)(model, x, energy, spec, generator)
@@ -35,5 +35,5 @@ def strides(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, genera
     """
     one = spec.model_copy(update={"steps": 1})
     for _ in range(spec.steps):
-        x = walk(model, x, y, one, generator)
+        x = run_chain(model, x, y, one, generator)
         yield x

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ebjdat.models.energy import Energy
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ChainSettings
 from ebjdat.pixels import INTERNAL
+from ebjdat.settings import ChainSettings
 
 
 def pyld(model: WideResNet, x: Tensor, energy: Energy, spec: ChainSettings, generator: torch.Generator) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.models.energy import Energy
-from ebjdat.params import ChainSettings
 from ebjdat.pixels import INTERNAL
+from ebjdat.settings import ChainSettings
 
 
 def downhill(model: nn.Module, x: Tensor, energy: Energy) -> Tensor:

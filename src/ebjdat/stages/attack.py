@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from ebjdat import __version__, codehash
-from ebjdat.data import outside, prepared
+from ebjdat.data import external, prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation.audit import Audit, audit, write_table
-from ebjdat.evaluation.robust import classes_of, judging
+from ebjdat.evaluation.robust import classes_of, fp32_eval_copy
 from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import STAGES, named
+from ebjdat.models.external import external_model
 from ebjdat.models.modes import UnitRange
-from ebjdat.models.outside import outside_model
-from ebjdat.params import AttackSettings, prefix_of
 from ebjdat.pixels import unit_from_uint8
+from ebjdat.settings import AttackSettings, prefix_of
 from ebjdat.stages.context import Context, alone
 from ebjdat.training import checkpoint
 
@@ -44,7 +44,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Images:
-    """Test images as data.outside.images_of takes them. classes: a file of class names in the network's order."""
+    """Test images as data.external.images_of takes them. classes: a file of class names in the network's order."""
 
     path: Path
     size: int | None = None
@@ -99,15 +99,15 @@ def run_any(network: Foreign, data: Images, settings: AttackSettings, device: to
     State of an interrupted evaluation lies beside `out`. Raises AttackError where class folders are not as many as the network's
     classes, and no file says which they are.
     """
-    names = outside.class_names(data.classes) if data.classes else None
-    model = outside_model(network.factory, network.weights, network.key, device)
-    other = outside_model(network.source, device=device) if network.source else None
-    images, labels, notes = outside.images_of(data.path, data.size, names)
+    names = external.class_names(data.classes) if data.classes else None
+    model = external_model(network.factory, network.weights, network.key, device)
+    other = external_model(network.source, device=device) if network.source else None
+    images, labels, notes = external.images_of(data.path, data.size, names)
     for line in notes:
         print(f"{data.path}: {line}", flush=True)
     x, y = unit_from_uint8(torch.from_numpy(images)).to(device), torch.from_numpy(labels).to(device)
     if data.path.suffix != ".npz":
-        with judging(model) as judge:
+        with fp32_eval_copy(model) as judge:
             theirs, ours = classes_of(judge, x, y), len(names) if names else int(labels.max()) + 1
         if theirs != ours:
             what = f"{data.classes} names" if names else "the folders are"

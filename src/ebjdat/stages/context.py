@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ebjdat
-from ebjdat import params
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, lock
-from ebjdat.params import Profile
+from ebjdat.settings import ParamsError, Profile, base_of, form_of, load, run_name
 from ebjdat.tracking.journal import SUFFIX
 from ebjdat.tracking.runs import About, Subject, Tracker, track
 
@@ -36,7 +35,7 @@ class Context:
 
     @classmethod
     def load(cls, path: Path, overrides: list[str]) -> Context:
-        return cls(params.load(path, overrides), params.run_name(path, overrides), tuple(overrides))
+        return cls(load(path, overrides), run_name(path, overrides), tuple(overrides))
 
     def device(self, threads: int | None = None) -> torch.device:
         """The device of the settings, with exactly the threads that were asked for, and deterministic algorithms."""
@@ -61,8 +60,8 @@ class Context:
         protocols = self.profile.evaluation.attack.protocols.items()
         tags = {
             "method": entry.method,
-            "base": params.base_of(entry.method, entry.base) or "",
-            "form": params.form_of(entry.method, entry.form) or "",
+            "base": base_of(entry.method, entry.base) or "",
+            "form": form_of(entry.method, entry.form) or "",
             "params_hash": self.profile.params_hash(experiment, seed),
             "protocol": "; ".join(f"{name}: {p.norm} radius {p.radius:.4g} in [0, 1]" for name, p in protocols),
         }
@@ -83,7 +82,7 @@ def device_for(wanted: str, threads: int) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise params.ParamsError("runtime.device is 'cuda', but torch finds no GPU; allowed here: cpu, auto")
+        raise ParamsError("runtime.device is 'cuda', but torch finds no GPU; allowed here: cpu, auto")
     if wanted == "cuda":  # what runs here is deterministic on a CPU as it is
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

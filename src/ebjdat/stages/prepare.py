@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ebjdat.data import prepared
-from ebjdat.params import ParamsError, Profile, require_files, too_few_classes
+from ebjdat.settings import ParamsError, Profile, require_files, too_few_classes
 
 
 def run(profile: Profile, out: Path, card_out: Path) -> None:

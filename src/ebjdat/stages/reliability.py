@@ -72,7 +72,7 @@ def run(context: Context, experiment: str, seed: int, data_path: Path, weights: 
 
         with Bar(f"{experiment}/seed{seed}: PGD", len(x) * len(attack.protocols)) as bar:
             for name, protocol in attack.protocols.items():
-                seen = robust.seen_under(protocol, x, attack.seed)
+                seen = robust.apply_protocol_noise(protocol, x, attack.seed)
                 moved = robust.pgd_examples(model, seen, y, protocol, attack.seed, attack.batch_size)
                 bar.advance(len(x))
                 both = [detection.logits_of(model, points, size) for points in (seen, moved)]

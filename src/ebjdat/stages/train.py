@@ -19,7 +19,7 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.files import digest, git_commit, write_result, write_text
 from ebjdat.jobs import STAGES
 from ebjdat.models import wrn
-from ebjdat.params import ModelSettings
+from ebjdat.settings import ModelSettings
 from ebjdat.stages.context import Context, alone
 from ebjdat.tracking.runs import Subject, Tracker
 from ebjdat.training import checkpoint

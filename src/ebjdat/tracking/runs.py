@@ -21,7 +21,7 @@ from typing import Any
 
 from ebjdat.errors import message
 from ebjdat.files import digest
-from ebjdat.params import flat
+from ebjdat.settings import flat
 from ebjdat.tracking import background
 from ebjdat.tracking.journal import SUFFIX, UNFINISHED, Journal, read, write_finished
 from ebjdat.tracking.system import Sampler

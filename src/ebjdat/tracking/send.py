@@ -375,7 +375,7 @@ class Sender:
         newest = self._client.search_logged_models([experiment], f"source_run_id = '{run}'", max_results=1)
         # Asked of the model itself: a mark on the run could get lost after the model was logged.
         if not any(model.tags.get("sha256") == event["sha256"] and model.status == LoggedModelStatus.READY for model in newest):
-            from ebjdat.tracking.served import log  # with torch, which takes seconds
+            from ebjdat.tracking.mlflow_model import log  # with torch, which takes seconds
 
             log(run, self._home / event["model"], event["sha256"])
 

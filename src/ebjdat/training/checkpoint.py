@@ -27,7 +27,7 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.errors import UserError, brief, few
 from ebjdat.files import parse_json, write_atomic
 from ebjdat.models.wrn import WideResNet
-from ebjdat.params import ModelSettings, Profile, TrainingSettings
+from ebjdat.settings import ModelSettings, Profile, TrainingSettings
 
 HEADER = "ebjdat"
 FORMAT = 2  # 1 had no digests

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
-from ebjdat.params import HealingSettings, Rung, TrainingSettings, merge
 from ebjdat.pixels import INTERNAL
+from ebjdat.settings import HealingSettings, Rung, TrainingSettings, merge
 
 AT_END = 1e-3  # a pixel this near to an end of the range, or beyond it, counts as saturated
 
@@ -99,9 +99,9 @@ def symptoms(measured: Mapping[str, float], settings: HealingSettings) -> tuple[
     return tuple(wrong)
 
 
-def usable(ladder: Sequence[Rung], draws: Sequence[str]) -> tuple[Rung, ...]:
-    """The rungs that change something for a method: a noise seed needs draws, steps and the energy penalty need chains."""
-    needed = {"seed": bool(draws), "lr": True, "steps": "negatives" in draws, "energy_l2": "negatives" in draws}
+def usable(ladder: Sequence[Rung], samples: Sequence[str]) -> tuple[Rung, ...]:
+    """The rungs that change something for a method: a noise seed needs samples, steps and the energy penalty need chains."""
+    needed = {"seed": bool(samples), "lr": True, "steps": "negatives" in samples, "energy_l2": "negatives" in samples}
     return tuple(rung for rung in ladder if needed[rung.change])
 
 

@@ -23,15 +23,15 @@ from ebjdat.errors import DataError, UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.logits import predicted
-from ebjdat.models.modes import evaluating, moving_images
+from ebjdat.models.modes import evaluating, frozen_parameters
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives.draws import DrawState, neighbours
-from ebjdat.params import TrainingSettings
+from ebjdat.objectives.sampling import SamplingState, neighbours
 from ebjdat.pixels import uint8_from_unit, unit_from_internal
 from ebjdat.progress import Bar, format_values
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import TrainingSettings
 from ebjdat.training import healing
 from ebjdat.training.healing import Event
 from ebjdat.training.step import Step
@@ -39,7 +39,7 @@ from ebjdat.training.step import Step
 SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
 VALIDATION_BATCH = 250
 SHOWN_CHAINS = 10  # epochs at which chains are shown
-PLANNED_STEPS = 100  # steps whose chains are drawn from the buffer at once
+PLANNED_STEPS = 100  # steps whose chains are samples from the buffer at once
 
 
 class TrainingError(UserError):
@@ -128,7 +128,7 @@ class Learner:
         settings, device = job.settings, pool.data.device
         optimizer = registry.load(registry.OPTIMIZERS, settings.optimizer.name)(model.parameters(), settings.optimizer)
         buffer = None
-        if "negatives" in registry.METHODS[job.method].draws:
+        if "negatives" in registry.METHODS[job.method].samples:
             noise, start = generator(device, "buffer", job.seed), starter(settings.chain, pool)
             buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
@@ -246,7 +246,7 @@ def run_epoch(
 ) -> dict[str, float]:
     """The rest of the epoch in progress; returns its row. Raises Diverged when a check finds symptoms that are to be healed."""
     method, model, optimizer = registry.METHODS[job.method], learner.model, learner.optimizer
-    rungs = healing.usable(job.settings.healing.ladder, method.draws)
+    rungs = healing.usable(job.settings.healing.ladder, method.samples)
     settings, reseeded = healing.adjusted(job.settings, rungs[: progress.recoveries])
     salt = (reseeded,) if reseeded else ()
     learned = Step(job.method, settings, model, optimizer)
@@ -261,8 +261,8 @@ def run_epoch(
         for group in optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * factor
         noise = generator(data.device, "step", job.seed, epoch, step, *salt)
-        drawn = learned.draw(batch, state, noise)
-        terms = learned.update(batch, drawn)
+        samples = learned.sample(batch, state, noise)
+        terms = learned.update(batch, samples)
         if learner.ema is not None:
             learner.ema.update_parameters(model)
         progress.add(terms)
@@ -273,9 +273,9 @@ def run_epoch(
         if bar.due():
             bar.show({name: terms[name].item() for name in SHOWN if name in terms})
         if (step + 1) % settings.healing.every == 0 or step + 1 == per_epoch:
-            with moving_images(model, "train"), torch.no_grad():
+            with frozen_parameters(model, "train"), torch.no_grad():
                 after = model(batch.x)
-            progress.vitals = healing.vitals(terms, progress.sums, batch, drawn.get("negatives"), after)
+            progress.vitals = healing.vitals(terms, progress.sums, batch, samples.get("negatives"), after)
             _judge(job, progress, bar, on_event)
         if stop.asked or progress.unsaved_minutes() >= job.checkpoint_minutes:
             progress.save(job.state, learner)
@@ -288,7 +288,7 @@ def run_epoch(
 
 def draw_states(
     settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
-) -> Iterator[DrawState]:
+) -> Iterator[SamplingState]:
     """What each of an epoch's steps draws from, from step `first` on; chains are planned some steps ahead.
 
     The same purpose and step give the same chains, wherever a training was interrupted.
@@ -296,14 +296,14 @@ def draw_states(
     plan = None
     for step in range(first, steps):
         if buffer is None:
-            yield DrawState(settings)
+            yield SamplingState(settings)
             continue
         block, within = divmod(step, PLANNED_STEPS)
         if plan is None or within == 0:
             noise, spec = generator(pool.data.device, *purpose, block), settings.chain
             planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
             plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
-        yield DrawState(settings, buffer, buffer.take(plan, within))
+        yield SamplingState(settings, buffer, buffer.take(plan, within))
 
 
 def _judge(job: Job, progress: Progress, bar: Bar, on_event: Callable[[Event], None]) -> None:
@@ -326,7 +326,7 @@ def recover(job: Job, learner: Learner, progress: Progress, found: Diverged) -> 
     ladder's end, nothing is left to try.
     """
     settings = job.settings.healing
-    rungs = healing.usable(settings.ladder, registry.METHODS[job.method].draws)
+    rungs = healing.usable(settings.ladder, registry.METHODS[job.method].samples)
     healthy = Progress.restore(job.state, learner, healthy=True)
     healthy.seconds = progress.seconds
     healthy.ended = settings.mode == "record"
@@ -346,7 +346,7 @@ def recover(job: Job, learner: Learner, progress: Progress, found: Diverged) -> 
 def _at_the_ladders_end(job: Job, progress: Progress) -> str:
     *tried, last = progress.events
     lines = "".join(f"\n  {i}. {event}" for i, event in enumerate(tried, 1)) or "\n  nothing: healing.ladder is empty"
-    chains = "add chain steps, " if "negatives" in registry.METHODS[job.method].draws else ""
+    chains = "add chain steps, " if "negatives" in registry.METHODS[job.method].samples else ""
     return (
         f"{job.title}: diverged in epoch {last.epoch}, step {last.step}: {'; '.join(last.symptoms)}. This was tried before:{lines}\n"
         f"Lower optimizer.lr, {chains}or extend healing.ladder, and run again: with changed settings this training starts anew. "

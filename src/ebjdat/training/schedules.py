@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebjdat.params import ScheduleSettings
+from ebjdat.settings import ScheduleSettings
 
 
 def _warmup(settings: ScheduleSettings, step: int) -> float:

@@ -1,4 +1,4 @@
-"""One training step: draws, loss, update, in the settings' precision and slices. The loop and measurements of speed call it."""
+"""One training step: samples, loss, update, in the settings' precision and slices. The loop and measurements of speed call it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ebjdat import registry
 from ebjdat.data.batches import Batch, share
 from ebjdat.models.modes import autocast, tensor_cores
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives.draws import DrawState
-from ebjdat.params import TrainingSettings
+from ebjdat.objectives.sampling import SamplingState
+from ebjdat.settings import TrainingSettings
 
 
 @cache
@@ -35,17 +35,17 @@ class Step:
     model: WideResNet
     optimizer: torch.optim.Optimizer
 
-    def draw(self, batch: Batch, state: DrawState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def sample(self, batch: Batch, state: SamplingState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Chains and adversarial neighbours, as the method wants them (or only these): name -> (B, C, H, W) in [-1, 1]."""
         found: dict[str, list[Tensor]] = {}
         slices = self.settings.compute.accumulate
         for i in range(slices):
             chains = None if state.chains is None else state.chains.part(i, slices)
             part, of_part = batch.part(i, slices), replace(state, chains=chains)
-            for name in registry.METHODS[self.method].draws if only is None else only:
-                draw = registry.load(registry.DRAWS, name)
+            for name in registry.METHODS[self.method].samples if only is None else only:
+                sample = registry.load(registry.SAMPLES, name)
                 with self.computing(), autocast(batch.x.device, self._precision):
-                    found.setdefault(name, []).append(draw(self.model, part, of_part, noise))
+                    found.setdefault(name, []).append(sample(self.model, part, of_part, noise))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
     def update(self, batch: Batch, drawn: dict[str, Tensor]) -> dict[str, Tensor]:

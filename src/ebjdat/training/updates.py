@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.models.modes import frozen_statistics
-from ebjdat.params import OptimizerSettings, UpdateSettings
+from ebjdat.settings import OptimizerSettings, UpdateSettings
 
 Closure = Callable[[], dict[str, Tensor]]
 

@@ -822,7 +822,7 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
         name: {
             "source": m.source,
             "implementation": m.target,
-            "draws": list(m.draws),
+            "samples": list(m.samples),
             "selection": m.selection,
             "bases": list(m.bases),
             "forms": list(m.forms),

@@ -15,7 +15,7 @@ from ebjdat.data import prepared
 from ebjdat.data.sources import check_range, folder
 from ebjdat.errors import DataError, brief
 from ebjdat.files import arrays_of, names_of
-from ebjdat.params import DataSettings
+from ebjdat.settings import DataSettings
 
 LONGEST_NAMES = 2**20  # bytes of a file of class names
 HIGHEST_LABEL = 2**31 - 1

@@ -13,14 +13,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ebjdat import params, vocabulary
+from ebjdat import metrics
+from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.files import read_json
+from ebjdat.metrics import STAGES, VOCABULARY, Quantity, UnknownNameError, describe
 from ebjdat.report import tables
 from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
 from ebjdat.stages.context import Context
 from ebjdat.tracking import journal
-from ebjdat.vocabulary import STAGES, VOCABULARY, Quantity, UnknownNameError, describe
 
 from .conftest import ROOT
 
@@ -177,9 +178,9 @@ def test_entries_are_whole_and_stand_once() -> None:
     assert len({q.name for q in VOCABULARY}) == len(VOCABULARY)
     assert {q.stage for q in VOCABULARY} == set(STAGES)
     assert all(q.meaning and q.unit and q.better in ("higher", "lower", "") for q in VOCABULARY)
-    assert tuple(metric.name for metric in tables.METRICS) == vocabulary.TABLE
+    assert tuple(metric.name for metric in tables.METRICS) == metrics.TABLE
     assert all(metric.label and metric.better for metric in tables.METRICS)
-    assert [vocabulary.sign(name) for name in ("clean_acc", "frechet", "n_test")] == [1, -1, 0]
+    assert [metrics.sign(name) for name in ("clean_acc", "frechet", "n_test")] == [1, -1, 0]
 
 
 def test_the_document_is_up_to_date() -> None:

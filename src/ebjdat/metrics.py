@@ -529,7 +529,7 @@ def markdown() -> str:
     lines = [
         "# Names of everything that is measured",
         "",
-        "Made by `ebjdat metrics --markdown` from `src/ebjdat/vocabulary.py`; change it there. `ebjdat metrics NAME` explains one name,",
+        "Made by `ebjdat metrics --markdown` from `src/ebjdat/metrics.py`; change it there. `ebjdat metrics NAME` explains one name,",
         "`ebjdat metrics --json` is for programs. The same name means the same in result files, `summary.csv`, DVC, MLflow and the report;",
         "where files lie says [results-format](results-format.md).",
         "",

@@ -77,7 +77,7 @@ CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
 }
 
 
-def outside_model(factory: str, weights: Path | None = None, key: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def external_model(factory: str, weights: Path | None = None, key: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Call "package.module:function" without arguments and load the weights, if given: a network on the device, in eval mode.
 
     The folder one works in can be imported from.
