@@ -212,12 +212,12 @@ def test_empty_mappings_change_nothing_and_are_refused_over_settings_only(tmp_pa
 
 def test_words_of_yaml_are_text_in_names_and_truth_values_where_those_are_meant(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    text = DIGITS.read_text().replace("  pgd_at:\n", "  'on':\n").replace("flip: false", "flip: Yes")
+    text = DIGITS.read_text().replace("  pgd_at:\n", "  'on':\n").replace("reinit: 0.05", "reinit: 0.05, conditional: Yes")
     file.write_text(text)
     profile = params.load(file, ["data.label=off", "experiments.on.note=no", "training.adversary.project=off"])
     assert "on" in profile.experiments
     assert (profile.data.label, profile.experiments["on"].note) == ("off", "no")
-    assert profile.training.augment.flip is True
+    assert profile.training.chain.conditional is True
     assert profile.training_settings("on").adversary.project is False
     for value in ("'yes'", "'true'", "y", "1", "null"):
         assert "training.augment.flip: a valid boolean is true or false, found" in refusal(

@@ -53,6 +53,25 @@ class Method(Entry):
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Source(Entry):
+    """A data set: its function takes the data settings and returns data.sources.Raw. reads: the data settings that are for it.
+
+    train, test: its official numbers of images. test 0: it has no test split, so `data.test` of its images are drawn for one.
+    shape: (channels, height, width) of an image. classes: how many. None, of each of these: only the data say.
+    flip: whether a mirrored image keeps its label.
+    downloads: what is fetched to `data.root` where it is missing. The function of a source that downloads also takes the splits to
+    read and whether it may download (see data.sources.svhn).
+    """
+
+    train: int | None = None
+    test: int | None = None
+    shape: tuple[int, int, int] | None = None
+    classes: int | None = None
+    flip: bool = True
+    downloads: str | None = None
+
+
 # The code that "released" means. The paper links another address, whose release may differ.
 RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
@@ -257,12 +276,53 @@ PROTOCOLS: Mapping[str, Row] = {
     ),
 }
 
-SOURCES: Mapping[str, Entry] = {
-    "digits": Entry("ebjdat.data.sources:digits", "scikit-learn's bundled UCI digits, 8x8"),
-    "cifar10": Entry("ebjdat.data.sources:cifar10", "torchvision"),
-    "cifar100": Entry("ebjdat.data.sources:cifar100", "torchvision"),
-    "svhn": Entry("ebjdat.data.sources:svhn", "torchvision"),
-    "folder": Entry("ebjdat.data.sources:folder", "class folders, or an archive of them"),
+SOURCES: Mapping[str, Source] = {
+    "digits": Source(
+        "ebjdat.data.sources:digits",
+        "scikit-learn's bundled UCI digits, 8x8",
+        reads=("test",),
+        train=1_797,
+        test=0,
+        shape=(1, 8, 8),
+        classes=10,
+        flip=False,
+    ),
+    "svhn": Source(
+        "ebjdat.data.sources:svhn",
+        "Netzer et al. 2011, torchvision",
+        reads=("root",),
+        train=73_257,
+        test=26_032,
+        shape=(3, 32, 32),
+        classes=10,
+        flip=False,
+        downloads="test_32x32.mat",
+    ),
+    "cifar100": Source(
+        "ebjdat.data.sources:cifar100",
+        "Krizhevsky 2009, torchvision",
+        reads=("root",),
+        train=50_000,
+        test=10_000,
+        shape=(3, 32, 32),
+        classes=100,
+        downloads="cifar-100-python",
+    ),
+    "cifar10": Source(
+        "ebjdat.data.sources:cifar10",
+        "Krizhevsky 2009, torchvision",
+        reads=("root",),
+        train=50_000,
+        test=10_000,
+        shape=(3, 32, 32),
+        classes=10,
+        downloads="cifar-10-batches-py",
+    ),
+    "folder": Source(
+        "ebjdat.data.sources:folder",
+        "class folders, or an archive of them",
+        reads=("path", "size", "channels", "background", "classes", "follow_links"),
+    ),
 }
 
 EXTRACTORS: Mapping[str, Entry] = {
@@ -270,15 +330,12 @@ EXTRACTORS: Mapping[str, Entry] = {
     "reference": Entry("ebjdat.evaluation.frechet:reference_features", "penultimate features of the reference classifier"),
 }
 
-# What is told from test images: made from them, or other sets, brought to their shape.
+# Out-of-distribution sets: made from the test images, or the test images of other sources.
 OOD_SETS: Mapping[str, Entry] = {
     "noise": Entry("ebjdat.evaluation.ood:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
     "inverted": Entry("ebjdat.evaluation.ood:inverted", "1 - x; the same pixels' negatives"),
     "shuffled": Entry("ebjdat.evaluation.ood:shuffled", "x with its pixels in another order; each image its own"),
-    "svhn": Entry("ebjdat.evaluation.ood:svhn", "torchvision, its test split"),
-    "cifar100": Entry("ebjdat.evaluation.ood:cifar100", "torchvision, its test split"),
-    "cifar10": Entry("ebjdat.evaluation.ood:cifar10", "torchvision, its test split"),
-    "folder": Entry("ebjdat.evaluation.ood:folder", "class folders, or an archive of them: its test images"),
+    **{name: source for name, source in SOURCES.items() if source.test != 0},
 }
 
 # Which samples are measured, and against which images: values alone. A profile's protocol that is `like` one stands on it.

@@ -29,6 +29,7 @@ import dvc_stages
 from ebjdat.checkout import refuse_another
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, read_json, write_json
+from ebjdat.registry import SOURCES
 from ebjdat.settings import Profile, flat, load, merge, nearest, read_layers, run_name, section, section_names, split_overrides
 
 FORMAT = 1
@@ -229,13 +230,14 @@ def data_notes(profile: Profile, stages: Mapping[str, Stage], root: Path) -> lis
             wrong.append(f"{key}: {path} is not here; put it here, or {help_}")
     if wrong:
         raise BoxError(wrong)
-    if "prepare" in rules and profile.data.source not in ("digits", "folder"):
+    if "prepare" in rules and profile.data.record.downloads:
         notes.append(
             f"data: the box downloads {profile.data.source} to {root / profile.data.root}; where it has no network, put the official "
             f"archive there (or pack with --also {profile.data.root}), or {first}"
         )
-    elsewhere = set(ood.ood) - {"noise", "inverted", "shuffled", "folder", *(["auto"] if profile.data.source == "digits" else [])}
-    if "reliability" in rules and elsewhere:
+    shape = profile.data.record.shape
+    beside_colour = "auto" in ood.ood and (shape is None or shape[0] == 3)  # `auto` looks for other colour images
+    if "reliability" in rules and (beside_colour or any(name in SOURCES and SOURCES[name].downloads for name in ood.ood)):
         notes.append(
             f"out-of-distribution sets ({', '.join(ood.ood)}) are looked for in {root / profile.data.root}: put there what you have "
             f"(or pack with --also {profile.data.root})"

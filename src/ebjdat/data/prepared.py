@@ -108,6 +108,7 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
 def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     """Read the source, make the splits and the data card."""
     raw: Raw = registry.load(registry.SOURCES, settings.source)(settings)
+    check_record(raw, settings.record, settings.source)
     peaks = raw.images.max((1, 2, 3))
     for split, part in (("training", ~raw.test), ("test", raw.test)):
         check_range(peaks[part], f"{settings.path or settings.name}, {split} images")
@@ -146,6 +147,19 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "data_hash": prepared.data_hash,
     }
     return prepared, card
+
+
+def check_record(raw: Raw, record: registry.Source, name: str) -> None:
+    """Raises DataError where data are not what the source's record states, by which settings were checked."""
+    sizes = (record.train, record.test) if record.test else (record.train,)
+    n_test = int(raw.test.sum())
+    for what, stated, read in (
+        ("images", sizes, (len(raw.test) - n_test, n_test) if record.test else (len(raw.test),)),
+        ("an image's shape", record.shape, raw.images.shape[1:]),
+        ("classes", record.classes, len(raw.classes)),
+    ):
+        if stated not in (None, (None,), read):
+            raise DataError(f"source {name!r}: {what}: {read} read, but its record in registry.py states {stated}")
 
 
 def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:

@@ -76,34 +76,31 @@ def digits(settings: DataSettings) -> Raw:
     return Raw(images, labels, test, tuple(str(d) for d in range(10)), ordered=False)
 
 
-def cifar10(settings: DataSettings) -> Raw:
-    return _torchvision("CIFAR10", settings)
+def cifar10(settings: DataSettings, splits: Sequence[str] = SPLITS, download: bool = True) -> Raw:
+    return _torchvision("CIFAR10", settings, splits, download)
 
 
-def cifar100(settings: DataSettings) -> Raw:
-    return _torchvision("CIFAR100", settings)
+def cifar100(settings: DataSettings, splits: Sequence[str] = SPLITS, download: bool = True) -> Raw:
+    return _torchvision("CIFAR100", settings, splits, download)
 
 
-def svhn(settings: DataSettings) -> Raw:
-    return _torchvision("SVHN", settings)
+def svhn(settings: DataSettings, splits: Sequence[str] = SPLITS, download: bool = True) -> Raw:
+    return _torchvision("SVHN", settings, splits, download)
 
 
-def _torchvision(name: str, settings: DataSettings) -> Raw:
-    """A torchvision set: its checksums are verified, and it is downloaded to `root` only when it is missing there."""
-    images, labels = [], []
-    classes: tuple[str, ...] = ()
-    for split in SPLITS:
-        try:
-            found_images, found_labels, classes = torchvision_split(name, split, settings.root, download=True)
-        except MISSING as error:
-            raise DataError(
-                f"{name} is not (whole) under {settings.root!r} and could not be fetched: {error}. Put the official archive there, "
-                "set data.root to a folder that has it, or use source 'folder' with an archive of class folders."
-            ) from error
-        images.append(found_images)
-        labels.append(found_labels)
-    test = np.repeat([False, True], [len(labels[0]), len(labels[1])])
-    return Raw(np.concatenate(images), np.concatenate(labels), test, classes, ordered=True)
+def _torchvision(name: str, settings: DataSettings, splits: Sequence[str], download: bool) -> Raw:
+    """Splits of a torchvision set, which checks their checksums and downloads to `root` what is missing there."""
+    try:
+        parts = [torchvision_split(name, split, settings.root, download) for split in splits]
+    except MISSING as error:
+        help_ = (
+            f" and could not be fetched: {error}. Put the official archive there, set data.root to a folder that has it, "
+            "or use source 'folder' with an archive of class folders."
+        )
+        raise DataError(f"{name} is not (whole) under {settings.root!r}{help_ if download else ''}") from error
+    images, labels, classes = zip(*parts, strict=True)
+    test = np.repeat([split == "test" for split in splits], [len(part) for part in labels])
+    return Raw(np.concatenate(images), np.concatenate(labels), test, classes[0], ordered=True)
 
 
 def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebjdat import registry
-from ebjdat.data import sources
 from ebjdat.data.batches import generator
+from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.pixels import UNIT, unit_from_uint8
 from ebjdat.settings import AUTO, DataSettings, ReliabilitySettings
 
-MADE = ("noise", "inverted", "shuffled")
+MADE = tuple(name for name in registry.OOD_SETS if name not in registry.SOURCES)
 NATURAL = ("svhn", "cifar100", "folder")  # what `auto` looks for beside colour images
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of RGB
 
@@ -48,36 +49,17 @@ def shuffled(x: Tensor, source: OODSource) -> Tensor:
     return x.flatten(2).gather(2, order[:, None].expand(n, c, h * w)).view_as(x)
 
 
-def svhn(x: Tensor, source: OODSource) -> Tensor:
-    return _torchvision("SVHN", x, source)
-
-
-def cifar100(x: Tensor, source: OODSource) -> Tensor:
-    return _torchvision("CIFAR100", x, source)
-
-
-def cifar10(x: Tensor, source: OODSource) -> Tensor:
-    return _torchvision("CIFAR10", x, source)
-
-
-def folder(x: Tensor, source: OODSource) -> Tensor:
-    """Test images of class folders, or of an archive of them."""
-    if not source.path:
+def natural(name: str, x: Tensor, where: OODSource) -> Tensor:
+    """Test images of a data source, brought to the shape of x. Raises DataError where they are missing or damaged."""
+    record, read = registry.SOURCES[name], registry.load(registry.SOURCES, name)
+    more: dict[str, Any] = {"path": where.path, "size": x.shape[-1]} if "path" in record.reads else {"root": where.root}
+    if "path" in more and not where.path:
         raise DataError("evaluation.reliability.ood_path names no folder or archive")
-    raw = sources.folder(DataSettings(source="folder", path=source.path, size=x.shape[-1], validation=1))
+    settings = DataSettings(source=name, validation=1, **more)
+    raw: Raw = read(settings, ("test",), where.download) if record.downloads else read(settings)
     images = raw.images[raw.test]
-    sources.check_range(images, source.path)
-    return _like(images, x, source)
-
-
-def _torchvision(name: str, x: Tensor, source: OODSource) -> Tensor:
-    """Its test images. Raises DataError where it is not whole under the root, and may not or cannot be fetched."""
-    try:
-        images, _, _ = sources.torchvision_split(name, "test", source.root, source.download)
-    except sources.MISSING as error:
-        tried = f" and could not be fetched: {error}" if source.download else ""
-        raise DataError(f"{name} is not (whole) under {source.root!r}{tried}") from error
-    return _like(images, x, source)
+    check_range(images, where.path or name)
+    return _like(images, x, where)
 
 
 def _like(images: NDArray[np.uint8], x: Tensor, source: OODSource) -> Tensor:
@@ -101,13 +83,13 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
     automatic = AUTO in settings.ood
     names = settings.ood
     if automatic:
-        natural = [name for name in NATURAL if x.shape[1] == 3 or (name == "folder" and settings.ood_path)]
-        names = (*MADE, *(name for name in natural if name == "folder" or name != data.source))
+        others = [name for name in NATURAL if x.shape[1] == 3 or (name == "folder" and settings.ood_path)]
+        names = (*MADE, *(name for name in others if name == "folder" or name != data.source))
     source = OODSource(data.root, settings.ood_path, not automatic, settings.seed)
     found, missing = {}, {}
     for name in names:
         try:
-            found[name] = registry.load(registry.OOD_SETS, name)(x, source)
+            found[name] = natural(name, x, source) if name in registry.SOURCES else registry.load(registry.OOD_SETS, name)(x, source)
         except DataError as error:
             if not automatic or (name == "folder" and settings.ood_path):
                 raise DataError(f"evaluation.reliability.ood: {name!r} cannot be had: {error}") from error

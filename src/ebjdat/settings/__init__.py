@@ -34,11 +34,6 @@ LONGEST = 100  # characters of a name: of folders, with more added to it (a file
 LONGEST_RUN = 150  # characters of a run's name: the profile's, and that of every override
 RESERVED = "pretraining"  # the folder of shared pretrainings beside those of experiments
 
-# Training images of the sources whose size is known before anything is read: (official training set, test set).
-KNOWN_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}
-DIGITS_SIZE = 1_797
-# What torchvision unpacks, or for SVHN fetches, under its root.
-KNOWN_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn": "test_32x32.mat"}
 MOST_PROBLEMS = 50  # that are listed; one slip in a profile's common part may make many
 
 
@@ -143,30 +138,34 @@ class DataSettings(Settings):
     def name(self) -> str:
         return self.label or self.source
 
+    @property
+    def record(self) -> registry.Source:
+        """What is known of the source without reading the data."""
+        return registry.SOURCES[self.source]
+
     def training_size(self) -> int | None:
         """Training images, where that is known without reading the data."""
-        if self.source == "digits":
-            total: int | None = DIGITS_SIZE - (self.test or 0) - self.validation
-        elif self.source in KNOWN_SIZES:
-            total = KNOWN_SIZES[self.source][0] - self.validation
-        else:
-            total = None
-        if self.n_train is None:
-            return total
-        return self.n_train if total is None else min(self.n_train, total)
+        if self.record.train is None:
+            return self.n_train
+        total = self.record.train - (self.test or 0) - self.validation
+        return total if self.n_train is None else min(self.n_train, total)
+
+    def test_size(self) -> int | None:
+        """Test images, where that is known without reading the data."""
+        return min(filter(None, (self.test or self.record.test, self.n_test)), default=None)
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
-        if self.source == "folder" and not self.path:
-            raise ValueError("source 'folder' needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
-        if self.source != "folder":
-            for name in ("size", "channels", "background", "classes", "follow_links"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"`{name}` is for source 'folder'; images of {self.source!r} are read one way")
-        if self.source == "digits" and not self.test:
-            raise ValueError(f"source 'digits' needs `test`, how many of its {DIGITS_SIZE} images are held out for testing")
-        if self.source != "digits" and self.test:
-            raise ValueError(f"`test` is for source 'digits'; {self.source!r} has a test split of its own (limit it with `n_test`)")
+        if "path" in self.record.reads and not self.path:
+            raise ValueError(f"source {self.source!r} needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
+        for name in ("size", "channels", "background", "classes", "follow_links"):
+            if name not in self.record.reads and getattr(self, name) != type(self).model_fields[name].default:
+                readers = " or ".join(repr(source) for source, record in registry.SOURCES.items() if name in record.reads)
+                raise ValueError(f"`{name}` is for source {readers}; images of {self.source!r} are read one way")
+        if self.record.test == 0 and not self.test:
+            raise ValueError(f"source {self.source!r} needs `test`, how many of its {self.record.train} images are held out for testing")
+        if self.record.test != 0 and self.test:
+            raise ValueError(f"`test` is not for source {self.source!r}, which has its own test split; limit that with `n_test`")
         size = self.training_size()
         if size is not None and size < 1:
             raise ValueError("`test` and `validation` leave no training images")
@@ -1002,9 +1001,12 @@ def _training_problems(raw: Mapping[str, Any], training: Mapping[str, Any], data
             reads = registry.SAMPLERS[sampler].reads if sampler in registry.SAMPLERS else tuple(READ_BY_SAMPLERS)
             for key in sorted(READ_BY_SAMPLERS & set(_mapping(override.get("chain"))) - set(reads)):
                 yield (kind, name, "training", "chain", key), f"is not read by sampler {sampler!r}; it reads {', '.join(reads)}"
+    mirrored = f"mirrored images of {data.source!r} are of another class or of none; allowed: false" if data else ""
     for where, settings in trainings:
         found = list(_invalid(TrainingSettings, settings, where))
         yield from found
+        if data and not data.record.flip and _mapping(settings.get("augment")).get("flip") is True:
+            yield (*where, "augment", "flip"), mirrored
         for key in ("batch_size", "density_batch_size"):
             batch = settings.get(key)
             if not found and size is not None and isinstance(batch, int) and batch > size:
@@ -1039,8 +1041,7 @@ def _reference_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation: Evaluation) -> Iterator[Problem]:
-    test = data.test or KNOWN_SIZES.get(data.source, (0, 0))[1] or None
-    test = min(filter(None, (test, data.n_test)), default=None)
+    test = data.test_size()
     for name, protocol in evaluation.attack.protocols.items():
         if test and protocol.n > test:
             yield ("evaluation", "attack", "protocols", name, "n"), f"{protocol.n} is more than the test split has; allowed: 0 to {test}"
@@ -1049,14 +1050,15 @@ def _evaluation_problems(raw: Mapping[str, Any], data: DataSettings, evaluation:
     if evaluation.attack.transfer is not None:
         yield from _no_such_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
     generate = evaluation.generate
-    if generate.extractor == "inception" and data.source == "digits":
-        yield ("evaluation", "generate", "extractor"), "Inception is for natural images; allowed for digits: reference"
+    if generate.extractor == "inception" and data.record.shape and data.record.shape[0] == 1:
+        what = f"Inception is for natural images in colour; allowed for {data.source!r}: reference"
+        yield ("evaluation", "generate", "extractor"), what
     if generate.extractor != "inception":
         yield from _no_such_run(raw, ("evaluation", "generate", "reference"), generate.reference)
     reliability = evaluation.reliability
     if reliability.n and test and reliability.n > test:
         yield ("evaluation", "reliability", "n"), f"{reliability.n} is more than the test split has; allowed: 2 to {test}"
-    if data.source != "folder" and data.source in reliability.ood:
+    if "path" not in data.record.reads and data.source in reliability.ood:
         yield ("evaluation", "reliability", "ood"), f"{data.source!r} is what the networks are trained on; name another set"
     if data.path and reliability.ood_path == data.path:
         yield ("evaluation", "reliability", "ood_path"), "is data.path, what the networks are trained on; name another set"
@@ -1175,12 +1177,12 @@ def _named(key: str, path: str | Path, lost: bool, otherwise: str) -> Named:
 def named_files(profile: Profile) -> Iterator[Named]:
     """The files and folders outside of `results` that a profile reads, and whether they are there."""
     data, reliability, generate = profile.data, profile.evaluation.reliability, profile.evaluation.generate
-    if data.source == "folder" and data.path:
+    if "path" in data.record.reads and data.path:
         yield _named("data.path", data.path, False, "is not here yet; put the folder or archive there")
     for key, source in [("data.root", data.source), *(("evaluation.reliability.ood", name) for name in reliability.ood)]:
-        if source in KNOWN_FILES:
+        if source in registry.SOURCES and (file := registry.SOURCES[source].downloads):
             fetched = f"is not here yet; {source} is fetched to data.root when it is read"
-            yield _named(key, Path(data.root, KNOWN_FILES[source]), False, fetched)
+            yield _named(key, Path(data.root, file), False, fetched)
     if path := reliability.ood_path:
         yield _named("evaluation.reliability.ood_path", path, True, "is not here; put the folder or archive there")
     if (path := generate.inception_weights) and generate.extractor != "reference":

@@ -9,18 +9,19 @@ from ebjdat.bench.measure import Case, measure
 from ebjdat.files import git_commit, write_json
 from ebjdat.stages.context import Context
 
-# source of a profile's data -> (channels, height, width), classes, training images where the settings do not say
-SIZES = {"digits": ((1, 8, 8), 10, 1000), "cifar10": ((3, 32, 32), 10, 45_000), "cifar100": ((3, 32, 32), 100, 45_000)}
+# Where the data alone say it (source folder).
+USUAL_SHAPE, USUAL_CLASSES, USUAL_IMAGES = (3, 32, 32), 10, 45_000
 
 
 def case_of(context: Context, experiment: str, threads: int | None) -> Case:
     """An experiment's training step, on images of its profile's shape."""
     profile = context.profile
     entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
-    shape, classes, n = SIZES.get(profile.data.source, SIZES["cifar10"])
+    record = profile.data.record
+    shape, classes = record.shape or USUAL_SHAPE, record.classes or USUAL_CLASSES
     if profile.data.size is not None:
         shape = (3, profile.data.size, profile.data.size)
-    network, n = profile.model_settings(entry.pretraining), profile.data.training_size() or n
+    network, n = profile.model_settings(entry.pretraining), profile.data.training_size() or USUAL_IMAGES
     return Case(entry.method, settings, network, context.device(threads), shape, classes, n)
 
 
