@@ -118,6 +118,7 @@ BASE = (
 EVALUATION = (
     *BASE,
     "intervals.py",
+    "names.py",
     "data",
     "models",
     "samplers",
@@ -140,7 +141,14 @@ CODE = {
     "draw": package(*EVALUATION, "stages/evaluate.py", "report/figures.py"),
     "reliability": package(*EVALUATION, "stages/reliability.py", "report/figures.py"),
     "report": [
-        *package(*BASE, "intervals.py", "metrics.py", "report", "stages/report.py"),
+        *package(
+            *BASE,
+            "intervals.py",
+            "metrics.py",
+            "names.py",
+            "report",
+            "stages/report.py",
+        ),
         *sorted(str(p) for p in Path("src/ebjdat/report").glob("*.j2")),
         "src/ebjdat/report/paper.yaml",
     ],
