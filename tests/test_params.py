@@ -316,7 +316,7 @@ def test_every_registered_strategy_can_be_imported() -> None:
     assert len(registries) >= 9
     for entries in registries:
         for name, entry in entries.items():
-            assert isinstance(entry, registry.Row) or callable(registry.load(entries, name)), name
+            assert isinstance(entry, registry.Preset) or callable(registry.load(entries, name)), name
             assert entry.source
 
 

@@ -1,7 +1,7 @@
 """Every strategy by name: where it is implemented, where it comes from.
 
-Plain data without imports of torch, so that settings can be validated in milliseconds. `load` imports the implementation
-on first use. Adding a strategy is one function, one line here, one test.
+Plain data that imports no torch, so that settings are validated in milliseconds. `load` imports an implementation on first
+use. To add a strategy, write one function, one row here, one test.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# What a method belongs to. The last is joint energy-based and trained on adversarial neighbours.
+Family = Literal["classifier", "adversarial training", "joint energy-based", "robust joint energy-based"]
 
 
 @dataclass(frozen=True)
 class Entry:
     """A strategy: `target` is "module:function"; `source` is the paper or package it follows.
 
-    reads: names of the settings of its section that it uses; the others of that section mean nothing to it.
+    reads: settings of its section that it uses; it ignores the others.
     """
 
     target: str
@@ -25,10 +28,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Settings that go by a name: no code, only values. A profile's own values and an experiment's win.
+class Preset:
+    """Named settings: values without code. A profile's and an experiment's own values override them.
 
-    on: of a form, what it changes on a row of BASES.
+    on: for a form, what it changes on a preset of BASES.
     """
 
     source: str
@@ -37,20 +40,43 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """A scalar that one method alone logs per epoch. better: "higher", "lower", or "" for neither."""
+
+    name: str
+    unit: str
+    better: Literal["higher", "lower", ""]
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method(Entry):
     """A training objective.
 
-    samples: names in SAMPLES that are made once per step, before the loss.
-    selection: the validation score that picks the checkpoint unless the settings say otherwise.
-    bases: rows of BASES that it can stand on, the first by default. forms: the same of FORMS.
-    defaults: training settings that belong to the method, over those of its base.
+    samples: names in SAMPLES; a step makes each once, before the loss.
+    selection: the validation score that picks the checkpoint unless the settings choose another.
+    bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
+    defaults: training settings of the method; they override those of its base.
+    logs: what it logs beyond the common cross-entropies, accuracies and energies; metrics.py explains these names.
     """
 
+    family: Family
     samples: tuple[str, ...] = ()
     selection: str = "clean"
     bases: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    logs: tuple[Logged, ...] = ()
+
+    @property
+    def has_chains(self) -> bool:
+        """Whether it trains on chains, and so keeps a replay buffer."""
+        return "negatives" in self.samples
+
+    @property
+    def has_adversaries(self) -> bool:
+        """Whether it trains on adversarial neighbours."""
+        return "adversarial" in self.samples
 
 
 @dataclass(frozen=True)
@@ -76,28 +102,48 @@ class Source(Entry):
 RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
 METHODS: Mapping[str, Method] = {
-    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy"),
+    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="classifier"),
     "pgd_at": Method(
         "ebjdat.objectives.recipes:pgd_at",
         "Madry et al. 2018, arXiv 1706.06083",
+        family="adversarial training",
         samples=("adversarial",),
         selection="robust",
     ),
     "trades": Method(
         "ebjdat.objectives.recipes:trades",
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
+        family="adversarial training",
         samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}},
+        logs=(Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))"),),
     ),
-    "jem": Method("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", samples=("negatives",), bases=("jem",)),
-    "jempp": Method("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", samples=("negatives",), bases=("jempp",)),
+    "jem": Method(
+        "ebjdat.objectives.recipes:jem",
+        "JEM, Grathwohl et al. 2020, arXiv 1912.03263",
+        family="joint energy-based",
+        samples=("negatives",),
+        bases=("jem",),
+    ),
+    "jempp": Method(
+        "ebjdat.objectives.recipes:jem",
+        "JEM++, Yang & Ji 2021, arXiv 2109.09032",
+        family="joint energy-based",
+        samples=("negatives",),
+        bases=("jempp",),
+    ),
     "sadajem": Method(
-        "ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", samples=("negatives",), bases=("sadajem",)
+        "ebjdat.objectives.recipes:jem",
+        "SADA-JEM, Yang et al. 2022, arXiv 2209.07959",
+        family="joint energy-based",
+        samples=("negatives",),
+        bases=("sadajem",),
     ),
     "eb_jdat": Method(
         "ebjdat.objectives.recipes:eb_jdat",
         "EB-JDAT, arXiv 2505.19459",
+        family="robust joint energy-based",
         samples=("negatives", "adversarial"),
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
@@ -105,16 +151,16 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 
-# The JEM family: one objective, three rows of settings.
-BASES: Mapping[str, Row] = {
-    "jem": Row(
+# The JEM family: one objective, three presets.
+BASES: Mapping[str, Preset] = {
+    "jem": Preset(
         "JEM, arXiv 1912.03263",
         {
             "chain": {"sampler": "sgld", "start": "uniform", "steps": 20, "step_size": 1.0, "noise": 0.01, "mode": "eval"},
             "optimizer": {"name": "adam", "lr": 1e-4, "momentum": 0.9, "weight_decay": 0.0},
         },
     ),
-    "jempp": Row(
+    "jempp": Preset(
         "JEM++, arXiv 2109.09032",
         {
             "chain": {
@@ -129,7 +175,7 @@ BASES: Mapping[str, Row] = {
             }
         },
     ),
-    "sadajem": Row(
+    "sadajem": Preset(
         "SADA-JEM, arXiv 2209.07959",
         {
             "chain": {
@@ -147,31 +193,31 @@ BASES: Mapping[str, Row] = {
     ),
 }
 
-# EB-JDAT as its paper defines it, and as its released code computes it: the alignment's sign and its clean images, the inner walk,
-# its budget, noise on labelled images. released_ce: with the inner step that stands beside the default one, commented out.
-_RELEASED_WALK = {"start": "uniform", "project": False, "range": "internal", "mode": "eval"}
+# EB-JDAT as its paper defines it, and as its released code computes it: the alignment's sign and its clean images, the inner
+# attack, its budget, noise on labelled images. released_ce: with the inner step that the released code has commented out.
+_RELEASED_ATTACK = {"start": "uniform", "project": False, "range": "internal", "mode": "eval"}
 _RELEASED_TERMS = {"weights": {"w2": -0.1, "align": "density"}, "density_batch": "own"}
 _RELEASED_ON = {
     "jem": {"weights": {"w1": 0.45, "w2": -0.05, "w3": 0.45}, "augment": {"labelled_noise": 0.03}},
     "jempp": {"augment": {"labelled_noise": 0.03}},
 }
-FORMS: Mapping[str, Row] = {
-    "paper": Row("arXiv 2505.19459", {"adversary": {"score": "energy"}}),
-    "released": Row(RELEASE, {"adversary": {"score": "released", **_RELEASED_WALK}, **_RELEASED_TERMS}, _RELEASED_ON),
-    "released_ce": Row(
+FORMS: Mapping[str, Preset] = {
+    "paper": Preset("arXiv 2505.19459", {"adversary": {"score": "energy"}}),
+    "released": Preset(RELEASE, {"adversary": {"score": "released", **_RELEASED_ATTACK}, **_RELEASED_TERMS}, _RELEASED_ON),
+    "released_ce": Preset(
         f"{RELEASE}, its commented-out cross-entropy step",
-        {"adversary": {"score": "released_ce", **_RELEASED_WALK}, **_RELEASED_TERMS},
+        {"adversary": {"score": "released_ce", **_RELEASED_ATTACK}, **_RELEASED_TERMS},
         _RELEASED_ON,
     ),
 }
 
-# What a loss needs beside the batch; each is drawn once per step without gradients for the parameters.
+# What a loss needs besides the batch. A step makes each once, without gradients for the parameters.
 SAMPLES: Mapping[str, Entry] = {
     "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
 }
 
-# Score whose ascent makes an adversarial neighbour.
+# Scores that adversarial neighbours ascend.
 SCORES: Mapping[str, Entry] = {
     "ce": Entry("ebjdat.samplers.pgd:cross_entropy_score", "arXiv 1706.06083"),
     "kl": Entry("ebjdat.samplers.pgd:kl_score", "TRADES, arXiv 1901.08573"),
@@ -216,7 +262,7 @@ SCHEDULES: Mapping[str, Entry] = {
     "constant": Entry("ebjdat.training.schedules:constant", "linear warm-up, then constant", reads=("warmup",)),
 }
 
-# Attacks of an ensemble, in the order of their cost; reads: settings of a protocol's entry that they use.
+# Attacks of an ensemble, cheapest first.
 ATTACKS: Mapping[str, Entry] = {
     "apgd_ce": Entry("ebjdat.evaluation.ensemble:apgd_ce", "APGD on cross-entropy, arXiv 2003.01690; pyautoattack", reads=("steps",)),
     "apgd_dlr": Entry("ebjdat.evaluation.ensemble:apgd_dlr", "APGD on DLR, untargeted, arXiv 2003.01690; pyautoattack", reads=("steps",)),
@@ -229,11 +275,11 @@ ATTACKS: Mapping[str, Entry] = {
     ),
     "square": Entry("ebjdat.evaluation.ensemble:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
 }
-FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # below, the attack's loss is not defined
+FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # with fewer, the attack's loss is undefined
 
-# Evaluation protocols: values alone. A profile's protocol of the same name, or one that is `like` it, stands on these.
-PROTOCOLS: Mapping[str, Row] = {
-    "standard": Row(
+# Evaluation protocols. A profile's protocol of the same name, or one that is `like` it, starts from these values.
+PROTOCOLS: Mapping[str, Preset] = {
+    "standard": Preset(
         "RobustBench, arXiv 2010.09670: PGD-20 and AutoAttack standard, arXiv 2003.01690",
         {
             "norm": "Linf",
@@ -248,8 +294,8 @@ PROTOCOLS: Mapping[str, Row] = {
             },
         },
     ),
-    "standard_binary": Row(
-        "for two or three classes: as `standard`, with the attacks of AutoAttack, arXiv 2003.01690, whose losses are defined there",
+    "standard_binary": Preset(
+        "for two or three classes: `standard` with those attacks of AutoAttack, arXiv 2003.01690, whose losses are defined there",
         {
             "norm": "Linf",
             "range": "unit",
@@ -258,7 +304,7 @@ PROTOCOLS: Mapping[str, Row] = {
             "attacks": {"apgd_ce": {"steps": 100}, "fab": {"steps": 100}, "square": {"queries": 5000}},
         },
     ),
-    "released": Row(
+    "released": Preset(
         f"the evaluation of {RELEASE}: half the radius, noise (none on SADA-JEM), a weaker ensemble",
         {
             "norm": "Linf",
@@ -333,17 +379,17 @@ EXTRACTORS: Mapping[str, Entry] = {
 # Out-of-distribution sets: made from the test images, or the test images of other sources.
 OOD_SETS: Mapping[str, Entry] = {
     "noise": Entry("ebjdat.evaluation.ood:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
-    "inverted": Entry("ebjdat.evaluation.ood:inverted", "1 - x; the same pixels' negatives"),
-    "shuffled": Entry("ebjdat.evaluation.ood:shuffled", "x with its pixels in another order; each image its own"),
+    "inverted": Entry("ebjdat.evaluation.ood:inverted", "1 - x: each image's negative"),
+    "shuffled": Entry("ebjdat.evaluation.ood:shuffled", "x with its pixels permuted, each image in its own order"),
     **{name: source for name, source in SOURCES.items() if source.test != 0},
 }
 
-# Which samples are measured, and against which images: values alone. A profile's protocol that is `like` one stands on it.
-SAMPLE_PROTOCOLS: Mapping[str, Row] = {
-    "standard": Row(
+# Which samples are measured, against which images. A profile's protocol that is `like` one starts from its values.
+SAMPLE_PROTOCOLS: Mapping[str, Preset] = {
+    "standard": Preset(
         "Heusel et al. 2017, arXiv 1706.08500: fresh samples, none discarded", {"source": "fresh", "select": 1.0, "against": "train"}
     ),
-    "released": Row(
+    "released": Preset(
         f"the evaluation of {RELEASE}: the most confident of the training buffer, against every image there is",
         {"source": "buffer", "select": 0.9, "against": "all"},
     ),

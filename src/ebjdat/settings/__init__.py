@@ -792,7 +792,7 @@ def training_layers(
     ]
 
 
-ROWS: Mapping[str, Mapping[str, registry.Row]] = {"base": registry.BASES, "form": registry.FORMS}
+ROWS: Mapping[str, Mapping[str, registry.Preset]] = {"base": registry.BASES, "form": registry.FORMS}
 
 # Chain settings that only samplers read, and those of the profile's training.chain that no training would ever see: every row
 # of BASES either sets them itself or has a sampler that does not read them.
