@@ -70,8 +70,8 @@ NOTHING = {
     "a comment": ("ebjdat.samplers.starts", "# added to the diagonal", "# is added to the diagonal"),
     "a message": ("ebjdat.errors", "def brief", "import os\n\n\ndef brief"),
     "an annotation": ("ebjdat.objectives.recipes", "def eb_jdat(model: nn.Module,", "def eb_jdat(model: torch.nn.Module,"),
-    "a validator": ("ebjdat.settings", "both", "the two"),
-    "a new setting": ("ebjdat.settings", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
+    "a validator": ("ebjdat.settings.evaluation", "both", "the two"),
+    "a new setting": ("ebjdat.settings.evaluation", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
     "the command line": ("ebjdat.cli", "def attack(", "def attack_(a: int) -> None: ...\n\n\ndef attack("),
     "the report": ("ebjdat.report.page", "def write(", "def write_(a: int) -> None: ...\n\n\ndef write("),
     "MLflow": ("ebjdat.tracking.runs", "def track(", "def track_(a: int) -> None: ...\n\n\ndef track("),
@@ -125,7 +125,7 @@ def test_an_objective_is_for_its_method(changed: Changed) -> None:
 
 
 def test_what_settings_compute_counts(before: Digests, changed: Changed) -> None:
-    edit = ("ebjdat.settings", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
+    edit = ("ebjdat.settings.evaluation", "def pgd_step(self) -> float:\n", "def pgd_step(self) -> float:\n        1 + 1\n")
     found = changed(edit[0], replaced(*edit))
     assert of(before, "attack") <= found
     assert not found & of(before, "prepare", "pretrain", "finetune", "generate")

@@ -22,15 +22,15 @@ from ebjdat.registry import Entry
 PACKAGE = "ebjdat"
 # Of its classes only methods count: a job's settings hold the fields' values, as they are after all checks. They are followed
 # from wherever an attribute of that name is used.
-SETTINGS = "ebjdat.settings"
+SETTINGS = tuple(f"ebjdat.settings.{name}" for name in ("types", "data", "training", "evaluation"))
 # Modules, packages and definitions ("module:name") that no number of a result comes from: messages, progress, MLflow,
 # reading and refusing of settings.
 WITHOUT_EFFECT = frozenset(
     {
         *("ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.tracking", "ebjdat.checkout"),
         *("ebjdat.jobs", "ebjdat.codehash"),
-        *("ebjdat.settings:Profile", "ebjdat.settings:load", "ebjdat.settings:run_name", "ebjdat.settings:ParamsError"),
-        *("ebjdat.settings:require_files", "ebjdat.settings:too_few_classes", "ebjdat.pixels:parse_budget"),
+        *("ebjdat.settings.profile", "ebjdat.settings.loading", "ebjdat.settings.types:ParamsError"),
+        *("ebjdat.settings.evaluation:too_few_classes", "ebjdat.pixels:parse_budget"),
     }
 )
 
@@ -102,7 +102,8 @@ def counts(module: str, name: str) -> bool:
 
 def used(home: str, module: Module, statement: Statement) -> Iterator[Definition]:
     """Definitions of the package that a statement uses by name."""
-    yield from ((SETTINGS, attribute) for attribute in statement.attributes & {*parsed(SETTINGS).defined})
+    for settings in SETTINGS:
+        yield from ((settings, attribute) for attribute in statement.attributes & {*parsed(settings).defined})
     for name in statement.names:
         if name in module.defined:
             yield home, name
@@ -140,7 +141,7 @@ def parsed(name: str) -> Module:
     always = []
     for node in tree.body:
         inner = [node]
-        if name == SETTINGS and isinstance(node, ast.ClassDef):
+        if name in SETTINGS and isinstance(node, ast.ClassDef):
             inner = [n for n in node.body if computes(n)] if counts(name, node.name) else []
         for statement in inner:
             names = defines(statement)
