@@ -103,4 +103,4 @@ lock: install ## resolve requirements.lock anew from pyproject.toml
 	  --quiet --upgrade pyproject.toml --output-file requirements.lock
 
 clean: ## delete data, results, checkpoints and tracking (not .venv, not DVC's cache)
-	rm -rf data checkpoints results state logs benchmarks mlflow.db* mlartifacts .snakemake
+	rm -rf data checkpoints results digests state logs benchmarks mlflow.db* mlartifacts .snakemake

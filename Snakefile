@@ -20,29 +20,20 @@ localrules:
     record,
 
 
-# DVC is told what is in use meanwhile.
 onstart:
     hear_everything()
-    if RECORD:
-        dvc_results.announce(*IN_USE)
-
-
-onsuccess:
-    if RECORD:
-        dvc_results.release(*IN_USE)
+    begin()
 
 
 onerror:
-    if RECORD:
-        dvc_results.release(*IN_USE)
     end_if_stopped()
     print(
-        f"Some jobs failed: what each says is above and in {LOGS}/. The others are kept, and the same command goes on from there."
+        f"Some jobs failed: what each says is above and in logs/{RUN}/. The others are kept, and the same command goes on from there."
     )
 
 
 rule all:
     default_target: True
     input:
-        REPORT.values(),
+        jobs.outputs(LAYOUT, jobs.Job("report")).values(),
         RECORDED if RECORD else [],

@@ -28,7 +28,7 @@ SETTINGS = tuple(f"ebjdat.settings.{name}" for name in ("types", "data", "traini
 WITHOUT_EFFECT = frozenset(
     {
         *("ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.tracking", "ebjdat.checkout"),
-        *("ebjdat.jobs", "ebjdat.codehash"),
+        *("ebjdat.jobs", "ebjdat.layout", "ebjdat.codehash"),
         *("ebjdat.settings.profile", "ebjdat.settings.loading", "ebjdat.settings.types:ParamsError"),
         *("ebjdat.settings.evaluation:too_few_classes", "ebjdat.pixels:parse_budget"),
     }
@@ -58,14 +58,25 @@ class Module:
     imported: Mapping[str, Definition]
 
 
-def digest(starts: Iterable[str], entries: Iterable[Entry] = ()) -> str:
-    """Digest (16 hexadecimal digits) of what can be executed from these definitions ("module:name") on, with these strategies."""
+def digest(starts: Iterable[str], entries: Iterable[Entry] = (), texts: Iterable[str] = ()) -> str:
+    """Digest (16 hexadecimal digits) of what can be executed from these definitions ("module:name") on, with these strategies.
+
+    texts: modules ("ebjdat.registry") of which everything counts, and patterns of other files ("report/*.j2").
+    """
     named = {entry.target: entry for entry in entries}
     total = hashlib.sha256()
     for target, entry in sorted(named.items()):
         total.update(f"{target} {sorted((k, v) for k, v in vars(entry).items() if k in ('reads', 'samples', 'selection'))}\n".encode())
     for text in sorted(statement.text for statement in code(*starts, *named).values()):
         total.update(f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+    for name in texts:
+        if name.startswith(f"{PACKAGE}."):
+            module = parsed(name)
+            parts = [statement_of(s).text for s in {*module.always, *(s for group in module.defined.values() for s in group)}]
+            total.update("\n".join([name, *sorted(parts)]).encode())
+        else:
+            files = sorted(Path(ebjdat.__file__).parent.glob(name))
+            total.update(b"".join([name.encode(), *(file.read_bytes() for file in files)]))
     return total.hexdigest()[:16]
 
 

@@ -1,12 +1,15 @@
-"""The workflow's stages: which function each runs, and which of a profile's settings it reads. No import of torch."""
+"""The workflow's stages: what each reads, writes and runs. The rules, DVC and the box read this table. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ebjdat import codehash, registry
+from ebjdat.layout import Layout, place, pretraining_place
 from ebjdat.registry import Entry
 from ebjdat.settings import Profile, flat
 
@@ -24,81 +27,285 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
 }
+# Of a stage's files, those that its command takes no option for.
+NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
-    """Registry entries that resolved settings name, and what a method draws. A name like "auto" is all of them."""
+    """Registry entries that resolved settings name, and what a method samples. A name like "auto" is all of them."""
     for key, value in flat(settings).items():
         for end, entries in NAMED_BY.items():
-            _, found, below = f".{key}.".partition(f".{end}.")
+            _, match, below = f".{key}.".partition(f".{end}.")
             names = [below.split(".")[0]] if below else value if isinstance(value, tuple | list) else [value]
-            if found:
+            if match:
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     if settings.get("method") in registry.METHODS:
-        yield from (registry.SAMPLES[draw] for draw in registry.METHODS[settings["method"]].samples)
+        yield from (registry.SAMPLES[name] for name in registry.METHODS[settings["method"]].samples)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage at work. name: an experiment or a pretraining, or a wildcard ("{experiment}"), as seed; "" where a run has one such job."""
+
+    stage: str
+    name: str = ""
+    seed: int | str = ""
+
+    @property
+    def title(self) -> str:
+        """ "finetune-eb_jdat-seed0" """
+        return f"{self.stage}-{self.name}-seed{self.seed}" if self.name else self.stage
+
+    @property
+    def place(self) -> str:
+        if not self.name:
+            return ""
+        return pretraining_place(self.name, self.seed) if STAGES[self.stage].of == "pretraining" else place(self.name, self.seed)
+
+
+Files = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """code: its function, and the classes of objects that it is given, "module:name". also: strategies that its code names.
+    """of: what there is one job for, and each seed: "experiment" or "pretraining"; "run" for one job in all.
 
-    reads: (profile, experiment or pretraining) -> resolved settings.
+    code: its function, and the classes of objects that it is given, "module:name". also: strategies that its code names.
+    texts: modules whose text it shows, and other files of the package.
+    reads: (profile, experiment or pretraining) -> resolved settings. inputs, outputs: option of its command -> files.
     """
 
+    of: str
     code: tuple[str, ...]
     reads: Callable[[Profile, str], Mapping[str, Any]]
+    inputs: Callable[[Profile, Layout, Job], Files]
+    outputs: Callable[[Layout, Job], dict[str, str]]
     also: tuple[Entry, ...] = ()
+    texts: tuple[str, ...] = ()
+    calls_strategies: bool = True  # those that its settings name
 
     def strategies(self, profile: Profile, name: str) -> list[Entry]:
-        return [*named(self.reads(profile, name)), *self.also]
+        return [*(named(self.reads(profile, name)) if self.calls_strategies else ()), *self.also]
 
     def digest(self, profile: Profile, name: str) -> str:
         """Digest of what the stage can execute for this experiment or pretraining."""
-        return codehash.digest(self.code, self.strategies(profile, name))
+        return codehash.digest(self.code, self.strategies(profile, name), self.texts)
+
+
+def jobs(profile: Profile) -> list[Job]:
+    """All jobs of a profile, stage by stage, each after those that it reads from."""
+    names: dict[str, list[str]] = {"run": [], "pretraining": list(profile.pretraining), "experiment": list(profile.experiments)}
+    used = {experiment.pretraining for experiment in profile.experiments.values()}
+    names["pretraining"] = [name for name in names["pretraining"] if name in used]
+    return [
+        job
+        for stage, spec in STAGES.items()
+        for job in ([Job(stage)] if spec.of == "run" else [Job(stage, name, seed) for name in names[spec.of] for seed in profile.seeds])
+    ]
+
+
+def inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    return STAGES[job.stage].inputs(profile, layout, job)
+
+
+def outputs(layout: Layout, job: Job) -> dict[str, str]:
+    return STAGES[job.stage].outputs(layout, job)
+
+
+def depends_on(profile: Profile, job: Job) -> dict[str, Any]:
+    """What makes a job's results out of date, beside its inputs: {"code": digest, "settings": resolved}."""
+    spec = STAGES[job.stage]
+    return {"code": spec.digest(profile, job.name), "settings": spec.reads(profile, job.name)}
+
+
+def command(profile: Profile, layout: Layout, job: Job, settings: Sequence[str]) -> list[str]:
+    """Words after `python -m ebjdat`, without --threads. settings: the options that name the settings."""
+    words = [job.stage, *settings]
+    if job.name:
+        words += [f"--{STAGES[job.stage].of}", job.name, "--seed", str(job.seed)]
+    files = inputs(profile, layout, job) | {option: [file] for option, file in outputs(layout, job).items()}
+    for option, group in files.items():
+        if option not in NO_OPTION and group:
+            (file,) = group
+            words += [f"--{option.replace('_', '-')}", file]
+    return words
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Canonical JSON: the order of keys means nothing."""
+    return json.dumps(content, sort_keys=True)
+
+
+# ---- what each stage reads
 
 
 def _training(profile: Profile, name: str) -> dict[str, Any]:
     entry = profile.experiments[name]
-    network = profile.model_settings(entry.pretraining).model_dump()
-    return {"model": network, "method": entry.method, "training": profile.training_settings(name).model_dump()}
+    network = profile.model_settings(entry.pretraining).model_dump(mode="json")
+    return {"model": network, "method": entry.method, "training": profile.training_settings(name).model_dump(mode="json")}
 
 
 def _pretraining(profile: Profile, name: str) -> dict[str, Any]:
-    network = profile.model_settings(name).model_dump()
-    return {"model": network, "method": profile.pretraining[name].method, "training": profile.pretraining_settings(name).model_dump()}
+    network = profile.model_settings(name).model_dump(mode="json")
+    settings = profile.pretraining_settings(name).model_dump(mode="json")
+    return {"model": network, "method": profile.pretraining[name].method, "training": settings}
 
 
 def _attack(profile: Profile, name: str) -> dict[str, Any]:
-    return {"attack": profile.attack_settings(name).model_dump()}
+    return {"attack": profile.attack_settings(name).model_dump(mode="json")}
 
 
 def _pgd(profile: Profile, name: str) -> dict[str, Any]:
     """Of the attack's settings, those of its PGD."""
-    attack = profile.attack_settings(name).model_dump(include={"protocols", "seed", "batch_size"})
+    attack = profile.attack_settings(name).model_dump(mode="json", include={"protocols", "seed", "batch_size"})
     protocols = {k: {key: v for key, v in p.items() if key not in ("n", "attacks")} for k, p in attack["protocols"].items()}
     return {"attack": {**attack, "protocols": protocols}}
 
 
 def _generate(profile: Profile, name: str) -> dict[str, Any]:
     chain = profile.training_settings(name).chain
-    return {"chain": {"sampler": chain.sampler, "start": chain.start}, "generate": profile.evaluation.generate.model_dump()}
+    generate = profile.evaluation.generate.model_dump(mode="json")
+    return {"chain": {"sampler": chain.sampler, "start": chain.start}, "generate": generate}
+
+
+def _energy(profile: Profile, name: str) -> dict[str, Any]:
+    return {"energy": profile.evaluation.energy.model_dump(mode="json"), **_pgd(profile, name)}
+
+
+def _reliability(profile: Profile, name: str) -> dict[str, Any]:
+    settings = profile.evaluation.reliability.model_dump(mode="json")
+    return {"reliability": settings, "root": profile.data.root, **_pgd(profile, name)}
+
+
+# ---- and which files
+
+
+def _given(path: str | None) -> list[str]:
+    """A file that settings name. Where it is missing, the stage itself says so better than a workflow tool would."""
+    return [path] if path and Path(path).is_file() else []
+
+
+def _with_weights(_: Profile, layout: Layout, job: Job) -> Files:
+    return {"data": [layout.data], "weights": [layout.checkpoint(job.place)]}
+
+
+def _results(layout: Layout, job: Job, **files: str) -> dict[str, str]:
+    of_stage = {"out": f"{job.stage}.json", "journal": f"{job.stage}.journal.jsonl"}
+    return {option: layout.result(job.place, file) for option, file in (of_stage | files).items()}
+
+
+def _trained(layout: Layout, job: Job) -> dict[str, str]:
+    files = {"metrics": f"{job.stage}.json", "journal": f"{job.stage}.journal.jsonl", "curve": f"{job.stage}_curve.csv"}
+    return {"out": layout.checkpoint(job.place)} | {option: layout.result(job.place, file) for option, file in files.items()}
+
+
+def _initial(profile: Profile, layout: Layout, job: Job) -> Files:
+    start = pretraining_place(profile.experiments[job.name].pretraining, job.seed)
+    return {"data": [layout.data], "initial": [layout.checkpoint(start)]}
+
+
+def _attack_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    source = profile.evaluation.attack.transfer
+    return {**_with_weights(profile, layout, job), "source": [layout.checkpoint(place(source.experiment, source.seed))] if source else []}
+
+
+def _generate_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    settings = profile.evaluation.generate
+    reference = layout.checkpoint(place(settings.reference.experiment, settings.reference.seed))
+    return {**_with_weights(profile, layout, job), "reference": [reference], "archive": _given(settings.inception_weights)}
+
+
+def _energy_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    return {**_with_weights(profile, layout, job), "samples": [layout.result(job.place, "samples.npz")]}
+
+
+def _reliability_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    return {**_with_weights(profile, layout, job), "archive": _given(profile.evaluation.reliability.ood_path)}
+
+
+def _report_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    made = {job: outputs(layout, job) for job in jobs(profile) if job.stage not in ("prepare", "report")}
+    return {
+        "card": [layout.card],
+        "results": [f for job, files in made.items() for o, f in files.items() if job.stage != "pretrain" and (job.stage, o) not in UNREAD],
+        "pretraining": [files["metrics"] for job, files in made.items() if job.stage == "pretrain"],
+    }
+
+
+def _report_outputs(layout: Layout, job: Job) -> dict[str, str]:
+    files = {
+        "summary": "summary.csv",
+        "metrics": "metrics.json",
+        "table_csv": "table.csv",
+        "table_md": "table.md",
+        "html": "report.html",
+        "audit_html": "audit.html",
+        "audit_md": "audit.md",
+        "journal": "report.journal.jsonl",
+    }
+    return {option: layout.result("", file) for option, file in files.items()}
 
 
 CONTEXT = "ebjdat.stages.context:Context"
 VALIDATION = (registry.SCORES["ce"],)  # every method is validated under the same attack
+# What the report does not read of what stages write: (stage, option).
+UNREAD = {
+    *((stage, "journal") for stage in ("finetune", "attack", "generate", "energy", "reliability")),
+    *{("finetune", "out"), ("generate", "samples"), ("energy", "figure"), ("reliability", "values")},
+}
 
 STAGES: Mapping[str, Stage] = {
-    "prepare": Stage(("ebjdat.stages.prepare:run",), lambda profile, _: {"data": profile.data.model_dump()}),
-    "pretrain": Stage(("ebjdat.stages.train:pretrain", CONTEXT), _pretraining, VALIDATION),
-    "finetune": Stage(("ebjdat.stages.train:finetune", CONTEXT), _training, VALIDATION),
-    "attack": Stage(("ebjdat.stages.attack:run", CONTEXT), _attack),
-    "generate": Stage(("ebjdat.stages.evaluate:generate", CONTEXT), _generate),
+    "prepare": Stage(
+        "run",
+        ("ebjdat.stages.prepare:run",),
+        lambda profile, _: {"data": profile.data.model_dump(mode="json")},
+        lambda profile, layout, job: {"archive": _given(profile.data.path)},
+        lambda layout, job: {"out": layout.data, "card": layout.card},
+    ),
+    "pretrain": Stage(
+        "pretraining",
+        ("ebjdat.stages.train:pretrain", CONTEXT),
+        _pretraining,
+        lambda profile, layout, job: {"data": [layout.data]},
+        _trained,
+        VALIDATION,
+    ),
+    "finetune": Stage("experiment", ("ebjdat.stages.train:finetune", CONTEXT), _training, _initial, _trained, VALIDATION),
+    "attack": Stage(
+        "experiment",
+        ("ebjdat.stages.attack:run", CONTEXT),
+        _attack,
+        _attack_inputs,
+        lambda layout, job: _results(layout, job, verdicts="verdicts.parquet"),
+    ),
+    "generate": Stage(
+        "experiment",
+        ("ebjdat.stages.evaluate:generate", CONTEXT),
+        _generate,
+        _generate_inputs,
+        lambda layout, job: _results(layout, job, samples="samples.npz", grid="samples.png", chains="chains.gif"),
+    ),
     "energy": Stage(
+        "experiment",
         ("ebjdat.stages.evaluate:energy", CONTEXT),
-        lambda profile, name: {"energy": profile.evaluation.energy.model_dump(), **_pgd(profile, name)},
+        _energy,
+        _energy_inputs,
+        lambda layout, job: _results(layout, job, values="energy.npz", figure="energy.png"),
     ),
     "reliability": Stage(
+        "experiment",
         ("ebjdat.stages.reliability:run", CONTEXT),
-        lambda profile, name: {"reliability": profile.evaluation.reliability.model_dump(), **_pgd(profile, name)},
+        _reliability,
+        _reliability_inputs,
+        lambda layout, job: _results(layout, job, values="reliability.npz", figure="reliability.png"),
+    ),
+    "report": Stage(
+        "run",
+        ("ebjdat.stages.report:run", CONTEXT),
+        lambda profile, _: profile.model_dump(mode="json", exclude={"runtime"}),
+        _report_inputs,
+        _report_outputs,
+        texts=("ebjdat.registry", "report/*.j2", "report/paper.yaml"),
+        calls_strategies=False,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,19 @@ class Project:
         """Outputs of the jobs that Snakemake would run."""
         text = self.run("snakemake", "--dry-run", "--cores", "2")
         return {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+
+    def status(self) -> dict[str, object]:
+        """Stages that DVC would run, and why, once its first stage has written what they depend on."""
+        self.run("dvc", "repro", "digests")
+        found = json.loads(self.run("dvc", "status", "--json"))
+        assert found.pop("digests") == ["always changed"]
+        return dict(found)
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / "src/ebjdat" / file
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")

@@ -7,6 +7,7 @@ real one's.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -97,6 +98,7 @@ if __name__ == "__main__":
     try:
         runpy.run_module(asked, run_name="__main__", alter_sys=True)
     except SystemExit as end:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else end.code is not None)

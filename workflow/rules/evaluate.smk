@@ -1,152 +1,87 @@
 rule attack:
     """Clean accuracy, PGD and the ensembles of every protocol, with integrity checks."""
     input:
-        data=DATA,
-        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        source=TRANSFER,
-        code=CODE["attack"],
+        unpack(inputs("attack")),
     output:
-        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.json",
-        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/attack.journal.jsonl",
-        verdicts=f"{RESULTS}/{{experiment}}/seed{{seed}}/verdicts.parquet",
+        **outputs("attack"),
     log:
-        f"{LOGS}/{{experiment}}/seed{{seed}}/attack.log",
+        log_of("attack"),
     benchmark:
-        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/attack.tsv"
+        benchmark_of("attack")
     conda:
         "../envs/ebjdat.yaml"
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        source=f"--source {TRANSFER[0]}" if TRANSFER else "",
-        sections=sections("evaluation.attack"),
+        command=command("attack"),
+        depends_on=depends_on("attack"),
     shell:
-        "python -m ebjdat attack {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --weights {input.checkpoint} {params.source} --out {output.metrics} --verdicts {output.verdicts}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"
 
 
 rule generate:
     """Fresh chains and the replay buffer: pictures, and how they compare with real images."""
     input:
-        data=DATA,
-        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        reference=f"{CHECKPOINTS}/{REFERENCE.experiment}/seed{REFERENCE.seed}.safetensors",
-        inception=[p for p in [INCEPTION] if p and Path(p).is_file()],
-        code=CODE["draw"],
+        unpack(inputs("generate")),
     output:
-        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.json",
-        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/generate.journal.jsonl",
-        samples=f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.npz",
-        grid=report(
-            f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.png",
-            caption="../report/samples.rst",
-            category="Samples",
-            labels={
-                "experiment": "{experiment}",
-                "seed": "{seed}",
-                "what": "samples",
-            },
-        ),
-        chains=report(
-            f"{RESULTS}/{{experiment}}/seed{{seed}}/chains.gif",
-            caption="../report/chains.rst",
-            category="Samples",
-            labels={
-                "experiment": "{experiment}",
-                "seed": "{seed}",
-                "what": "chains",
-            },
-        ),
+        **outputs("generate", category="Samples", grid="samples", chains="chains"),
     log:
-        f"{LOGS}/{{experiment}}/seed{{seed}}/generate.log",
+        log_of("generate"),
     benchmark:
-        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/generate.tsv"
+        benchmark_of("generate")
     conda:
         "../envs/ebjdat.yaml"
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        sections=sections("evaluation.generate"),
+        command=command("generate"),
+        depends_on=depends_on("generate"),
     shell:
-        "python -m ebjdat generate {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --weights {input.checkpoint} --reference {input.reference}"
-        " --out {output.metrics} --samples {output.samples} --grid {output.grid} --chains {output.chains}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"
 
 
 rule energy:
     """Energies of clean, adversarial and generated images, and their gaps."""
     input:
-        data=DATA,
-        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        samples=f"{RESULTS}/{{experiment}}/seed{{seed}}/samples.npz",
-        code=CODE["draw"],
+        unpack(inputs("energy")),
     output:
-        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.json",
-        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.journal.jsonl",
-        values=f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.npz",
-        figure=report(
-            f"{RESULTS}/{{experiment}}/seed{{seed}}/energy.png",
-            caption="../report/energy.rst",
-            category="Energies",
-            labels={"experiment": "{experiment}", "seed": "{seed}"},
-        ),
+        **outputs("energy", category="Energies", figure="energy"),
     log:
-        f"{LOGS}/{{experiment}}/seed{{seed}}/energy.log",
+        log_of("energy"),
     benchmark:
-        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/energy.tsv"
+        benchmark_of("energy")
     conda:
         "../envs/ebjdat.yaml"
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        sections=sections("evaluation.energy", "evaluation.attack"),
+        command=command("energy"),
+        depends_on=depends_on("energy"),
     shell:
-        "python -m ebjdat energy {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --weights {input.checkpoint} --samples {input.samples}"
-        " --out {output.metrics} --values {output.values} --figure {output.figure}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"
 
 
 rule reliability:
     """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
     input:
-        data=DATA,
-        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        ood=[p for p in [OOD_PATH] if p and Path(p).is_file()],
-        code=CODE["reliability"],
+        unpack(inputs("reliability")),
     output:
-        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.json",
-        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.journal.jsonl",
-        values=f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.npz",
-        figure=report(
-            f"{RESULTS}/{{experiment}}/seed{{seed}}/reliability.png",
-            caption="../report/reliability.rst",
-            category="Reliability",
-            labels={"experiment": "{experiment}", "seed": "{seed}"},
-        ),
+        **outputs("reliability", category="Reliability", figure="reliability"),
     log:
-        f"{LOGS}/{{experiment}}/seed{{seed}}/reliability.log",
+        log_of("reliability"),
     benchmark:
-        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/reliability.tsv"
+        benchmark_of("reliability")
     conda:
         "../envs/ebjdat.yaml"
     threads: THREADS
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        listing=listing(OOD_PATH),
-        sections=sections("data.root", "evaluation.reliability", "evaluation.attack"),
+        command=command("reliability"),
+        depends_on=depends_on("reliability"),
+        listing=listing(PROFILE.evaluation.reliability.ood_path),
     shell:
-        "python -m ebjdat reliability {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --weights {input.checkpoint}"
-        " --out {output.metrics} --values {output.values} --figure {output.figure}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"

@@ -1,20 +1,18 @@
 rule prepare:
     """Source -> uint8 arrays, fixed splits, class means, data card."""
     input:
-        source=ARCHIVE,
-        code=CODE["prepare"],
+        unpack(inputs("prepare")),
     output:
-        data=DATA,
-        card=CARD,
+        **outputs("prepare"),
     log:
-        f"{LOGS}/prepare.log",
+        log_of("prepare"),
     benchmark:
-        f"{BENCHMARKS}/prepare.tsv"
+        benchmark_of("prepare")
     conda:
         "../envs/ebjdat.yaml"
     params:
-        settings=SETTINGS,
+        command=command("prepare"),
+        depends_on=depends_on("prepare"),
         listing=listing(PROFILE.data.path),
-        sections=sections("data"),
     shell:
-        "python -m ebjdat prepare {params.settings} --out {output.data} --card {output.card} 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} 2>&1 | tee -i {log}"

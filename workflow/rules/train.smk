@@ -1,17 +1,13 @@
 rule pretrain:
     """A checkpoint that several experiments start from; 0 epochs: the fresh initialisation."""
     input:
-        data=DATA,
-        code=CODE["train"],
+        unpack(inputs("pretrain")),
     output:
-        checkpoint=f"{CHECKPOINTS}/pretraining/{{pretraining}}/seed{{seed}}.safetensors",
-        metrics=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain.json",
-        journal=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain.journal.jsonl",
-        curve=f"{RESULTS}/pretraining/{{pretraining}}/seed{{seed}}/pretrain_curve.csv",
+        **outputs("pretrain"),
     log:
-        f"{LOGS}/pretraining/{{pretraining}}/seed{{seed}}.log",
+        log_of("pretrain"),
     benchmark:
-        f"{BENCHMARKS}/pretraining/{{pretraining}}/seed{{seed}}.tsv"
+        benchmark_of("pretrain")
     priority: 2  # before attacks, so that the longest chain starts early
     conda:
         "../envs/ebjdat.yaml"
@@ -19,31 +15,22 @@ rule pretrain:
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        sections=sections(
-            "model", "training", "bases.{base}", "pretraining.{pretraining}"
-        ),
+        command=command("pretrain"),
+        depends_on=depends_on("pretrain"),
     shell:
-        "python -m ebjdat pretrain {params.settings} --pretraining {wildcards.pretraining} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"
 
 
 rule finetune:
     """An experiment's training, from its pretraining's checkpoint."""
     input:
-        data=DATA,
-        initial=initial_checkpoint,
-        code=CODE["train"],
+        unpack(inputs("finetune")),
     output:
-        checkpoint=f"{CHECKPOINTS}/{{experiment}}/seed{{seed}}.safetensors",
-        metrics=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune.json",
-        journal=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune.journal.jsonl",
-        curve=f"{RESULTS}/{{experiment}}/seed{{seed}}/finetune_curve.csv",
+        **outputs("finetune"),
     log:
-        f"{LOGS}/{{experiment}}/seed{{seed}}/finetune.log",
+        log_of("finetune"),
     benchmark:
-        f"{BENCHMARKS}/{{experiment}}/seed{{seed}}/finetune.tsv"
+        benchmark_of("finetune")
     priority: 2  # before attacks, so that the longest chain starts early
     conda:
         "../envs/ebjdat.yaml"
@@ -51,12 +38,7 @@ rule finetune:
     resources:
         gpu=GPU,
     params:
-        settings=SETTINGS,
-        sections=sections(
-            "model", "training", "bases.{base}", "experiments.{experiment}"
-        ),
+        command=command("finetune"),
+        depends_on=depends_on("finetune"),
     shell:
-        "python -m ebjdat finetune {params.settings} --experiment {wildcards.experiment} --seed {wildcards.seed} --threads {threads}"
-        " --data {input.data} --initial {input.initial}"
-        " --out {output.checkpoint} --metrics {output.metrics} --curve {output.curve}"
-        " 2>&1 | tee -i {log}"
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"

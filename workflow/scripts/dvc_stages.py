@@ -1,37 +1,39 @@
-"""Write a profile's dvc.yaml from Snakemake's own graph: one stage per job, with the job's files and sections of the profile.
+"""A profile's dvc.yaml, one stage per job, from the table of stages (src/ebjdat/jobs.py).
 
-    python workflow/scripts/dvc_stages.py [--profile NAME] [--check | --inputs DIGEST]
+    python workflow/scripts/dvc_stages.py [--profile NAME] [--check | --digests | --recordable]
 
-The Snakefile is the only description of the pipeline. This asks it for every job (a forced dry run), so a stage names
-exactly what its rule names. The default profile's stages are in ./dvc.yaml, those of others in pipelines/NAME/dvc.yaml, so
-that a bare `dvc repro` runs the default profile alone. `--check` writes nothing and exits 1 when the file is out of date.
-`--inputs` exits 1 when settings or code are no longer those of DIGEST, which the rule `record` took when its run began:
-then DVC must not record.
+The default profile's stages are in ./dvc.yaml, those of others in pipelines/NAME/dvc.yaml, so that a bare `dvc repro` runs the
+default profile alone. `--check` writes nothing and exits 1 when the file is out of date. `--digests` is DVC's first stage: it
+writes, for each job, what code and settings its results depend on, and exits 1 while Snakemake is at work here. `--recordable`
+exits 1 when code or settings are no longer those that the run of Snakemake began with: then DVC must not record.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # the code beside this file: DVC runs experiments in copies of the checkout
+
+import at_work
 import yaml
 
-from ebjdat.files import digest
-from ebjdat.settings import Profile, join_overrides, load, merge, read_layers, section, section_names
+from ebjdat import jobs
+from ebjdat.errors import UserError
+from ebjdat.files import write_text
+from ebjdat.layout import Layout, place
+from ebjdat.settings import Profile, load
 
 DEFAULT = "digits"
+DIGESTS = "digests"
 HEAD = """\
-# Made by workflow/scripts/dvc_stages.py from the Snakefile; the rule `record` keeps it current. Do not edit.
-# Each stage asks Snakemake for one rule's target and for nothing else, so that both tools see every run.
+# Made by workflow/scripts/dvc_stages.py from src/ebjdat/jobs.py; the rule `record` keeps it current. Do not edit.
+# Each stage asks Snakemake for one job and for nothing else, so that both tools see every run. The first stage always runs: it
+# writes what code and settings each job's results depend on.
 """
-ORDER = ["prepare", "pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"]
 CURVES = {"validation_clean_acc": "Validation accuracy", "loss": "Training loss"}
 BARS = {
     "clean_acc": "Clean accuracy",
@@ -51,143 +53,64 @@ def recorded(profile: str) -> str:
     return f".dvc/tmp/recorded-{profile}"
 
 
-def dry_run(profile: str, overrides: Sequence[str], *options: str, **environment: str) -> str:
-    """Snakemake's plan, with the jobs' commands."""
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--nocolor", "--printshellcmds", *options]
-    command += config(profile, overrides)
-    environment = {**os.environ, **environment}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"snakemake cannot plan the profile {profile}:\n{done.stdout}")
-    return done.stdout
+def folder_of(profile: Profile, job: jobs.Job) -> list[str]:
+    """A folder of images that the job reads. (The rules have a digest of its listing among their params.)"""
+    path = {"prepare": profile.data.path, "reliability": profile.evaluation.reliability.ood_path}.get(job.stage)
+    return [path] if path and Path(path).is_dir() else []
 
 
-@cache
-def whole(profile: str, overrides: tuple[str, ...]) -> str:
-    """The plan of everything but `record`, which DVC_STAGE leaves out of the graph. Asked once per process: results do not change it."""
-    return dry_run(profile, overrides, "--forceall", DVC_STAGE="none")
-
-
-def config(profile: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Snakemake's options for a profile and what is laid over it."""
-    return ["--config", f"profile={profile}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
-
-
-def current_inputs(profile: str) -> str:
-    """Digest of settings and code as they are now; the same as INPUTS of workflow/rules/common.smk."""
-    settings = merge({}, *(layer for _, layer in read_layers(f"params/{profile}.yaml")))
-    code = sorted({Path(name) for job in jobs(profile) for name in job["input"] if name.startswith("src/")})
-    return digest(settings, *code)[:16]
-
-
-def jobs(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every job of a profile: rule, wildcards, inputs, outputs, log, command."""
-    return parsed(whole(profile, tuple(overrides)))
-
-
-def planned(profile: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Those jobs that Snakemake would run now."""
-    return parsed(dry_run(profile, overrides))
-
-
-def parsed(text: str) -> list[dict[str, Any]]:
-    """The jobs in what a dry run says."""
-    found = []
-    for block in re.split(r"^(?=(?:local)?rule \w+:$)", text, flags=re.M)[1:]:
-        rule = re.match(r"(?:local)?rule (\w+):", block)
-        assert rule
-        fields = dict(re.findall(r"^(?:    )?(input|output|wildcards|log|Shell command): (.*)$", block, re.M))
-        if rule[1] == "all":
-            continue
-        wildcards = dict(pair.split("=", 1) for pair in re.split(r", ", fields["wildcards"])) if "wildcards" in fields else {}
-        files = {kind: [f for f in dict.fromkeys(fields.get(kind, "").split(", ")) if f] for kind in ("input", "output")}
-        told = {"log": fields.get("log", ""), "command": fields.get("Shell command", "")}
-        found.append({"rule": rule[1], "wildcards": wildcards, **files, **told})
-    return found
-
-
-def title(job: dict[str, Any]) -> str:
-    """A job's name: "finetune-eb_jdat-seed0"."""
-    where = [job["wildcards"][k] for k in ("experiment", "pretraining", "seed") if k in job["wildcards"]]
-    return "-".join([job["rule"], *(f"seed{w}" if w.isdigit() else w for w in where)])
-
-
-def sections() -> dict[str, list[str]]:
-    """Rule -> sections of the params file, read from the rules' own `sections(...)`."""
-    found = {}
-    for file in sorted(Path("workflow/rules").glob("*.smk")):
-        for block in re.split(r"^(?=rule \w+:$)", file.read_text(encoding="utf-8"), flags=re.M)[1:]:
-            name = re.match(r"rule (\w+):", block)
-            call = re.search(r"sections=sections\(([^)]*)\)", block, re.S)
-            if name and call:
-                found[name[1]] = re.findall(r'"([^"]+)"', call[1])
-    return found
-
-
-def content(folder: Path) -> set[str]:
-    """What DVC hashes of a folder (.dvcignore leaves compiled files out)."""
-    return {str(p) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-
-
-def folded(files: list[str]) -> list[str]:
-    """The same files, shorter: a code folder stands for its files where all of them are named."""
-    named = set(files)
-    whole = {str(d) for d in Path("src").rglob("*") if d.is_dir() and d.name != "__pycache__" and content(d) and content(d) <= named}
-    top = {d for d in whole if not any(str(parent) in whole for parent in Path(d).parents)}
-    inside = {name: next((str(d) for d in Path(name).parents if str(d) in top), name) for name in files}
-    return list(dict.fromkeys(inside[name] for name in files))
-
-
-def stage(job: dict[str, Any], paths: list[str], name: str, profile: Profile, raw: dict[str, Any]) -> dict[str, Any]:
+def stage(job: jobs.Job, name: str, profile: Profile) -> dict[str, Any]:
+    layout = Layout(name)
+    files = list(jobs.outputs(layout, job).values())
     options = "" if name == DEFAULT else f" --config profile={name}"
-    command = f"snakemake --allowed-rules {job['rule']} --cores all{options} -- {job['output'][0]}"
+    command = f"snakemake --allowed-rules {job.stage} --cores all{options} -- {files[0]}"
+    read = [file for group in jobs.inputs(profile, layout, job).values() for file in group]
     # DVC records its own runs; this tells the rule `record` so.
-    told = f"mkdir -p .dvc/tmp && touch {recorded(name)}"
-    result: dict[str, Any] = {"cmd": [command, told] if job["rule"] == "report" else command}
+    note = f"mkdir -p .dvc/tmp && touch {recorded(name)}"
+    result: dict[str, Any] = {"cmd": [command, note] if job.stage == "report" else command}
     if name != DEFAULT:
         result["wdir"] = "../.."
-    result["deps"] = folded(job["input"])
-    # Folders of images: the rules have a digest of their listing among their params.
-    folder = {"prepare": profile.data.path, "reliability": profile.evaluation.reliability.ood_path}.get(job["rule"])
-    if folder and Path(folder).is_dir():
-        result["deps"].append(folder)
-    needed = [p.format(**section_names(profile, job["wildcards"])) for p in paths]
-    result["params"] = [{f"params/{name}.yaml": [p for p in needed if section(raw, p) is not None]}]  # DVC: a missing one is an error
-    result["outs"] = [o for o in job["output"] if not o.endswith("/metrics.json")]
-    metrics = [o for o in job["output"] if o.endswith("/metrics.json")]
+    result["deps"] = [layout.digest(job.title), *dict.fromkeys(read), *folder_of(profile, job)]
+    result["outs"] = [file for file in files if not file.endswith("/metrics.json")]
+    metrics = [file for file in files if file.endswith("/metrics.json")]
     return result | ({"metrics": metrics} if metrics else {})
+
+
+def digests_stage(name: str, profile: Profile) -> dict[str, Any]:
+    options = "" if name == DEFAULT else f" --profile {name}"
+    return {
+        "cmd": f"python workflow/scripts/dvc_stages.py --digests{options}",
+        **({} if name == DEFAULT else {"wdir": "../.."}),
+        "always_changed": True,
+        "outs": [{Layout(name).digest(job.title): {"cache": False}} for job in jobs.jobs(profile)],
+    }
 
 
 def plots(name: str, profile: Profile) -> list[dict[str, Any]]:
     """What `dvc plots` shows: a training's curves beside each other, accuracies by experiment, pictures; of the first seed."""
-    root = "" if name == DEFAULT else "../../"  # `wdir` does not hold for plots
-    results = f"{root}results/{name}"
-    folders = [f"{results}/{experiment}/seed{profile.seeds[0]}" for experiment in profile.experiments]
-    found: list[dict[str, Any]] = []
+    root, layout = "" if name == DEFAULT else "../../", Layout(name)  # `wdir` does not hold for plots
+    places = [place(experiment, profile.seeds[0]) for experiment in profile.experiments]
+    result: list[dict[str, Any]] = []
     for column, title in CURVES.items():
-        curves = {f"{folder}/finetune_curve.csv": column for folder in folders}
-        found.append({title: {"template": "curves", "x": "epoch", "y": curves, "title": title, "x_label": "epoch", "y_label": title}})
+        curves = {f"{root}{layout.result(p, 'finetune_curve.csv')}": column for p in places}
+        result.append({title: {"template": "curves", "x": "epoch", "y": curves, "title": title, "x_label": "epoch", "y_label": title}})
     for column, title in BARS.items():
         if column == "autoattack_acc" and not profile.evaluation.attack.standard.n:
             continue
-        bars = {"template": "fractions", "x": column, "y": {f"{results}/table.csv": "experiment"}}
-        found.append({title: {**bars, "title": title, "x_label": title, "y_label": "experiment"}})
-    return [*found, *({f"{folder}/{picture}": None} for picture in PICTURES for folder in folders)]
+        bars = {"template": "fractions", "x": column, "y": {f"{root}{layout.result('', 'table.csv')}": "experiment"}}
+        result.append({title: {**bars, "title": title, "x_label": title, "y_label": "experiment"}})
+    return [*result, *({f"{root}{layout.result(p, picture)}": None} for picture in PICTURES for p in places)]
 
 
 def stages(name: str) -> dict[str, dict[str, Any]]:
-    """Stage name -> what stands in dvc.yaml, in the order of the chain."""
-    params = f"params/{name}.yaml"
-    paths, profile, raw = sections(), load(params), merge({}, *(layer for _, layer in read_layers(params)))
-    found = {}
-    for job in jobs(name):
-        assert title(job) not in found, title(job)
-        found[title(job)] = stage(job, paths[job["rule"]], name, profile, raw)
-    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0].split("-")[0]), item[0])))
+    """Stage name -> its entry in dvc.yaml, in the order of the chain."""
+    profile = load(f"params/{name}.yaml")
+    return {DIGESTS: digests_stage(name, profile), **{job.title: stage(job, name, profile) for job in jobs.jobs(profile)}}
 
 
 def render(name: str) -> str:
-    content = {"stages": stages(name), "plots": plots(name, load(f"params/{name}.yaml"))}
+    root = "" if name == DEFAULT else "../../"
+    content = {"params": [f"{root}params/{name}.yaml"], "stages": stages(name), "plots": plots(name, load(f"params/{name}.yaml"))}
     return HEAD + yaml.safe_dump(content, sort_keys=False, width=120)
 
 
@@ -201,24 +124,52 @@ def write(name: str) -> None:
     print(f"wrote {file}")
 
 
+def digests(name: str, profile: Profile | None = None) -> dict[Path, str]:
+    """File -> what code and settings the results of its job depend on now."""
+    profile = profile or load(f"params/{name}.yaml")
+    return {Path(Layout(name).digest(job.title)): jobs.as_text(jobs.depends_on(profile, job)) for job in jobs.jobs(profile)}
+
+
+def write_digests(content: dict[Path, str]) -> None:
+    for file, text in content.items():
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
+
+
+def changed(content: dict[Path, str]) -> list[Path]:
+    return [file for file, text in content.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+
+
+def fail(text: str) -> int:
+    print(text, file=sys.stderr)
+    return 1
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write a profile's dvc.yaml from the Snakefile.")
+    parser = argparse.ArgumentParser(description="Write a profile's dvc.yaml from the table of stages.")
     parser.add_argument("--profile", default=DEFAULT)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when it is out of date")
-    parser.add_argument("--inputs", help="exit 1 when settings or code are no longer those of this digest")
-    asked = parser.parse_args()
-    if asked.inputs and current_inputs(asked.profile) != asked.inputs:
-        print("settings or code changed while this ran: nothing is recorded; run snakemake again", file=sys.stderr)
-        return 1
-    if asked.check:
-        file = target(asked.profile)
-        if file.exists() and render(asked.profile) == file.read_text(encoding="utf-8"):
-            return 0
-        print(f"{file} is out of date with the Snakefile and params/{asked.profile}.yaml; run `make dvc.yaml`", file=sys.stderr)
-        return 1
-    write(asked.profile)
+    parser.add_argument("--digests", action="store_true", help="write what each job depends on; exit 1 while Snakemake is at work here")
+    parser.add_argument("--recordable", action="store_true", help="exit 1 when code or settings changed since Snakemake's run began")
+    options = parser.parse_args()
+    name, file = options.profile, target(options.profile)
+    try:
+        if options.digests:
+            if busy := at_work.by_another():
+                return fail(busy)
+            write_digests(digests(name))
+        elif options.check:
+            if not file.exists() or render(name) != file.read_text(encoding="utf-8"):
+                return fail(f"{file} is out of date with src/ebjdat/jobs.py and params/{name}.yaml; run `make dvc.yaml`")
+        else:
+            if options.recordable and changed(digests(name)):
+                return fail("settings or code changed while this ran: nothing is recorded; run snakemake again")
+            write(name)
+    except UserError as error:
+        return fail(str(error))
     return 0
 
 
 if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[2])
     sys.exit(main())
