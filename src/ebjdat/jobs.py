@@ -177,6 +177,12 @@ def _reliability(profile: Profile, name: str) -> dict[str, Any]:
     return {"reliability": settings, "root": profile.data.root, **_pgd(profile, name)}
 
 
+def _report(profile: Profile, _: str) -> dict[str, Any]:
+    """Rows of the JEM family count where an experiment is built on them."""
+    resolved = {name: profile.resolved(name) for name in profile.experiments}
+    return {**profile.model_dump(mode="json", exclude={"runtime", "bases"}), "resolved": resolved}
+
+
 # ---- and which files
 
 
@@ -302,7 +308,7 @@ STAGES: Mapping[str, Stage] = {
     "report": Stage(
         "run",
         ("ebjdat.stages.report:run", CONTEXT),
-        lambda profile, _: profile.model_dump(mode="json", exclude={"runtime"}),
+        _report,
         _report_inputs,
         _report_outputs,
         texts=("ebjdat.registry", "report/*.j2", "report/paper.yaml"),

@@ -136,7 +136,7 @@ def test_a_row_of_the_family_reruns_what_stands_on_it_alone(after_snakemake: Pro
     planned = after_snakemake.planned()
     assert {k: v for k, v in planned.items() if k not in ("all", "record")} == DOWNSTREAM
     assert not any("/classifier/" in name for name in after_snakemake.planned_targets())
-    assert set(after_snakemake.status()) == {"finetune-eb_jdat-seed0"}
+    assert set(after_snakemake.status()) == {"finetune-eb_jdat-seed0", "report"}
     file.write_text(old)
     after_snakemake.change(bases={"sadajem": {"chain": {"step_size": 0.05}}})
     assert after_snakemake.planned() == {}
