@@ -7,7 +7,7 @@
 A stage is done when its outputs are the ones in done.json and its inputs are still those that it read. After M minutes the
 stage at work is asked to stop: training and attacks have kept their state, and the same command goes on from there. So it does
 after Ctrl-C, kill, kill -9 or a machine that went away. Exit codes: 0 all done, 1 a stage failed, 2 this machine or this
-folder cannot be used, 75 run again to go on.
+folder cannot be used, 75 run it again to continue.
 
 This file needs nothing but Python's standard library.
 """
@@ -30,20 +30,20 @@ from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 DONE = HERE / "done.json"
-GO_ON = 75  # EX_TEMPFAIL of sysexits.h
+TO_CONTINUE = 75  # EX_TEMPFAIL of sysexits.h
 POLL = 0.1  # seconds between two looks at the stage at work
 GRACE = 120.0  # seconds that a stage has to stop; what it kept before is kept all the same
 PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux's prctl
 PROBE = """
 import importlib.util, json, platform, sys
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
-told = {"python": platform.python_version(), "system": platform.system(), "processor": platform.machine()}
+answer = {"python": platform.python_version(), "system": platform.system(), "processor": platform.machine()}
 if not missing:
     import torch
-    told |= {"torch": torch.__version__, "cuda": torch.version.cuda, "device": "cpu"}
+    answer |= {"torch": torch.__version__, "cuda": torch.version.cuda, "device": "cpu"}
     if torch.cuda.is_available():
-        told["device"] = torch.cuda.get_device_name(0)
-print(json.dumps({"missing": missing, "machine": told}))
+        answer["device"] = torch.cuda.get_device_name(0)
+print(json.dumps({"missing": missing, "machine": answer}))
 """
 
 TORCH = (2, 11)
@@ -74,8 +74,8 @@ _hashes: dict[tuple[str, int, int], str] = {}
 def sha256(name: str) -> str:
     """Of a file in this folder; "" where there is none."""
     try:
-        told = (HERE / name).stat()
-        key = (name, told.st_mtime_ns, told.st_size)
+        answer = (HERE / name).stat()
+        key = (name, answer.st_mtime_ns, answer.st_size)
         if key not in _hashes:
             with (HERE / name).open("rb") as file:
                 _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -108,9 +108,14 @@ def write_done(stages: dict[str, Stage]) -> None:
     os.replace(temporary, DONE)
 
 
-def inputs_of(stage: Stage, manifest: dict[str, Any]) -> dict[str, str]:
-    """What a stage reads, the settings too, and its content now."""
-    return {name: sha256(name) for name in [*stage["inputs"], *manifest["settings_files"]]}
+def inputs_of(stage: Stage) -> dict[str, str]:
+    """What a stage reads, and its content now."""
+    return {name: sha256(name) for name in stage["inputs"]}
+
+
+def fixed(manifest: dict[str, Any]) -> str:
+    """Digest of code and settings as they are now."""
+    return hashlib.sha256("\n".join(sha256(name) for name in manifest["fixed"]).encode()).hexdigest()
 
 
 def state_of(stage: Stage, manifest: dict[str, Any], done: dict[str, Stage]) -> str:
@@ -118,7 +123,7 @@ def state_of(stage: Stage, manifest: dict[str, Any], done: dict[str, Stage]) -> 
     entry = done.get(stage["name"])
     if entry is None:
         return "to do"
-    same = entry["command"] == stage["command"] and entry["inputs"] == inputs_of(stage, manifest)
+    same = (entry["command"], entry["inputs"], entry["fixed"]) == (stage["command"], inputs_of(stage), fixed(manifest))
     if "outputs" not in entry:
         return "begun" if same else "again"
     return "done" if same and entry["outputs"] == {name: sha256(name) for name in stage["outputs"]} else "again"
@@ -130,16 +135,16 @@ def probe(manifest: dict[str, Any]) -> dict[str, Any]:
     asked = subprocess.run([sys.executable, "-c", PROBE, *names], env=environment(manifest), capture_output=True, text=True, check=False)
     if asked.returncode:
         fail(f"Python cannot say what is installed here:\n{asked.stderr}")
-    told = json.loads(asked.stdout)
-    if told["missing"]:
-        wanted = ", ".join(manifest["imports"][name] for name in told["missing"])
+    answer = json.loads(asked.stdout)
+    if answer["missing"]:
+        wanted = ", ".join(manifest["imports"][name] for name in answer["missing"])
         how = f"`python -m pip install -r {HERE / 'requirements.txt'}` (README.md there says how without network)"
-        own = "; torch and torchvision are not in it: install those that fit your GPU" if "torch" in told["missing"] else ""
+        own = "; torch and torchvision are not in it: install those that fit your GPU" if "torch" in answer["missing"] else ""
         fail(f"missing on this machine: {wanted}; {how}{own}")
-    release = tuple(int(part) for part in told["machine"]["torch"].split(".")[:2])
+    release = tuple(int(part) for part in answer["machine"]["torch"].split(".")[:2])
     if release < TORCH:
-        fail(f"torch {told['machine']['torch']} is too old; {'.'.join(map(str, TORCH))} or newer is needed")
-    return dict(told["machine"])
+        fail(f"torch {answer['machine']['torch']} is too old; {'.'.join(map(str, TORCH))} or newer is needed")
+    return dict(answer["machine"])
 
 
 def environment(manifest: dict[str, Any]) -> dict[str, str]:
@@ -168,12 +173,12 @@ def has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
-def run(stage: Stage, manifest: dict[str, Any], stop: Stop, goes_on: bool, lock: int) -> int:
+def run(stage: Stage, manifest: dict[str, Any], stop: Stop, continued: bool, lock: int) -> int:
     """Run a stage and show what it says, which its log keeps. Returns its exit code."""
     log = HERE / stage["log"]
     for name in (*stage["outputs"], stage["log"]):
         (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab" if goes_on else "wb") as written, log.open("rb") as shown:
+    with log.open("ab" if continued else "wb") as written, log.open("rb") as shown:
         shown.seek(0, os.SEEK_END)
         runner = os.getpid()
         process = subprocess.Popen(
@@ -245,31 +250,31 @@ def work(stages: list[Stage], manifest: dict[str, Any], stop: Stop, lock: int) -
         if state == "done":
             print(f"{title}: done", flush=True)
             continue
-        absent = [file for file, content in inputs_of(stage, manifest).items() if not content]
+        absent = [file for file, content in inputs_of(stage).items() if not content]
         if absent:
             failed.append(name)
             print(f"{title}: cannot run, {', '.join(absent)} is missing", flush=True)
             continue
-        goes_on = state == "begun"
-        if goes_on and all(sha256(file) for file in stage["outputs"]):
+        continued = state == "begun"
+        if continued and all(sha256(file) for file in stage["outputs"]):
             # Killed after the stage had written everything (each output appears whole), before that was noted.
             finish(stage, done[name], done)
             print(f"{title}: done", flush=True)
             continue
         if stop.reason():
-            print(f"{stop.reason()}: run again to go on with {name}", flush=True)
-            return GO_ON
+            print(f"{stop.reason()}: run it again to continue with {name}", flush=True)
+            return TO_CONTINUE
         machine = machine or probe(manifest)
-        before = done[name] if goes_on else {"seconds": 0.0, "calls": 0}
+        before = done[name] if continued else {"seconds": 0.0, "calls": 0}
         for file in stage["outputs"]:
             (HERE / file).unlink(missing_ok=True)
-        entry = {"command": stage["command"], "inputs": inputs_of(stage, manifest), "machine": machine}
+        entry = {"command": stage["command"], "inputs": inputs_of(stage), "fixed": fixed(manifest), "machine": machine}
         entry |= {"seconds": before["seconds"], "calls": before["calls"] + 1}
         done[name] = entry
         write_done(done)
-        print(f"{title}{' goes on' if goes_on else ''}: python {' '.join(stage['command'])}", flush=True)
+        print(f"{title}{' continues' if continued else ''}: python {' '.join(stage['command'])}", flush=True)
         began = time.monotonic()
-        code = run(stage, manifest, stop, goes_on, lock)
+        code = run(stage, manifest, stop, continued, lock)
         entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 3)
         if code == 0 and all(sha256(file) for file in stage["outputs"]):
             finish(stage, entry, done)
@@ -277,8 +282,8 @@ def work(stages: list[Stage], manifest: dict[str, Any], stop: Stop, lock: int) -
             continue
         write_done(done)
         if stop.reason():
-            print(f"{stop.reason()}: run again to go on with {name}", flush=True)
-            return GO_ON
+            print(f"{stop.reason()}: run it again to continue with {name}", flush=True)
+            return TO_CONTINUE
         for file in stage["outputs"]:  # else they would look like those of a stage that was killed after its end
             (HERE / file).unlink(missing_ok=True)
         failed.append(name)
