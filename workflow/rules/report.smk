@@ -3,7 +3,13 @@ rule report:
     input:
         unpack(inputs("report")),
     output:
-        **outputs("report", category="Summary", table_md="table", html="page", audit_html="audit"),
+        **outputs(
+            "report",
+            category="Summary",
+            table_md="table",
+            html="page",
+            audit_html="audit",
+        ),
     log:
         log_of("report"),
     benchmark:
