@@ -31,16 +31,21 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
 NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
+# What a method that does not sample them does not execute: what is sampled -> the settings of how.
+SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary."}
+
+
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
     """Registry entries that resolved settings name, and what a method samples. A name like "auto" is all of them."""
+    method = registry.METHODS.get(settings.get("method", ""))
+    unused = [part for sample, part in SAMPLED_BY.items() if method and sample not in method.samples]
     for key, value in flat(settings).items():
         for end, entries in NAMED_BY.items():
             _, match, below = f".{key}.".partition(f".{end}.")
             names = [below.split(".")[0]] if below else value if isinstance(value, tuple | list) else [value]
-            if match:
+            if match and not any(part in f".{key}" for part in unused):
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
-    if settings.get("method") in registry.METHODS:
-        yield from (registry.SAMPLES[name] for name in registry.METHODS[settings["method"]].samples)
+    yield from (registry.SAMPLES[name] for name in (method.samples if method else ()))
 
 
 @dataclass(frozen=True)

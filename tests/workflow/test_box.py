@@ -173,7 +173,8 @@ def imported(folder: Path, *starts: str) -> set[str]:
                 named = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
             for name in named:
                 if name.startswith("ebjdat"):
-                    waiting.append(folder.joinpath(*name.split(".")[1:]).with_suffix(".py"))
+                    path = folder.joinpath(*name.split(".")[1:])
+                    waiting += [path / "__init__.py", path.with_suffix(".py")]
                 else:
                     found.add(name.split(".")[0])
     assert len(seen) > 30
