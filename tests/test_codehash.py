@@ -32,7 +32,7 @@ def profile() -> Profile:
 
 def digests(profile: Profile) -> Digests:
     """(stage, experiment or pretraining) -> digest of its code."""
-    names = {"prepare": [""], "pretrain": [*profile.pretraining]}
+    names = {"prepare": [""], "report": [""], "pretrain": [*profile.pretraining]}
     return {(stage, name): STAGES[stage].digest(profile, name) for stage in STAGES for name in names.get(stage, [*profile.experiments])}
 
 

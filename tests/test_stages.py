@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.optim.swa_utils import AveragedModel
 
 import ebjdat
@@ -379,43 +378,3 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
         features = [ruler.features(torch.from_numpy(x).float() / 127.5 - 1).double().numpy() for x in (images, train_data.images.numpy())]
     assert generated["ema_frechet"] == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert generated["ema_frechet"] != generated["frechet"]
-
-
-STAGES = {
-    "prepare": "prepare",
-    "train": "train",
-    "attack": "attack",
-    "generate": "evaluate",
-    "energy": "evaluate",
-    "reliability": "reliability",
-    "report": "report",
-}
-OUTSIDE = {"ebjdat", "ebjdat.data", "ebjdat.training", "ebjdat.stages", "ebjdat.progress", "ebjdat.jobs", "ebjdat.codehash"}
-EACH_ALONE = """
-import os, sys, torch
-for stage in sys.argv[1:]:
-    if os.fork() == 0:
-        __import__(f"ebjdat.stages.{stage}")
-        print(stage, *(m for m in sys.modules if m.startswith("ebjdat")), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, set[str]]:
-    """Stage module -> what Python loads for it alone. Forks share what takes long, torch."""
-    command = [sys.executable, "-c", EACH_ALONE, *sorted(set(STAGES.values()))]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {stage: set(modules) for stage, *modules in map(str.split, lines)}
-
-
-@pytest.mark.parametrize("rule", STAGES)
-def test_rules_name_every_module_that_their_stage_imports(rule: str, loaded: dict[str, set[str]]) -> None:
-    """Tracking, progress, digests of code and packages that hold nothing change no result."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    named = next(set(stage["deps"]) for name, stage in stages.items() if name.startswith("finetune" if rule == "train" else rule))
-    modules = {m for m in loaded[STAGES[rule]] - OUTSIDE if not m.startswith("ebjdat.tracking")}
-    assert f"ebjdat.stages.{STAGES[rule]}" in modules
-    paths = {m: {f"src/{m.replace('.', '/')}.py", f"src/{m.replace('.', '/')}/__init__.py"} for m in modules}
-    assert {m for m, either in paths.items() if not any(name in named or str(Path(name).parent) in named for name in either)} == set()

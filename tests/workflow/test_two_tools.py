@@ -155,8 +155,8 @@ def test_key_order_and_comments_of_the_profile_mean_nothing(after_snakemake: Pro
 
 
 EDITS = {
-    "a docstring": ("samplers/sgld.py", '"""', '"""Edited. ', {}, set()),
-    "a sampler that no job uses": ("samplers/pyld.py", "    return x", "    x = x + 0\n    return x", {}, set()),
+    "a docstring": ("samplers/pyld.py", '"""', '"""Edited. ', {}, set()),
+    "a sampler that no job uses": ("samplers/sgld.py", "x = x.clamp(*INTERNAL)", "x = x.clamp(-1, 1)", {}, set()),
     "energies": (
         "evaluation/energy.py",
         "    return ",
