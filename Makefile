@@ -28,7 +28,7 @@ ifndef VENV
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: box unbox dvc.yaml dvc pull help install reproduce test torture lint format ui lock unlock clean
+.PHONY: box unbox dvc.yaml dvc pull help install reproduce test quick torture lint format ui lock unlock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ reproduce: install ## run the profile's whole chain, then show its table
 
 test: install ## run the tests, two files at a time
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: install ## the tests of the inner loop, in less than a minute
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 -m "not (torture or slow or workflow or browser or server)"
 
 torture: install ## kills, full disks, damaged files, bad servers and clocks (docs/reliability.md); ONLY=kill, N=50, SEED=0, MINUTES=10
 	$(BIN)/python -m pytest -m torture -s tests/torture$(if $(ONLY),/test_$(ONLY).py) $(if $(N),--torture-n $(N)) $(if $(SEED),--torture-seed $(SEED)) \
