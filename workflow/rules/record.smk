@@ -34,9 +34,8 @@ if workflow.is_main_process and dvc_results.ASKED not in os.environ:
         if busy := at_work.by_another("dvc"):
             raise WorkflowError(busy)
         try:
-            # Not beside another snakemake at work, nor before `--unlock`.
-            free = not any(Path(".snakemake/locks").glob("*"))
-            message = dvc_results.adopt_dvc_outputs(RUN) if free else ""
+            # Not beside another snakemake at work.
+            message = "" if at_work.by_another() else dvc_results.adopt_dvc_outputs(RUN)
         except dvc_results.DvcError as error:
             raise WorkflowError(str(error)) from None
         if message:

@@ -149,7 +149,7 @@ def adopt_dvc_outputs(profile: str) -> str:
     cache = Path(run("dvc", "cache", "dir").strip()) if suspects else Path()
     hashes = {md5 for names in outputs.values() for md5 in names.values()}
     old = [name for name in suspects if is_known(name, hashes, cache)]
-    config = ("--config", f"profile={profile}")
+    config = ("--nolock", "--config", f"profile={profile}")  # nobody is at work here; a lock that is left is of a run that was killed
     if old:
         run("snakemake", *config, "--cleanup-metadata", *old)
     for name in old:
