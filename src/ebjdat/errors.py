@@ -1,18 +1,17 @@
-"""The base of every error that a user can mend, and how text from files is shown on a terminal.
+"""Errors that a user can fix, and safe display of untrusted text on a terminal.
 
-An error's message says what is wrong, where, and what to do. Names, notes and what other programs say come from files, which
-may be anybody's.
+An error message says what is wrong, where, and what to do. Names, notes and other programs' output may come from untrusted files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-LINE, LINES = 1000, 200  # characters of a line, and lines, that a message may have
+LINE, LINES = 1000, 200  # limits of a message: characters per line, and lines
 
 
 class UserError(Exception):
-    """Shown by the commands as a message, without a traceback."""
+    """Commands show it as a message without a traceback."""
 
 
 class AttackError(UserError):
@@ -28,10 +27,10 @@ class DataError(UserError):
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""Text in which everything that a terminal would take as a command stands as an escape, as in "\x1b[2J".
+    r"""Text with everything that a terminal could interpret escaped, as in "\x1b[2J".
 
-    Those are control characters, line breaks, marks that turn the direction of writing, and bytes that were no UTF-8. keep:
-    those among them that are meant.
+    That is control characters, line breaks, marks that change the direction of writing, and bytes that were not UTF-8. keep:
+    characters to leave as they are.
     """
     text = str(text)
     if text.isprintable():
@@ -40,28 +39,28 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def brief(text: object, length: int = LINE) -> str:
-    """One printable line; of a longer text its first characters, and how many more there are."""
+    """One printable line: at most `length` characters, and how many more there are."""
     text = str(text)
     left = len(text) - length
     return printable(text[:length]) + (f"… ({left:,} more characters)" if left > 0 else "")
 
 
 def few(names: Iterable[object], most: int = 4) -> str:
-    """The first of them, each in one printable line, and how many more there are: "a, b and 3 more"."""
+    """The first names, each in one printable line, and how many more there are: "a, b and 3 more"."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(brief(name, 100) for name in names[:most]) + more
 
 
 def message(text: object) -> str:
-    """A message as it is shown: with its own line breaks, everything else printable, and never pages of it."""
+    """A message for display: line breaks are kept, everything else is printable, and its length is limited."""
     lines = str(text).split("\n")
     left = len(lines) - LINES
     return "\n".join([brief(line) for line in lines[:LINES]] + ([f"… ({left:,} more lines)"] if left > 0 else []))
 
 
 def in_a_line(error: BaseException, length: int = 300) -> str:
-    """Another program's error by its type and text, in one line; by its type alone where its text cannot be had."""
+    """Another program's error in one line: type and text, or only the type if its text is unavailable."""
     try:
         text = str(error)
     except Exception:

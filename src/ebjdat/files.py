@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 from ebjdat.errors import DataError, UserError, brief
 
-if TYPE_CHECKING:  # settings use this module too, and must not wait for NumPy
+if TYPE_CHECKING:  # settings import this module and must not load NumPy
     from numpy.typing import ArrayLike, NDArray
 
 DIRECTORY_LIMIT = 64 * 2**20  # bytes of a zip's list of members
 MOST_ARRAYS = 10_000  # in an .npz
-HEADER = 2**16  # bytes at the start of an array in it, which hold its header
-SMALL = 64 * 2**20  # bytes, of a file's arrays together, that are read whatever they expand from
-EXPANSION = 200  # times; images and verdicts shrink less than that
-LARGEST = 64 * 2**20  # bytes of a file that is read as a whole; ours have thousands
-DEEPEST = 50  # levels of a JSON text; ours have about ten
+HEADER = 2**16  # bytes read for the header of an array in it
+SMALL = 64 * 2**20  # bytes of a file's arrays that may expand by any factor
+EXPANSION = 200  # highest compression factor; images and verdicts stay below it
+LARGEST = 64 * 2**20  # bytes of a file that is read as a whole; real ones have thousands
+DEEPEST = 50  # levels of nesting in JSON; real files have about ten
 
 
 class FileError(UserError):
-    """A file cannot be read; says which, why, and what to do."""
+    """A file cannot be read. The message says which, why, and what to do."""
 
 
 NOT_FINITE = "not_finite"  # in a JSON object: the names beside it whose value was NaN or infinite
 DIGEST = "digest"
 FILES = "files"  # in a result: name -> sha256 of what its stage wrote beside it
 
-# What points git elsewhere than to the repository around a file; hooks set it.
+# Variables that point git to another repository than the one around a file; git hooks set them.
 GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
 
 
@@ -66,46 +66,46 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """JSON, which knows no NaN or infinity: they become null, and their names are listed under "not_finite" beside them."""
+    """Write JSON. NaN and infinity become null, and their names are listed under "not_finite" beside them."""
     write_text(path, json.dumps(_plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_result(path: Path | str, values: Mapping[str, Any], made: Iterable[Path] | None = None) -> None:
-    """A stage's result, or a data card: JSON, with a digest of all that it says.
+    """Write a stage's result or a data card: JSON with a digest of its content.
 
-    made: the stage's other files; the result holds the sha256 of those that lie beside it.
+    made: the stage's other files; the result holds the sha256 of those in the same folder.
     """
-    said = {name: value for name, value in values.items() if name != DIGEST}
+    content = {name: value for name, value in values.items() if name != DIGEST}
     if made is not None:
-        said[FILES] = {file.name: _sha256(file) for file in made if file.parent.resolve() == Path(path).parent.resolve()}
-    write_json(path, {**said, DIGEST: digest(_plain(said))})
+        content[FILES] = {file.name: _sha256(file) for file in made if file.parent.resolve() == Path(path).parent.resolve()}
+    write_json(path, {**content, DIGEST: digest(_plain(content))})
 
 
 def read_result(path: Path | str) -> dict[str, Any]:
-    """What `write_result` wrote, without the digest.
+    """Read what `write_result` wrote, without the digest.
 
-    Raises FileError, also where anything in it, or a file beside it that it names and that is there, is not as it was written.
+    Raises FileError, also where its content, or an existing file beside it that it names, has changed since.
     """
-    found = read_json(path)
+    result = read_json(path)
     with reading(Path(path)):
-        told = found.pop(DIGEST, None)
-        if told is None:
-            raise ValueError(f"without {DIGEST}, so of an earlier version")
-        if told != digest(found):
-            raise ValueError(f"changed since it was written (its {DIGEST} is of other values)")
-        made = found.get(FILES, {})
+        stated = result.pop(DIGEST, None)
+        if stated is None:
+            raise ValueError(f"no {DIGEST}, so from an earlier version")
+        if stated != digest(result):
+            raise ValueError(f"changed since it was written (its {DIGEST} does not match)")
+        made = result.get(FILES, {})
         if not isinstance(made, dict):
-            raise ValueError(f"{FILES} is {type(made).__name__}, where names with their sha256 belong")
+            raise ValueError(f"{FILES} is {type(made).__name__}; names with their sha256 are needed")
         for name, sha256 in made.items():
             beside = Path(path).with_name(name)
             if beside.exists():
                 with reading(beside, largest=None):
                     if _sha256(beside) != sha256:
                         raise FileError(
-                            f"{beside}: not as its stage wrote it ({Path(path).name} tells); `dvc checkout {beside}` may have it, "
-                            "else delete it and run its stage again"
+                            f"{beside}: changed since its stage wrote it (according to {Path(path).name}); restore it with "
+                            f"`dvc checkout {beside}`, or delete it and rerun its stage"
                         )
-    return found
+    return result
 
 
 def _plain(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a number is, and every number in a list."""
+    """Whether a number, or every number in a list, is finite."""
     if isinstance(value, list | tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
@@ -129,7 +129,7 @@ def write_npz(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     import numpy as np
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # np.savez would add a suffix to a name
+        with temporary.open("wb") as file:  # np.savez would add a suffix to the name
             np.savez(file, allow_pickle=False, **arrays)
 
     write_atomic(path, write)
@@ -137,29 +137,27 @@ def write_npz(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path, largest: int | None = LARGEST) -> Iterator[None]:
-    """Read and check a file inside: whatever is wrong with it becomes a FileError that names it.
+    """A context in which to read and check a file: every error becomes a FileError that names it.
 
-    Raises FileError at once for what is not there, is no plain file (a FIFO would hang), or has more bytes than `largest`.
+    Raises FileError at once for a file that is missing, not a regular file (a FIFO would hang), or larger than `largest` bytes.
     """
     try:
         if not path.exists():
-            raise FileError(f"{path}: there is no such file; run the stage that makes it first")
+            raise FileError(f"{path}: no such file; run the stage that makes it first")
         if not path.is_file():
-            raise FileError(f"{path}: not a plain file; delete it and run its stage again")
+            raise FileError(f"{path}: not a regular file; delete it and rerun its stage")
         if largest is not None and path.stat().st_size > largest:
-            raise FileError(
-                f"{path}: {path.stat().st_size:,} bytes, more than the {largest:,} that are read; delete it and run its stage again"
-            )
+            raise FileError(f"{path}: {path.stat().st_size:,} bytes; at most {largest:,} are allowed; delete it and rerun its stage")
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever a parser makes of bytes that are not what they should be
+    except Exception as error:  # parsers raise anything on malformed bytes
         why = brief(f"{type(error).__name__}: {error}", 200)
-        raise FileError(f"{path}: damaged, or not what it should be ({why}); delete it and run its stage again") from error
+        raise FileError(f"{path}: damaged or invalid ({why}); delete it and rerun its stage") from error
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for what is none, and for one that is nested deeper than any of ours."""
+    """Parse JSON. Raises ValueError for anything else, and for nesting deeper than DEEPEST levels."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -177,24 +175,24 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path | str) -> dict[str, Any]:
     """The JSON object in a file. Raises FileError."""
     with reading(Path(path)):
-        found = parse_json(Path(path).read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError(f"a JSON object is needed, found {type(found).__name__}")
-        return found
+        value = parse_json(Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON object is needed, found {type(value).__name__}")
+        return value
 
 
 def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Arrays of a file of `write_npz`: these, or all. Raises FileError."""
+    """Arrays of a file written by `write_npz`: the named ones, or all. Raises FileError."""
     with reading(path, largest=None):
         try:
-            found = arrays_of(path, names=names)
+            arrays = arrays_of(path, names=names)
         except DataError as error:
             raise ValueError(str(error).removeprefix(f"{path}: ")) from error
-        return {name: found[name] for name in names or found}
+        return {name: arrays[name] for name in names or arrays}
 
 
 class ZipSource(io.BufferedReader):
-    """A file for zipfile.ZipFile, which then reads no list of members longer than `limit` bytes into memory (or DataError)."""
+    """A file for zipfile.ZipFile that raises DataError instead of reading a member list of more than `limit` bytes into memory."""
 
     def __init__(self, path: Path, limit: int = DIRECTORY_LIMIT) -> None:
         super().__init__(io.FileIO(path))
@@ -204,22 +202,21 @@ class ZipSource(io.BufferedReader):
         rest = max(0, self.size - self.tell())
         size = rest if size is None or size < 0 else min(size, rest)
         if size > self.limit:
-            raise DataError(f"{self.path}: the list of its members has more than {self.limit:,} bytes, which is the limit")
+            raise DataError(f"{self.path}: its member list has more than {self.limit:,} bytes, which is the limit")
         return super().read(size)
 
 
 def names_of(path: Path | str) -> list[str]:
-    """What the arrays of an .npz file are called. Raises as arrays_of."""
+    """Names of the arrays in an .npz file. Raises as arrays_of."""
     with _npz(Path(path)) as (_, members):
         return list(members)
 
 
 def arrays_of(path: Path | str, limit: int = 8 * 2**30, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Arrays by name, these (those of them that are there) or all, without any pickled object.
+    """Arrays of an .npz file by name: those of `names` that exist, or all. Pickled objects are refused.
 
-    Raises DataError for a file that is no such thing, and FileNotFoundError. What the file states is checked before memory is
-    taken for it: arrays of more than `limit` bytes together, and more than SMALL bytes that expand from less than a part in
-    EXPANSION, are refused.
+    Raises FileNotFoundError, or DataError for any other file. Stated sizes are checked before memory is allocated: arrays of more
+    than `limit` bytes in total, or of more than SMALL bytes that expand by more than EXPANSION times, are refused.
     """
     path = Path(path)
     with _npz(path) as (archive, members):
@@ -236,7 +233,7 @@ def arrays_of(path: Path | str, limit: int = 8 * 2**30, names: Collection[str] |
 
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
-    """An open .npz file and its members by the names of their arrays."""
+    """An open .npz file and its members by array name."""
     try:
         if not path.is_file():
             raise FileNotFoundError(path) if not path.exists() else DataError(f"{path}: is not a file")
@@ -244,11 +241,11 @@ def _npz(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInf
             members = archive.infolist()
             names = [member.filename.removesuffix(".npy") for member in members]
             if len(members) > MOST_ARRAYS or len(set(names)) < len(names):
-                raise DataError(f"{path}: has {len(members)} members; at most {MOST_ARRAYS} arrays with names of their own are allowed")
+                raise DataError(f"{path}: has {len(members)} members; at most {MOST_ARRAYS} arrays with different names are allowed")
             yield archive, dict(zip(names, members, strict=True))
     except (FileNotFoundError, DataError):
         raise
-    except Exception as error:  # malformed bytes make the libraries fail in any way that there is
+    except Exception as error:  # libraries raise anything on malformed bytes
         raise DataError(f"{path}: not a readable .npz file ({str(error)[:200] or type(error).__name__})") from error
 
 
@@ -256,9 +253,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> 
     import numpy as np
 
     if not member.filename.endswith(".npy") or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{where} is no .npy member, stored or deflated")
+        raise DataError(f"{where} is not a stored or deflated .npy member")
     with archive.open(member) as file:
-        start = io.BytesIO(file.read(HEADER))  # no longer header is read, whatever length it states
+        start = io.BytesIO(file.read(HEADER))  # whatever length the header states
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(start)
     if version not in read:
@@ -266,9 +263,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> 
     shape, _, dtype = read[version](start)
     if dtype.hasobject:
         raise DataError(f"{where} holds Python objects; plain numbers and text are allowed")
-    states = dtype.itemsize * math.prod(shape)
-    if any(n < 0 for n in shape) or start.tell() + states != member.file_size:
-        raise DataError(f"{where} states shape {shape} of {dtype}, which is not what follows in the file")
+    size = dtype.itemsize * math.prod(shape)
+    if any(n < 0 for n in shape) or start.tell() + size != member.file_size:
+        raise DataError(f"{where} states shape {shape} of {dtype}, which does not match its size")
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -279,7 +276,7 @@ def _sha256(path: Path) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """sha256 (hex) over files (Path: their content), bytes, and anything else as canonical JSON."""
+    """sha256 (hex) of the content of files (Path), of bytes, and of anything else as canonical JSON."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -294,7 +291,7 @@ def digest(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def lock(path: Path | str, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock file, released also when the process dies. wait False: BlockingIOError when another has it."""
+    """Hold an exclusive lock file, which is released even if the process dies. wait False: raises BlockingIOError if it is held."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -303,16 +300,16 @@ def lock(path: Path | str, wait: bool = True) -> Iterator[None]:
 
 
 def git_commit() -> str:
-    """Commit of the code that runs (`commit_of`). EBJDAT_COMMIT says it where the code was taken to a machine without its repository."""
+    """Commit of the running code (`commit_of`), or EBJDAT_COMMIT, for code copied to a machine without its repository."""
     return os.environ.get("EBJDAT_COMMIT") or commit_of(Path(__file__).resolve().parent)
 
 
 @cache
 def commit_of(package: Path) -> str:
-    """Commit of a package's files; "unknown" unless git tracks them, for instance in a source archive inside another repository.
+    """Commit of a package's files; "unknown" unless git tracks them (a source archive inside another repository, for instance).
 
-    "-dirty" is added when tracked files of its checkout, other than dvc.lock, differ, or the package has files that git does
-    not know. Where there is a repository but git does not read it, its reason is printed. Asked once per process.
+    "-dirty" is added if tracked files of its checkout other than dvc.lock have changed, or the package has untracked files. If there
+    is a repository that git cannot read, the reason is printed. Cached per process.
     """
     root = package.parents[1] if package.parent.name == "src" else package
     environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
@@ -330,6 +327,6 @@ def commit_of(package: Path) -> str:
         untracked = isinstance(error, subprocess.CalledProcessError) and error.returncode == 1
         if not untracked and any((place / ".git").exists() for place in package.parents):
             reason = " ".join(error.stderr.split()) if isinstance(error, subprocess.CalledProcessError) else "git is not installed"
-            print(f"WARNING: results will not say which commit made them ({reason})", file=sys.stderr)
+            print(f"WARNING: results will not record their commit ({reason})", file=sys.stderr)
         return "unknown"
     return commit + ("-dirty" if changed else "")

@@ -1,7 +1,7 @@
 """The only place that converts pixel ranges and perturbation budgets.
 
-Stored images are uint8. Users, attacks and results speak of the unit range [0, 1]. Networks, chains and training work in
-the JEM family's internal range [-1, 1] (x_internal = 2 * x_unit - 1), so an L-infinity or L2 budget doubles on the way in.
+Stored images are uint8. Users, attacks and results use the unit range [0, 1]. Networks, chains and training work in
+the JEM family's internal range [-1, 1] (x_internal = 2 * x_unit - 1), so an L-infinity or L2 budget doubles when converted.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
-if TYPE_CHECKING:  # settings use this module too, and must not wait for torch
+if TYPE_CHECKING:  # settings import this module and must not load torch
     from torch import Tensor
 
 INTERNAL = (-1.0, 1.0)
 UNIT = (0.0, 1.0)
 
 
-# "0.03", "3e-2" or "8/255". Few digits: Python's own Fraction takes minutes for "1e999999999".
+# "0.03", "3e-2" or "8/255". The number of digits is limited: Python's Fraction takes minutes for "1e999999999".
 BUDGET = re.compile(r" *([-+]?[0-9]{1,15}) */ *([0-9]{1,15}) *| *[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,3})? *")
 
 
 def parse_budget(value: Any) -> float:
-    """A number in [0, 1] pixels from 0.03, "0.03" or "8/255". Raises ValueError for anything else."""
+    """A number of [0, 1] pixels from 0.03, "0.03" or "8/255". Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError('a number or a fraction such as "8/255" is allowed')
     try:

@@ -1,7 +1,7 @@
 """Device-resident batches with augmentation, as functions of (seed, epoch, step) alone.
 
-Every random number of a run comes from a generator that is seeded by what it is for and the step it is for. A run that
-was killed therefore continues bit for bit from its step count; no generator state has to be saved.
+Every random number of a run comes from a generator that is seeded by its purpose and step. A killed run therefore continues bit for
+bit from its step count, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
 class Batch:
     """x: images of the p(y|x) terms; x_density: those of the p(x) term; y: labels of x (B,).
 
-    x_density (D, C, H, W) is x itself; or the same images with other noise or, for SADA-JEM, not augmented; or D images of their
-    own. x is (B, C, H, W); both are in [-1, 1].
+    x_density (D, C, H, W) is x itself; or the same images with other noise or, for SADA-JEM, not augmented; or D other images. x is
+    (B, C, H, W); both are in [-1, 1].
     """
 
     x: Tensor
@@ -80,7 +80,7 @@ def epoch_batches(
 ) -> Iterator[Batch]:
     """Shuffled, augmented batches of one epoch, from step `first` on.
 
-    own_density: how many images the p(x) term has, drawn for themselves; None: it has the labelled ones.
+    own_density: number of images drawn separately for the p(x) term; None: it uses the labelled ones.
     """
     order = _order(data, "order", seed, epoch)
     steps = steps_per_epoch(len(data), batch_size)
@@ -108,7 +108,7 @@ def _order(data: DeviceData, *purpose: int | str) -> Tensor:
 
 
 def _own_indices(data: DeviceData, n: int, seed: int, step: int) -> Iterator[Tensor]:
-    """Indices (n,) of each training step's own images of the p(x) term, from `step` of the whole training on: shuffle after shuffle."""
+    """Indices (n,) of the images of the p(x) term for each training step from `step` on, in one shuffle after another."""
     a_pass = steps_per_epoch(len(data), n)
     while True:
         order = _order(data, "density order", seed, step // a_pass)
@@ -123,7 +123,7 @@ def _augmented(data: DeviceData, index: Tensor, augment: AugmentSettings, noise:
 
 
 def random_crop_flip(images: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:
-    """Reflect-pad by `augment.pad`, crop each image at a random place, flip each with chance 1/2 if `augment.flip`."""
+    """Reflect-pad by `augment.pad`, crop each image at random, flip each with probability 1/2 if `augment.flip`."""
     b, _, h, w = images.shape
     device = images.device
     if augment.pad:

@@ -1,4 +1,4 @@
-"""An image file's bytes -> uint8 pixels. Every mode that Pillow reads has its rule here, or is refused by name."""
+"""Bytes of an image file -> uint8 pixels. Every mode that Pillow reads has a rule here, or is refused by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 
 from ebjdat.errors import DataError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no format that starts another program
-PIXEL_LIMIT = 50_000_000  # of an image that is to be scaled down; decoding takes up to 16 bytes for each
-SIDE_LIMIT = 1024  # pixels, of images that are taken as they are
-FAINT = 16  # levels of 255; a picture with less contrast, where alpha has as much, is hidden by its background
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
+PIXEL_LIMIT = 50_000_000  # of an image before scaling; decoding takes up to 16 bytes per pixel
+SIDE_LIMIT = 1024  # pixels, of images that are not scaled
+FAINT = 16  # grey levels of 255; with less contrast than this, where alpha has as much, the background hides a picture
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
@@ -23,9 +23,9 @@ BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
 
 @dataclass(frozen=True)
 class Pixels:
-    """array: uint8 (C, H, W), C = 1 of images that are stored as grey ones; rules: what was done to them beside reading.
+    """array: uint8 (C, H, W), C = 1 for images stored as grey; rules: the conversions that were applied.
 
-    highest: no 16-bit value was higher before it became 8-bit (of grey, one was as high); 0 of others.
+    highest: an upper bound of the 16-bit values before conversion to 8 bits (for grey, their maximum); 0 for other images.
     """
 
     array: NDArray[np.uint8]
@@ -34,8 +34,8 @@ class Pixels:
 
 
 def decode(content: bytes, where: str, size: int | None = None, background: int = 255, channels: int | None = None) -> Pixels:
-    """size: scale the shorter side to it and crop the centre (Pillow's ImageOps.fit, bicubic); background: the grey level under
-    transparent pixels; channels: 1 or 3, None: as stored. Raises DataError that begins with `where`.
+    """Decode an image file. size: scale the shorter side to it and crop the centre (Pillow's ImageOps.fit, bicubic); background: grey
+    level under transparent pixels; channels: 1 or 3, None: as stored. Raises DataError that begins with `where`.
     """
     try:
         with warnings.catch_warnings():
@@ -49,13 +49,13 @@ def decode(content: bytes, where: str, size: int | None = None, background: int 
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{where} is too large: {error}") from error
-    except Exception as error:  # a decoder fails at strange bytes in any way that there is
-        raise DataError(f"{where} is not a readable image ({_one_line(error)}); read are {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders raise anything on malformed bytes
+        raise DataError(f"{where} is not a readable image ({_one_line(error)}); supported formats: {', '.join(FORMATS)}") from error
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return "no such format" if "cannot identify image" in text else text[:200]
+    return "unknown format" if "cannot identify image" in text else text[:200]
 
 
 def _check_size(image: Image.Image, where: str, size: int | None) -> None:
@@ -67,18 +67,18 @@ def _check_size(image: Image.Image, where: str, size: int | None) -> None:
 
 
 def _problem(image: Image.Image, content: bytes) -> str | None:
-    """Why an image of this kind is not read, or None: no rule is certain to keep its content."""
+    """Why an image of this kind is refused, or None: no rule is certain to preserve its content."""
     mode, tags = image.mode, getattr(image, "tag_v2", {})
-    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo, and views of it for other screens
-        return f"has several frames or pages ({image.format}); one picture per file is allowed"
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo with views for other screens
+        return f"has several frames or pages ({image.format}); only one picture per file is allowed"
     if mode == "F":
-        return "has floating-point pixels, whose range is not known; scale them and store 8 or 16 bits"
+        return "has floating-point pixels of unknown range; scale them and store 8 or 16 bits"
     if mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits there
-        return "has signed or 32-bit pixels, whose range is not known; scale them and store 8 or 16 bits"
+        return "has signed or 32-bit pixels of unknown range; scale them and store 8 or 16 bits"
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", *DEEP):
         return f"has pixels of mode {mode}; store grey, RGB, palette or CMYK, with or without alpha"
     if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        return "is a CMYK JPEG without Adobe's mark, so nothing says whether its inks are inverted; store RGB"
+        return "is a CMYK JPEG without Adobe's marker, so its inks may or may not be inverted; store RGB"
     if image.format == "TIFF":
         bits = max(tags.get(BITS, (1,)))
         if bits not in (1, 2, 4, 8, 16):
@@ -88,9 +88,9 @@ def _problem(image: Image.Image, content: bytes) -> str | None:
         if mode in DEEP and tags.get(PHOTOMETRIC) == 0:
             return "has 16-bit pixels with white as 0; store black as 0"
         if bits == 16 and tags.get(PLANAR, 1) != 1:
-            return "has 16-bit pixels plane by plane; store them pixel by pixel"
+            return "has 16-bit pixels in separate planes; store them interleaved"
     if image.format == "PNG" and content[12:16] != b"IHDR":
-        return "does not begin with its header"
+        return "does not begin with the IHDR chunk"
     transparent = image.info.get("transparency")
     if image.format == "PNG" and mode == "RGB" and isinstance(transparent, tuple) and content[24] == 16:
         return "has 16-bit RGB pixels and a transparent colour; store alpha"
@@ -98,7 +98,7 @@ def _problem(image: Image.Image, content: bytes) -> str | None:
 
 
 def _is_deep(image: Image.Image, content: bytes) -> bool:
-    """Whether a file has 16 bits for a value. Asked before loading."""
+    """Whether a file has 16 bits per value. To be called before loading."""
     if image.format == "PNG":
         return content[24] == 16
     tiles, tags = getattr(image, "tile", []), getattr(image, "tag_v2", {})
@@ -110,8 +110,8 @@ def _is_deep(image: Image.Image, content: bytes) -> bool:
 def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, background: int, channels: int | None) -> Pixels:
     rules, highest, png = [], 0, image.format == "PNG"
     is_deep = _is_deep(image, content)
-    stored_grey = png and content[25] in (0, 4)  # colour types of PNG: grey, grey and alpha; Pillow reads the deep kind as RGBA
-    turned = image.getexif().get(0x0112, 1) in range(2, 9)  # asked before loading, which turns a TIFF
+    stored_grey = png and content[25] in (0, 4)  # PNG colour types grey and grey + alpha; Pillow reads 16-bit grey + alpha as RGBA
+    turned = image.getexif().get(0x0112, 1) in range(2, 9)  # read before loading, which rotates a TIFF
     image.load()
     if turned:
         image = ImageOps.exif_transpose(image)
@@ -119,7 +119,7 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
 
     mode, transparent = image.mode, image.info.get("transparency")
     alpha = None
-    if is_deep and mode not in (*DEEP, "I"):  # Pillow has made 8 bits of them
+    if is_deep and mode not in (*DEEP, "I"):  # Pillow has already converted to 8 bits
         colours = [band for name, band in zip(image.getbands(), image.split(), strict=True) if name not in ("A", "a", "X")]
         highest = max(int(np.asarray(band).max()) for band in colours) << 8 | 255
         rules.append(f"16-bit {'grey' if stored_grey else 'colour'} to 8 bits (v >> 8)")
@@ -133,7 +133,7 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
     elif mode in ("1", "L"):
         flat = image.convert("L")
         if isinstance(transparent, int):
-            highest_stored = 2 ** content[24] - 1 if png and mode == "L" else 255  # a value of 2 or 4 bits is given as it is stored
+            highest_stored = 2 ** content[24] - 1 if png and mode == "L" else 255  # values of 2 or 4 bits are given as stored
             shown = transparent * 255 // highest_stored
             alpha = flat.point([0 if v == shown else 255 for v in range(256)])
     elif mode in ("LA", "La"):
@@ -161,15 +161,15 @@ def _pixels(image: Image.Image, content: bytes, where: str, size: int | None, ba
 
 
 def _composed(flat: Image.Image, alpha: Image.Image, where: str, background: int) -> Image.Image:
-    """Over a grey level. Raises DataError where (nearly) nothing of the picture is left, and another level would show it."""
+    """The picture over a grey level. Raises DataError where (nearly) nothing of it is visible there but would be on another level."""
     shades = np.asarray(alpha)
     if not shades.any():
-        raise DataError(f"{where} is wholly transparent")
+        raise DataError(f"{where} is fully transparent")
     canvas = Image.new(flat.mode, flat.size, background if flat.mode == "L" else (background,) * 3)
     canvas.paste(flat, mask=alpha)
     contrast = max(int(np.ptp(np.asarray(channel))) for channel in canvas.split())
     if np.ptp(shades) and (contrast == 0 or contrast < FAINT <= np.ptp(shades)):
-        raise DataError(f"{where} vanishes on background {background} ({contrast} levels of contrast are left); set data.background")
+        raise DataError(f"{where} is invisible on background {background} ({contrast} grey levels of contrast); set data.background")
     return canvas
 
 

@@ -1,7 +1,7 @@
-"""What a folder or an archive of images has in it: the same tree gives the same members, read piece by piece within limits.
+"""Entries of a folder or an archive of images: the same tree gives the same members, read in pieces and within limits.
 
-Nothing is unpacked to disk, no link is followed that the settings do not allow, and no size that a file states is believed:
-memory stays within the limits below whatever is read.
+Nothing is unpacked to disk, links are followed only where the settings allow it, and stated sizes are not trusted: memory stays
+within the limits below whatever the input.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".we
 
 FILE_LIMIT = 64 * 2**20  # bytes of an image file
 COUNT_LIMIT = 400_000  # files and folders
-STREAM_LIMIT = 16 * 2**30  # bytes that a tar unpacks to, its padding included
-SWOLLEN = 2**30  # bytes that a tar may unpack to from whatever size; more only from a part in EXPANSION
+STREAM_LIMIT = 16 * 2**30  # bytes of an unpacked tar, including padding
+EXPANSION_FROM = 2**30  # bytes of an unpacked tar above which it may be at most EXPANSION times the file
 HEADER_LIMIT = 2**20  # bytes of headers before a member of a tar: long names and pax records
-HEADERS_LIMIT = 2**30  # bytes of headers in all; 400,000 members with pax records have 0.6 GB
-RECORDS_LIMIT = 4_000_000  # pax records in all
+HEADERS_LIMIT = 2**30  # bytes of headers in total; 400,000 members with pax records have 0.6 GB
+RECORDS_LIMIT = 4_000_000  # pax records in total
 NAME_LIMIT = 1000  # characters of a path
-XZ_MEMORY = 256 * 2**20  # bytes that decoding .xz may take; `xz -9` needs 65 MiB
+XZ_MEMORY = 256 * 2**20  # bytes that the .xz decoder may use; `xz -9` needs 65 MiB
 PIECE = 2**20
 
-# By lower-case name: what systems leave beside files. Images in it are copies, previews or deleted ones, and no class is called so.
+# Lower-case names of what operating systems leave beside files. Images inside are copies, previews or deleted ones, never a class.
 JUNK = {
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information", "lost+found"),
     *("@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", ".git", ".svn", ".hg", ".dvc", ".ds_store", ".appledouble"),
     *(".trashes", ".trash-1000", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".thumbnails", ".ipynb_checkpoints"),
 }
-IGNORED = {"cvs", "__pycache__"}  # beside what begins with a dot: left out as well, but an image that lies there is said
-PAPERS = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}  # files that explain a data set
+IGNORED = {"cvs", "__pycache__"}  # like names that begin with a dot: left out, but images inside are reported
+PAPERS = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}  # documents that come with a data set
 PAPER_SUFFIXES = {"", ".md", ".txt", ".rst", ".html", ".pdf"}
 
 CORRUPT = (
     *(tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError, struct.error),
-    *(ValueError, LookupError, RuntimeError, MemoryError, OverflowError),  # what malformed headers raise, too deep ones too
+    *(ValueError, LookupError, RuntimeError, MemoryError, OverflowError),  # raised by malformed or too deeply nested headers
 )
 
 
 @dataclass(frozen=True)
 class Member:
-    """An entry of the tree. name: its path below the root, parts joined by "/"; size: the bytes that are stated.
+    """An entry of the tree. name: its path below the root, parts joined by "/"; size: its stated size in bytes.
 
-    problem: why it cannot be read ("is a FIFO; ..."), or None. read: the content of a file, at most `size` bytes; of an archive's
-    only until the next member is asked for.
+    problem: why it cannot be read ("is a FIFO; ..."), or None. read: returns a file's content, at most `size` bytes; in an archive
+    only until the next member is requested.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Member:
 
 
 def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
-    """Every entry of a folder or archive that is not junk. Raises DataError where it cannot be read as a whole."""
+    """Every entry of a folder or archive that is not junk. Raises DataError unless all of it can be read."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
     elif stat.S_ISREG(mode) and name.endswith(ARCHIVE_SUFFIXES):
         found = _of_archive(path, _of_zip if name.endswith(".zip") else _of_tar)
     else:
-        raise DataError(f"{path}: a folder or an archive ending in {', '.join(ARCHIVE_SUFFIXES)} is allowed")
+        raise DataError(f"{path}: must be a folder or an archive ending in {', '.join(ARCHIVE_SUFFIXES)}")
     for n, member in enumerate(found, 1):
         if n > COUNT_LIMIT:
             raise DataError(f"{path}: has more than {COUNT_LIMIT:,} files and folders, which is the limit")
@@ -95,7 +95,7 @@ def members(path: Path, follow_links: bool = False) -> Iterator[Member]:
 
 
 def is_junk(name: str, is_folder: bool) -> bool:
-    """Whether this is left out without a word. An image is, only in or as JUNK and as what macOS writes beside a file (`._*`)."""
+    """Whether an entry is silently left out. An image is only when it is in JUNK or a macOS companion file (`._*`)."""
     parts = name.lower().split("/")
     if not name or any(part.startswith("._") or part in JUNK for part in parts):
         return True
@@ -106,10 +106,10 @@ def is_junk(name: str, is_folder: bool) -> bool:
 
 
 def ignored(name: str) -> str | None:
-    """Why an image of this name is not read though it may be meant, or None."""
+    """Why an image of this name is skipped (and reported), or None."""
     *above, last = name.lower().split("/")
     if any(part.startswith(".") or part in IGNORED for part in above):
-        return "in a folder that is ignored"
+        return "in an ignored folder"
     return "whose name begins with a dot" if last.startswith(".") else None
 
 
@@ -119,7 +119,7 @@ def _reason(error: BaseException) -> str:
 
 def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
     inside = os.path.realpath(root)
-    waiting: list[tuple[str, tuple[str, ...]]] = [("", (inside,))]  # (name below the root, real paths of it and of those above)
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (inside,))]  # (name below the root, real paths of it and of its parents)
     while waiting:
         name, above = waiting.pop()
         try:
@@ -137,7 +137,7 @@ def _of_folder(root: Path, follow_links: bool) -> Iterator[Member]:
             member, real = _entry(root, inner, inside, follow_links)
             if member.is_folder and member.problem is None:
                 if real in above:
-                    raise DataError(f"{root}: {inner!r} is a link to a folder that it lies in")
+                    raise DataError(f"{root}: {inner!r} is a link to one of its parent folders")
                 below.append((inner, (*above, real)))
             yield member
         waiting += reversed(below)
@@ -154,14 +154,14 @@ def _entry(root: Path, name: str, inside: str, follow_links: bool) -> tuple[Memb
     except UnicodeEncodeError:
         return Member(name, False, problem="has a name that is not UTF-8; rename it"), ""
     except OSError as error:
-        why = "is a link that leads nowhere" if is_link else "cannot be read"
+        why = "is a broken link" if is_link else "cannot be read"
         return Member(name, False, problem=f"{why} ({_reason(error)})"), ""
     problem, is_folder = None, stat.S_ISDIR(status.st_mode)
     if not is_folder and not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         problem = f"is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}; only folders and files are allowed"
     elif is_link and not (follow_links or _is_within(real, [inside]) or _is_within(real, dvc_cache())):
-        problem = "is a link that leads out of the folder, and not into DVC's cache; data.follow_links: true allows it"
+        problem = "is a link to outside the folder and DVC's cache; set data.follow_links: true to allow it"
     return Member(name, is_folder, status.st_size, problem, partial(_read_file, root, name)), real
 
 
@@ -179,7 +179,7 @@ def _read_file(root: Path, name: str) -> bytes:
 
 @cache
 def dvc_cache() -> tuple[str, ...]:
-    """The real path of the DVC cache of the repository that the command runs in, as DVC says it; none where there is none."""
+    """The real path of the DVC cache of the current repository, as DVC reports it; empty if there is none."""
     asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
     lines = asked.stdout.strip().splitlines()
     return (os.path.realpath(lines[-1]),) if asked.returncode == 0 and lines else ()
@@ -190,9 +190,9 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        raise DataError(f"{path}: the archive cannot be read ({error}); pack it anew") from error
+        raise DataError(f"{path}: the archive cannot be read ({error}); repack it") from error
     except CORRUPT as error:
-        raise DataError(f"{path}: the archive is corrupt or truncated ({_reason(error)}); fetch it again") from error
+        raise DataError(f"{path}: the archive is corrupt or truncated ({_reason(error)}); download it again") from error
 
 
 def _of_archive(path: Path, read: Callable[[Path], Iterator[Member]]) -> Iterator[Member]:
@@ -203,10 +203,10 @@ def _of_archive(path: Path, read: Callable[[Path], Iterator[Member]]) -> Iterato
                 raise DataError(f"{path}: '{member.name[:40]}...' has {len(member.name):,} characters; at most {NAME_LIMIT:,} are allowed")
             parts = member.name.replace("\\", "/").split("/")
             if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-                raise DataError(f"{path}: the member {member.name!r} leads out of the archive; it was not read")
+                raise DataError(f"{path}: member {member.name!r} points outside the archive")
             name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
             if not member.is_folder and name in seen:
-                raise DataError(f"{path}: has two members {name!r}; pack it anew")
+                raise DataError(f"{path}: duplicate member {name!r}; repack it")
             seen.add(name)
             problem = member.problem or (None if _is_utf8(name) else "has a name that is not UTF-8; rename it")
             yield Member(name, member.is_folder, member.size, problem, partial(_read_member, path, member))
@@ -224,7 +224,7 @@ def _read_member(path: Path, member: Member) -> bytes:
     with _whole(path):
         content = member.read()
         if len(content) < member.size:
-            raise EOFError(f"{member.name!r} ends early")
+            raise EOFError(f"{member.name!r} is truncated")
         return content
 
 
@@ -235,10 +235,10 @@ def _of_zip(path: Path) -> Iterator[Member]:
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 problem = "is a link or special file; only folders and files are allowed"
             elif info.flag_bits & 1:
-                problem = "is encrypted; pack it without a password"
-            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others unpack without a bound
+                problem = "is encrypted; repack it without a password"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # other methods unpack without a bound
                 problem = f"is compressed by method {info.compress_type}; stored and deflate are allowed"
-            name = info.filename.replace("\\", "/")  # as some Windows programs write it
+            name = info.filename.replace("\\", "/")  # written by some Windows programs
             yield Member(name, name.endswith("/"), info.file_size, problem, partial(_of_zip_member, archive, info))
 
 
@@ -251,7 +251,7 @@ def _of_zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 class _Xz(io.RawIOBase):
-    """The content of an .xz file, all its streams, decoded with bounded memory; lzma.open knows no bound."""
+    """The content of an .xz file with all its streams, decoded in bounded memory, which lzma.open cannot do."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.waiting = file, b""
@@ -263,7 +263,7 @@ class _Xz(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while True:
             if self.decoder.eof:
-                rest = self.decoder.unused_data.lstrip(b"\0")  # zeros may stand between streams
+                rest = self.decoder.unused_data.lstrip(b"\0")  # zeros may pad the gap between streams
                 while not rest:
                     if not (piece := self.file.read(PIECE)):
                         return 0
@@ -272,7 +272,7 @@ class _Xz(io.RawIOBase):
             if self.decoder.needs_input and not self.waiting:
                 self.waiting = self.file.read(PIECE)
                 if not self.waiting:
-                    raise EOFError("a stream ends early")
+                    raise EOFError("truncated stream")
             data = self.decoder.decompress(self.waiting, len(buffer))
             self.waiting = b""
             if data:
@@ -281,7 +281,7 @@ class _Xz(io.RawIOBase):
 
 
 def _unpacked(file: BinaryIO) -> BinaryIO:
-    """What a tar's file unpacks to, by what it is and not by its name."""
+    """The decompressed content of a tar file. Its first bytes decide the format, not its name."""
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
@@ -299,7 +299,7 @@ PAX_NEEDED = (b"path", b"size", b"hdrcharset")
 
 
 class _Header(tarfile.TarInfo):
-    """A header that says to the stream, before tarfile reads on, what follows it."""
+    """A header that announces to the stream what follows, before tarfile reads on."""
 
     def _proc_member(self, archive: Any) -> Any:
         archive.fileobj.follows(self)
@@ -307,16 +307,16 @@ class _Header(tarfile.TarInfo):
 
 
 class _TarStream:
-    """What tarfile reads from: forwards only, HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in all.
+    """The forward-only stream that tarfile reads: at most HEADER_LIMIT bytes of headers before a member and STREAM_LIMIT in total.
 
-    Of pax records it hands on PAX_NEEDED alone: with records that overlap, or long rows of digits, tarfile's own reading takes
-    time and memory by their square.
+    It passes on only the pax records in PAX_NEEDED: overlapping records and long rows of digits cost tarfile quadratic time and
+    memory.
     """
 
     def __init__(self, path: Path, file: BinaryIO, source: BinaryIO) -> None:
-        self.path, self.file, self.source = path, file, source  # source: what the file unpacks to
-        self.at = self.headers = self.all_headers = 0  # bytes so far; bytes of headers since the last member, and of all
-        self.extra = self.records = 0  # headers of names and records; pax records
+        self.path, self.file, self.source = path, file, source  # source: the decompressed file
+        self.at = self.headers = self.all_headers = 0  # bytes read; bytes of headers since the last member, and in total
+        self.extra = self.records = 0  # long-name and pax headers; pax records
         self.pax: int | None = None  # bytes of pax records that tarfile reads next
         self.last = b""  # what tarfile read last
 
@@ -328,19 +328,19 @@ class _TarStream:
             self.extra += 1
             self.pax = header.size if header.type in PAX else None
         if self.extra > COUNT_LIMIT:
-            raise DataError(f"{self.path}: has more than {COUNT_LIMIT:,} headers of names and records, which is the limit")
+            raise DataError(f"{self.path}: has more than {COUNT_LIMIT:,} long-name and pax headers, which is the limit")
 
     def _sparse(self) -> DataError:
-        return DataError(f"{self.path}: has a member that is packed as a sparse file; pack it anew without that")
+        return DataError(f"{self.path}: has a sparse member; repack it without sparse files")
 
     def needed(self, body: bytes) -> bytes:
-        """Of pax records those that a reader needs. Raises tarfile.ReadError unless each begins where the one before it ends."""
+        """The pax records that a reader needs. Raises tarfile.ReadError unless each begins where the previous one ends."""
         kept, at = {}, 0
         while at < len(body):
             found = PAX_RECORD.match(body, at)
             end = at + int(found[1]) if found else 0
             if found is None or end <= found.end() or body[end - 1 : end] != b"\n":
-                raise tarfile.ReadError("a pax record is broken")
+                raise tarfile.ReadError("invalid pax record")
             self.records += 1
             if self.records > RECORDS_LIMIT:
                 raise DataError(f"{self.path}: has more than {RECORDS_LIMIT:,} pax records, which is the limit")
@@ -364,12 +364,12 @@ class _TarStream:
 
     def read(self, size: int) -> bytes:
         if size < 0:
-            raise tarfile.ReadError("a size is negative")
+            raise tarfile.ReadError("negative size")
         self.headers += size
         self.all_headers += size
         if self.headers > HEADER_LIMIT or self.all_headers > HEADERS_LIMIT:
-            limits = f"{HEADER_LIMIT:,} for a member and {HEADERS_LIMIT:,} in all"
-            raise DataError(f"{self.path}: has more bytes of names and headers than are allowed, {limits}")
+            limits = f"{HEADER_LIMIT:,} bytes per member and {HEADERS_LIMIT:,} in total"
+            raise DataError(f"{self.path}: names and headers exceed the limit ({limits})")
         self.last = self.take(size)
         pax, self.pax = self.pax, None
         return self.last if pax is None else self.needed(self.last[:pax])
@@ -382,17 +382,17 @@ class _TarStream:
         while len(data) < size and (piece := self.source.read(min(PIECE, size - len(data)))):
             data += piece
         self.at += len(data)
-        if self.at > SWOLLEN and self.at > EXPANSION * self.file.tell():
+        if self.at > EXPANSION_FROM and self.at > EXPANSION * self.file.tell():
             raise DataError(f"{self.path}: unpacks to more than {EXPANSION} times its size, which is the limit")
         return bytes(data)
 
     def end(self) -> None:
-        """To the end, where a cut file is noticed and checksums are compared. tarfile stops without a word at a broken header."""
+        """Read to the end, which finds truncation and wrong checksums. tarfile stops silently at an invalid header."""
         if not self.last or self.last.strip(b"\0"):
-            raise tarfile.ReadError("a header is broken" if self.last else "its end mark is missing")
+            raise tarfile.ReadError("invalid header" if self.last else "the end-of-archive marker is missing")
         while piece := self.take(PIECE):
             if piece.strip(b"\0"):
-                raise tarfile.ReadError("more follows after its end mark")
+                raise tarfile.ReadError("data follow the end-of-archive marker")
 
 
 def _of_tar(path: Path) -> Iterator[Member]:
@@ -404,6 +404,6 @@ def _of_tar(path: Path) -> Iterator[Member]:
                 plain = info.isdir() or info.isfile()
                 problem = None if plain else "is a link or special file; only folders and files are allowed"
                 yield Member(info.name, info.isdir(), info.size, problem, partial(stream.take, info.size))
-                info.name, info.linkname, info.pax_headers = "", "", {}  # tarfile keeps every member that it has read
+                info.name, info.linkname, info.pax_headers = "", "", {}  # tarfile keeps every member it has read
                 archive.pax_headers = {}
         stream.end()

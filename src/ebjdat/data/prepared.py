@@ -1,4 +1,4 @@
-"""Prepared data: one file with uint8 arrays, labels, fixed splits and class means, and its data card."""
+"""Prepared data: one file of uint8 images, labels, fixed splits and class means, with a data card."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ebjdat.files import arrays_of, write_npz, write_result
 from ebjdat.settings import DataSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
-DUPLICATES = {  # of `duplicates`, what it warns of
-    "test_in_train": "test images that are training images too, pixel by pixel",
-    "test_in_validation": "test images that are validation images too",
-    "validation_in_train": "validation images that are training images too",
+DUPLICATES = {  # counts of `duplicates` that cause a warning
+    "test_in_train": "test images that are also training images, pixel by pixel",
+    "test_in_validation": "test images that are also validation images",
+    "validation_in_train": "validation images that are also training images",
     "within_train": "training images that are copies of others",
     "within_test": "test images that are copies of others",
-    "conflicting_labels": "pictures that bear more than one label",
+    "conflicting_labels": "pictures with more than one label",
 }
-DTYPES = {  # arrays of the file: type and number of dimensions
+DTYPES = {  # arrays of the file: dtype and number of dimensions
     "images": ("uint8", 4),
     **dict.fromkeys(("labels", "train", "validation", "test"), ("int64", 1)),
     "class_mean": ("float32", 4),
@@ -36,10 +36,10 @@ DTYPES = {  # arrays of the file: type and number of dimensions
 
 @dataclass(frozen=True)
 class Prepared:
-    """images: uint8 (N, C, H, W); labels: int64 (N,); train/validation/test: indices into them, in their fixed order.
+    """images: uint8 (N, C, H, W); labels: int64 (N,); train/validation/test: indices into them, in a fixed order.
 
-    class_mean: float32 (K, C, H, W) in [0, 1], means of the class Gaussians (the covariance is that of the training images
-    themselves; see samplers.starts).
+    class_mean: float32 (K, C, H, W) in [0, 1], means of the class Gaussians (samplers.starts takes the covariance from the training
+    images).
     """
 
     images: NDArray[np.uint8]
@@ -65,8 +65,8 @@ class Prepared:
 def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Train, validation and test indices: stratified, shuffled, and a function of split_seed alone.
 
-    The test split keeps the source's own order where that means something (torchvision's), so that "the first n" are the
-    examples that other work calls so; otherwise its order is a fixed shuffle. Raises DataError when a split cannot be made.
+    The test split keeps a meaningful order of the source (torchvision's), so that "the first n" are the same examples as in other
+    work; otherwise its order is a fixed shuffle. Raises DataError when a split cannot be made.
     """
     from sklearn.model_selection import train_test_split
 
@@ -90,11 +90,11 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
             if counts.min() < 2:
                 raise DataError(
                     f"data.n_train is {settings.n_train}: data.validation ({settings.validation}) leaves {counts.min()} training images of "
-                    f"{raw.classes[counts.argmin()]!r}, and a stratified part needs 2 of each class; lower data.validation, or take all "
+                    f"{raw.classes[counts.argmin()]!r}, but a stratified subset needs 2 of each class; lower data.validation, or use all "
                     f"{len(train)} (data.n_train: null)"
                 )
             train, _ = train_test_split(train, train_size=settings.n_train, stratify=raw.labels[train], random_state=seed)
-        train = train[: settings.n_train]  # nearly all: shuffled already, and the rest is too small to stratify
+        train = train[: settings.n_train]  # nearly all: already shuffled, and the rest is too small to stratify
     test = np.flatnonzero(raw.test)
     if not raw.ordered:
         test = np.random.default_rng(seed).permutation(test)
@@ -121,7 +121,7 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
 
     absent = [raw.classes[k] for k in range(len(raw.classes)) if not (labels[train] == k).any()]
     if absent:
-        raise DataError(f"no training images are left of {', '.join(absent)}; raise data.n_train or lower data.validation")
+        raise DataError(f"no training images are left for {', '.join(absent)}; raise data.n_train or lower data.validation")
     class_mean = np.stack([images[train[labels[train] == k]].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
     hashes = _hashes(dict(zip(HASHED, (images, labels, train, validation, test), strict=True)))
     prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, _data_hash(hashes))
@@ -150,16 +150,12 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
 
 
 def check_record(raw: Raw, record: registry.Source, name: str) -> None:
-    """Raises DataError where data are not what the source's record states, by which settings were checked."""
-    sizes = (record.train, record.test) if record.test else (record.train,)
-    n_test = int(raw.test.sum())
-    for what, stated, read in (
-        ("images", sizes, (len(raw.test) - n_test, n_test) if record.test else (len(raw.test),)),
-        ("an image's shape", record.shape, raw.images.shape[1:]),
-        ("classes", record.classes, len(raw.classes)),
-    ):
-        if stated not in (None, (None,), read):
-            raise DataError(f"source {name!r}: {what}: {read} read, but its record in registry.py states {stated}")
+    """Raises DataError where the data are not what the source's record states, which settings were validated against."""
+    n, n_test = len(raw.test), int(raw.test.sum())
+    sizes = {"train": n - n_test, "test": n_test} if record.test else {"train": n}
+    for what, value in {**sizes, "shape": raw.images.shape[1:], "classes": len(raw.classes)}.items():
+        if (stated := getattr(record, what)) not in (None, value):
+            raise DataError(f"source {name!r}: {what} is {value}, but its record in registry.py states {stated}")
 
 
 def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
@@ -167,14 +163,13 @@ def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
 
 
 def _data_hash(hashes: Mapping[str, str]) -> str:
-    # Sorted: it is printed in results, so it stays as it was made, though it does not say which array has which hash (the card does).
+    # Sorted, although that hides which array has which hash (the card says): results contain this hash, so it must not change.
     return hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()[:16]
 
 
 def duplicates(data: Prepared) -> dict[str, int]:
-    """Images that are there more than once, by their pixels. `*_in_train`, `test_in_validation`: images of the first split whose
-    pixels some image of the second has; `within_*`: images beyond the first of each content; `conflicting_labels`: contents that
-    bear more than one label.
+    """Counts of images with equal pixels. `*_in_train`, `test_in_validation`: images of the first split that also occur in the second;
+    `within_*`: images beyond the first of each content; `conflicting_labels`: contents with more than one label.
     """
     contents = [hashlib.sha256(image.data).digest() for image in np.ascontiguousarray(data.images)]
     parts = {name: [contents[i] for i in getattr(data, name)] for name in ("train", "validation", "test")}
@@ -200,44 +195,44 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
 
 
 def load(path: Path) -> Prepared:
-    """Read prepared data. Raises DataError when the file is missing, damaged, or not what `save` writes."""
+    """Read prepared data. Raises DataError when the file is missing, damaged, or not as `save` writes it."""
     try:
         arrays = arrays_of(path, names={*DTYPES, "classes", "data_hash"})
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no prepared data; run the prepare stage first") from error
+        raise DataError(f"{path}: no prepared data; run the prepare stage first") from error
     except DataError as error:
-        raise DataError(f"damaged prepared data: {error}; delete it and run the prepare stage again") from error
+        raise DataError(f"damaged prepared data: {error}; delete it and rerun the prepare stage") from error
     if problem := _problem(arrays, path):
-        raise DataError(f"{path}: damaged prepared data: {problem}; delete it and run the prepare stage again")
+        raise DataError(f"{path}: damaged prepared data: {problem}; delete it and rerun the prepare stage")
     return Prepared(
         **{name: arrays[name] for name in DTYPES}, classes=tuple(arrays["classes"].tolist()), data_hash=str(arrays["data_hash"])
     )
 
 
 def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
-    """What of these arrays is not as `save` writes it, or None. Raises DataError where pixels are not in 0..255."""
+    """How these arrays differ from what `save` writes, or None. Raises DataError where pixels are not in 0..255."""
     if absent := {*DTYPES, "classes", "data_hash"} - set(arrays):
-        return f"without {', '.join(sorted(absent))}"
+        return f"{', '.join(sorted(absent))} missing"
     for name, (dtype, dimensions) in DTYPES.items():
         array = arrays[name]
         if array.dtype != dtype or array.ndim != dimensions or not array.size:
             return f"{name} is {array.dtype} {array.shape}; {dtype} of {dimensions} dimensions is needed"
     images, labels, classes, data_hash = (arrays[name] for name in ("images", "labels", "classes", "data_hash"))
     if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < max(2, len(classes)):
-        return f"classes is {classes.dtype} {classes.shape}; at least two names are needed, none twice"
+        return f"classes is {classes.dtype} {classes.shape}; at least two different names are needed"
     if data_hash.dtype.kind != "U" or data_hash.ndim:
-        return f"data_hash is {data_hash.dtype} {data_hash.shape}; one text is needed"
+        return f"data_hash is {data_hash.dtype} {data_hash.shape}; a string is needed"
     if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
         return f"images have shape {images.shape}; (N, 1 or 3, size, size) is needed"
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= len(classes):
         return f"labels are {labels.shape} in {labels.min()}..{labels.max()}; {len(images)} in 0..{len(classes) - 1} are needed"
     index = np.concatenate([arrays[name] for name in ("train", "validation", "test")])
     if index.min() < 0 or index.max() >= len(images) or len(np.unique(index)) < len(index):
-        return f"indices of the splits are not each another one in 0..{len(images) - 1}"
+        return f"indices of the splits must be distinct and in 0..{len(images) - 1}"
     mean = arrays["class_mean"]
     if mean.shape != (len(classes), *images.shape[1:]) or not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 1):
         return f"class_mean has shape {mean.shape}; {(len(classes), *images.shape[1:])} in 0..1 is needed"
     check_range(images, str(path))
     if _data_hash(_hashes({name: arrays[name] for name in HASHED})) != str(data_hash):
-        return "its arrays do not have the data_hash that it states"
+        return "its arrays do not match its data_hash"
     return None

@@ -1,4 +1,5 @@
-"""Where images come from. A source takes the data settings and returns raw uint8 images with labels, or raises DataError."""
+"""Data sources. Each takes the data settings and returns raw uint8 images with labels, or raises DataError. registry.SOURCES has a record
+of each."""
 
 from __future__ import annotations
 
@@ -18,18 +19,18 @@ from ebjdat.data.members import FILE_LIMIT, IMAGE_SUFFIXES, Member, ignored, mem
 from ebjdat.errors import DataError, few
 from ebjdat.settings import DataSettings
 
-DATA_LIMIT = 8 * 2**30  # bytes of all images together; they are held in memory
-CLASS_NAME_LIMIT = 255  # bytes, as of file systems
-DARK = 17 << 8  # a set of 16-bit images without a value as high as this is nearly black in 8 bits; one of 12 bits has none
+DATA_LIMIT = 8 * 2**30  # bytes of all images, which are held in memory
+CLASS_NAME_LIMIT = 255  # bytes, as in file systems
+DARK = 17 << 8  # 16-bit images whose values are all lower (12-bit data, for instance) are nearly black in 8 bits
 SPLITS = ("train", "test")
-MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # what torchvision raises where a set is not whole
+MISSING = (RuntimeError, OSError, EOFError, tarfile.TarError)  # raised by torchvision where a set is incomplete
 
 
 @dataclass(frozen=True)
 class Raw:
     """images: uint8 (N, C, H, W); labels: int64 (N,), indices into classes; test: bool (N,).
 
-    ordered: whether the source's order means anything. reading: what the data card says of how files were read.
+    ordered: whether the source's order is meaningful. reading: how files were read, for the data card.
     """
 
     images: NDArray[np.uint8]
@@ -40,7 +41,7 @@ class Raw:
     reading: Mapping[str, Any] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """How files were read, where that is not what everybody expects."""
+        """How files were read, where that may surprise."""
         notes = [f"the folder {folder!r} is the {split} split" for split, folder in self.reading.get("folders", {}).items()]
         if self.reading.get("class_order") == "numeric" and list(self.classes) != sorted(self.classes):
             notes.append(f"classes are in numeric order ({', '.join(self.classes[:3])}, ...), not sorted as text")
@@ -50,17 +51,17 @@ class Raw:
         return notes
 
     def warnings(self) -> list[str]:
-        """What was left out, and classes that people take for one another."""
+        """What was left out, and class names that are easily confused."""
         groups = defaultdict(list)
         for name in self.classes:
             groups["".join(name.casefold().split())].append(name)
         alike = [repr(name) for names in groups.values() if len(names) > 1 for name in names]
-        warnings = [said_of_skipped(self.reading["skipped"])] if self.reading.get("skipped") else []
-        return warnings + ([f"classes that differ in case or spaces alone: {few(alike, 10)}"] if alike else [])
+        warnings = [skipped_line(self.reading["skipped"])] if self.reading.get("skipped") else []
+        return warnings + ([f"classes that differ only in case or spaces: {few(alike, 10)}"] if alike else [])
 
 
 def digits(settings: DataSettings) -> Raw:
-    """scikit-learn's 1,797 8x8 digits (values 0..16, scaled to 0..255); a stratified test split is drawn here."""
+    """scikit-learn's 1,797 8x8 digits (values 0..16, scaled to 0..255); with a stratified test split of `settings.test` images."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -94,10 +95,10 @@ def _torchvision(name: str, settings: DataSettings, splits: Sequence[str], downl
         parts = [torchvision_split(name, split, settings.root, download) for split in splits]
     except MISSING as error:
         help_ = (
-            f" and could not be fetched: {error}. Put the official archive there, set data.root to a folder that has it, "
+            f" and could not be downloaded: {error}. Put the official archive there, set data.root to a folder that has it, "
             "or use source 'folder' with an archive of class folders."
         )
-        raise DataError(f"{name} is not (whole) under {settings.root!r}{help_ if download else ''}") from error
+        raise DataError(f"{name} is missing or incomplete under {settings.root!r}{help_ if download else ''}") from error
     images, labels, classes = zip(*parts, strict=True)
     test = np.repeat([split == "test" for split in splits], [len(part) for part in labels])
     return Raw(np.concatenate(images), np.concatenate(labels), test, classes[0], ordered=True)
@@ -118,9 +119,9 @@ def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple
 def folder(settings: DataSettings) -> Raw:
     """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive, also below one enclosing folder.
 
-    Every file is read, refused (DataError), counted as skipped in `reading`, or junk of the kind that data.members names. All images
-    must have one square size, or get it from `settings.size`. Images stay grey where all files store grey, else all become RGB.
-    Classes are in the order of `settings.classes`; else in numeric order, where all names are digits; else sorted as text.
+    Every file is read, refused (DataError), counted as skipped in `reading`, or junk as data.members defines it. All images must have
+    one square size, or get it from `settings.size`. Images stay grey if all files store grey; otherwise all become RGB. Classes are in
+    the order of `settings.classes`; else in numeric order if all names are digits; else sorted as text.
     """
     path = Path(settings.path or "")
     images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]] = {split: defaultdict(list) for split in SPLITS}
@@ -140,21 +141,21 @@ def folder(settings: DataSettings) -> Raw:
             continue
         where = f"{path}: {member.name!r}"
         if tops.setdefault(split, top) != top:
-            raise DataError(f"{path}: two folders are the {split} split, {tops[split]!r} and {top!r}; one is allowed")
+            raise DataError(f"{path}: two folders for the {split} split, {tops[split]!r} and {top!r}; only one is allowed")
         if member.problem is not None:
             raise DataError(f"{where} {member.problem}")
         if label is not None and not (label.isprintable() and label.strip() and len(label.encode()) <= CLASS_NAME_LIMIT):
-            raise DataError(f"{where}: a class name is printable text of at most {CLASS_NAME_LIMIT} bytes; rename the folder {label!r}")
+            raise DataError(f"{where}: class names must be printable text of at most {CLASS_NAME_LIMIT} bytes; rename the folder {label!r}")
         if member.is_folder:
             if label is not None and not rest:
-                images[split][label]  # an empty class folder is seen, and refused below
+                images[split][label]  # register an empty class folder, which is refused below
             continue
         suffix = PurePosixPath(member.name).suffix.lower()
         if suffix not in IMAGE_SUFFIXES:
             skipped[repr(suffix)[1:-1] or "no suffix"].append(member.name)
             continue
         if label is None or len(rest) != 1:
-            raise DataError(f"{where} is not train/<class>/<image> or test/<class>/<image>; move it, or give its folder another place")
+            raise DataError(f"{where} is not train/<class>/<image> or test/<class>/<image>; move it or its folder")
         if member.size > FILE_LIMIT:
             raise DataError(f"{where} has {member.size:,} bytes; at most {FILE_LIMIT:,} are allowed")
         pixels = decode(member.read(), where, settings.size, settings.background, settings.channels)
@@ -162,12 +163,12 @@ def folder(settings: DataSettings) -> Raw:
         rules.update(pixels.rules)
         highest = max(highest, pixels.highest)
         area, depth = area + pixels.array[0].size, max(depth, len(pixels.array))
-        if area * depth > DATA_LIMIT:  # one colour image makes all of them RGB
-            raise DataError(f"{path}: images take more than {DATA_LIMIT:,} bytes as uint8, which is the limit; set a smaller data.size")
+        if area * depth > DATA_LIMIT:  # one colour image makes all RGB
+            raise DataError(f"{path}: images take more than {DATA_LIMIT:,} bytes as uint8, which is the limit; lower data.size")
 
     left_out = {kind: {"n": len(names), "example": names[0]} for kind, names in sorted(skipped.items())}
     if not any(images.values()):
-        raise DataError(f"{path}: has no train/<class>/ or test/<class>/ folders{_also(left_out)}")
+        raise DataError(f"{path}: no train/<class>/ or test/<class>/ folders{_also(left_out)}")
     deep = sum(n for rule, n in rules.items() if rule.startswith("16-bit"))
     if deep and highest < DARK:
         raise DataError(
@@ -181,9 +182,9 @@ def folder(settings: DataSettings) -> Raw:
 
 
 def _place(member: Member) -> tuple[str, str | None, str | None, tuple[str, ...]]:
-    """(folder of the split, split, class, what is below the class) of a member; None where it is in no split or class.
+    """(folder of the split, split, class, path below the class) of a member; None where it is in no split or class.
 
-    Names of classes are in Unicode's composed form, whichever the file system has.
+    Class names are in Unicode's composed form, whichever the file system uses.
     """
     parts = tuple(member.name.split("/"))
     at = next((i for i, part in enumerate(parts[:2]) if part.lower() in SPLITS), None)
@@ -195,10 +196,10 @@ def _place(member: Member) -> tuple[str, str | None, str | None, tuple[str, ...]
 
 
 def _also(skipped: Mapping[str, Mapping[str, Any]]) -> str:
-    return f"; {said_of_skipped(skipped)}" if skipped else ""
+    return f"; {skipped_line(skipped)}" if skipped else ""
 
 
-def said_of_skipped(skipped: Mapping[str, Mapping[str, Any]]) -> str:
+def skipped_line(skipped: Mapping[str, Mapping[str, Any]]) -> str:
     """One line: how many files were skipped, by kind, with an example of each."""
     n = sum(kind["n"] for kind in skipped.values())
     most = sorted(skipped.items(), key=lambda item: -item[1]["n"])
@@ -209,12 +210,12 @@ def said_of_skipped(skipped: Mapping[str, Mapping[str, Any]]) -> str:
 def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], str]:
     """Classes in the order of their labels, and what that order is."""
     if given is not None:
-        given = [unicodedata.normalize("NFC", name) for name in given]  # as those of the folders are
+        given = [unicodedata.normalize("NFC", name) for name in given]  # like those of the folders
         absent, unknown = sorted(set(given) - found), sorted(found - set(given))
         if absent or unknown or len(set(given)) < len(given):
             raise DataError(
-                f"{path}: the classes that were given are not its folders: without a folder {few(map(repr, absent)) or 'none'}, "
-                f"not given {few(map(repr, unknown)) or 'none'}; each has to be named once"
+                f"{path}: data.classes must list every class folder once; without a folder: {few(map(repr, absent)) or 'none'}; "
+                f"not listed: {few(map(repr, unknown)) or 'none'}"
             )
         return tuple(given), "given"
     if all(name.isascii() and name.isdigit() for name in found):
@@ -229,11 +230,11 @@ def _assemble(
         empty = [c for c in classes if not images[split].get(c)]
         if empty:
             raise DataError(
-                f"{path}: no images in {few(f'{split}/{c}' for c in empty)}; every class needs some in train and test"
+                f"{path}: no images in {few(f'{split}/{c}' for c in empty)}; every class needs images in train and test"
                 + _also(reading["skipped"])
             )
     if len(classes) < 2:
-        raise DataError(f"{path}: only the class {classes[0]!r}; at least two are needed")
+        raise DataError(f"{path}: only one class, {classes[0]!r}; at least two are needed")
 
     rows = [
         (image, index, split == "test", name)
@@ -241,20 +242,20 @@ def _assemble(
         for index, c in enumerate(classes)
         for name, image in sorted(images[split].pop(c), key=lambda x: x[0])
     ]
-    depth = max(len(image) for image, *_ in rows)  # grey pictures among colour ones, as ImageNet has them, become RGB
+    depth = max(len(image) for image, *_ in rows)  # grey pictures among colour ones (as in ImageNet) become RGB
     shapes = Counter((depth, *image.shape[1:]) for image, *_ in rows)
     usual = shapes.most_common(1)[0][0]
     for image, _, _, name in rows:
         if image.shape[1:] != usual[1:]:
             this = _size((depth, *image.shape[1:]))
-            raise DataError(f"{path}: {name!r} is {this}, others are {_size(usual)}; all images must be alike, or set data.size")
+            raise DataError(f"{path}: {name!r} is {this}, others are {_size(usual)}; all images must have one size, or set data.size")
     if usual[1] != usual[2] or usual[1] < 8:
-        raise DataError(f"{path}: images are {_size(usual)}; square ones of at least 8 pixels are allowed; set data.size to crop them")
+        raise DataError(f"{path}: images are {_size(usual)}; they must be square with at least 8 pixels a side; set data.size to crop them")
 
     labels = np.array([row[1] for row in rows], dtype=np.int64)
     test = np.array([row[2] for row in rows], dtype=bool)
     together = np.empty((len(rows), *usual), np.uint8)
-    for i in reversed(range(len(rows))):  # each image is given up as soon as it is in its place
+    for i in reversed(range(len(rows))):  # each image is released once it is copied
         together[i] = rows.pop()[0]
     if depth == 3 and (together[:, 0] == together[:, 1]).all() and (together[:, 0] == together[:, 2]).all():
         reading["grey_stored_as_rgb"] = True
@@ -266,7 +267,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def check_range(images: NDArray[np.uint8], where: str) -> None:
-    """Raises DataError where uint8 images, or the highest pixel of each, have none above 1: they were divided by 255, or are masks."""
+    """Raises DataError if no pixel of uint8 images (or of their maxima) is above 1: they were divided by 255, or are masks."""
     if images.size and images.max() <= 1:
         raise DataError(
             f"{where}: no pixel is above {images.max()}; pixels in 0..255 are needed. Were they divided by 255 (then multiply again), "

@@ -9,11 +9,11 @@ from ebjdat.settings import ParamsError, Profile, require_files, too_few_classes
 
 
 def run(profile: Profile, out: Path, card_out: Path) -> None:
-    """Raises DataError for the images; ParamsError or ExtractorError for what only later stages would meet: files that they read,
-    and too few classes for a protocol's ensemble."""
+    """Raises DataError for the images; ParamsError or ExtractorError for what would fail only in later stages: missing files, and too
+    few classes for a protocol's ensemble."""
     require_files(profile)
     generate = profile.evaluation.generate
-    if generate.extractor == "inception":  # fetched and read now, since `generate` comes after hours of training
+    if generate.extractor == "inception":  # downloaded and read now, since `generate` follows hours of training
         import torch
 
         from ebjdat.evaluation.frechet import inception_features
