@@ -100,8 +100,8 @@ def test_a_damaged_json_file_is_one_clear_line(tmp_path: Path, what: str) -> Non
     with pytest.raises(FileError) as caught:
         read_json(path)
     told = str(caught.value)
-    assert told.startswith(f"{path}: damaged, or not what it should be (")
-    assert told.endswith("; delete it and run its stage again")
+    assert told.startswith(f"{path}: damaged or invalid (")
+    assert told.endswith("; delete it and rerun its stage")
     assert "\n" not in told
     assert len(told) < 500
 
@@ -115,7 +115,7 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path: Path) -> None:
         for read in (read_json, read_npz):
             with pytest.raises(FileError, match=f"{name}: {why}"):
                 read(tmp_path / name)
-    with pytest.raises(FileError, match="gone: there is no such file; run the stage that makes it first"):
+    with pytest.raises(FileError, match="gone: no such file; run the stage that makes it first"):
         read_json(tmp_path / "gone")
     (tmp_path / "large.json").write_bytes(b"{}")
     os.truncate(tmp_path / "large.json", 2**33)  # a hole: it takes no place
@@ -173,7 +173,7 @@ def test_arrays_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
     }
     for content in bad.values():
         path.write_bytes(content)
-        with pytest.raises(FileError, match=r"energy\.npz: damaged, or not what it should be \(.*\); delete it and run its stage again"):
+        with pytest.raises(FileError, match=r"energy\.npz: damaged or invalid \(.*\); delete it and rerun its stage"):
             read_npz(path, ["clean"])
 
 

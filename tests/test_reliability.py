@@ -236,7 +236,7 @@ def test_what_auto_cannot_have_is_named_and_what_was_asked_for_is_an_error(x: Te
     data = DataSettings(source="cifar100", validation=5000, root=str(tmp_path))
     found, missing = ood.choose(x, data, ReliabilitySettings())
     assert list(found) == list(ood.MADE)
-    assert missing["svhn"] == f"not available: SVHN is not (whole) under {str(tmp_path)!r}"
+    assert missing["svhn"] == f"not available: SVHN is missing or incomplete under {str(tmp_path)!r}"
     assert "ood_path" in missing["folder"]
     assert set(missing) == {"svhn", "folder"}  # cifar100 is the data itself
     assert list(tmp_path.iterdir()) == []
@@ -255,7 +255,7 @@ def test_a_set_asked_for_by_name_may_be_fetched_and_auto_fetches_nothing(x: Tens
 
     monkeypatch.setattr(sources, "torchvision_split", absent)
     ood.choose(x, DIGITS, ReliabilitySettings())
-    with pytest.raises(DataError, match=r"'cifar10' cannot be had: CIFAR10 is not .* could not be fetched: no network"):
+    with pytest.raises(DataError, match=r"'cifar10' cannot be had: CIFAR10 is missing .* could not be downloaded: no network"):
         ood.choose(x, DIGITS, ReliabilitySettings(ood=("noise", "cifar10")))
     assert asked == [("SVHN", "test", False), ("CIFAR100", "test", False), ("CIFAR10", "test", True)]
 

@@ -722,7 +722,7 @@ def test_a_result_that_is_not_what_its_name_says_names_its_file(
         collect(profile, filled, "d1")
     told = str(caught.value)
     assert told.startswith(f"{path}: ")
-    assert told.endswith("; delete it and run its stage again")
+    assert told.endswith("; delete it and rerun its stage")
     assert len(told) < 600
 
 
@@ -741,7 +741,7 @@ def test_no_changed_bit_of_a_result_reaches_the_report(profile: Profile, filled:
     assert len(told) > 150
     assert all(text.startswith(f"{path}: ") for text in told)
     path.write_bytes(whole.replace(b'"digest"', b'"tsegid"'))
-    with pytest.raises(FileError, match="without digest, so of an earlier version"):
+    with pytest.raises(FileError, match="no digest, so from an earlier version"):
         collect(profile, filled, "d1")
     path.write_bytes(whole[:number] + b"1" + whole[number + 1 :])
     with pytest.raises(FileError, match="changed since it was written"):
@@ -754,8 +754,8 @@ def test_what_changed_beside_a_result_is_refused(profile: Profile, filled: Path,
     path = filled / "eb_jdat/seed0" / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    mend = rf"`dvc checkout {path}` may have it, else delete it and run its stage again"
-    told = rf"^{path}: not as its stage wrote it \(\w+\.json tells\); {mend}$"
+    mend = rf"restore it with `dvc checkout {path}`, or delete it and rerun its stage"
+    told = rf"^{path}: changed since its stage wrote it \(according to \w+\.json\); {mend}$"
     with pytest.raises(FileError, match=told):
         collect(profile, filled, "d1")
     path.write_bytes(whole)
@@ -764,11 +764,11 @@ def test_what_changed_beside_a_result_is_refused(profile: Profile, filled: Path,
     path.unlink()
     assert collect(profile, filled, "d1") == rows  # who reads it says that it is not there
     os.mkfifo(path)
-    with pytest.raises(FileError, match=rf"^{path}: not a plain file; delete it and run its stage again$"):
+    with pytest.raises(FileError, match=rf"^{path}: not a regular file; delete it and rerun its stage$"):
         collect(profile, filled, "d1")
 
 
-@pytest.mark.parametrize(("files", "told"), [({}, "without files, so of an earlier version"), ([], "files is list, where names with")])
+@pytest.mark.parametrize(("files", "told"), [({}, "without files, so of an earlier version"), ([], "files is list; names with")])
 def test_a_result_that_does_not_tell_its_files_is_refused(profile: Profile, filled: Path, files: Any, told: str) -> None:
     path = filled / "eb_jdat/seed0/energy.json"
     write_result(path, {**read_json(path), "files": files})
@@ -782,7 +782,7 @@ def test_a_result_that_does_not_tell_its_files_is_refused(profile: Profile, fill
 
 def test_a_result_that_is_missing_names_its_file(profile: Profile, filled: Path) -> None:
     (filled / "pretraining/clean/seed0/pretrain.json").unlink()
-    with pytest.raises(FileError, match=r"pretrain\.json: there is no such file; run the stage that makes it first"):
+    with pytest.raises(FileError, match=r"pretrain\.json: no such file; run the stage that makes it first"):
         collect(profile, filled, "d1")
     write_result(filled / "card.json", {**CARD, "sizes": [1]})
     with pytest.raises(FileError, match=r"card\.json: .*sizes"):
@@ -821,7 +821,7 @@ def test_what_was_not_finite_is_not_shown_as_a_number(profile: Profile, filled: 
 )
 def test_a_damaged_table_is_named(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(FileError, match=rf"{file}: damaged, or not what it should be \(.*\); delete it and run its stage again$"):
+    with pytest.raises(FileError, match=rf"{file}: damaged or invalid \(.*\); delete it and rerun its stage$"):
         tables.read_curve(tmp_path / file)
 
 

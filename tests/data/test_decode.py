@@ -1,8 +1,8 @@
-"""Image files to pixels: the same picture in every kind of file, and what is refused because nothing says how it is meant."""
+"""Image files to pixels: the same picture in every kind of file, and what is refused because its meaning is uncertain."""
 
 from __future__ import annotations
 
-import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from ebjdat.data import decode as decoding
 from ebjdat.data.decode import decode
 from ebjdat.errors import DataError
 
+from .conftest import refusal, saved
+
 Array = NDArray[Any]
 GREY = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
 GREY[0, :2] = 0, 255
@@ -24,12 +26,6 @@ BINARY = (GREY > 127).astype(np.uint8) * 255
 ALPHA = np.full((8, 8), 255, np.uint8)
 ALPHA[:4] = 0
 ALPHA[4] = 51  # a fifth
-
-
-def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
-    memory = io.BytesIO()
-    image.save(memory, kind, **how)
-    return memory.getvalue()
 
 
 def grey_as(kind: str, mode: str = "L", **how: Any) -> bytes:
@@ -191,8 +187,7 @@ CLEAR: dict[str, tuple[bytes, Array, Array]] = {  # file, colour, alpha
 def test_transparent_pixels_lie_on_the_background(kind: str, background: int) -> None:
     content, colour, alpha = CLEAR[kind]
     if kind == "1 bit, one value" and background == 0:  # white is clear, black is left: nothing to be seen
-        with pytest.raises(DataError, match="vanishes on background 0"):
-            decode(content, "x", background=background)
+        assert "is invisible on background 0" in refusal(lambda: decode(content, "x", background=background))
         return
     found = decode(content, "x", background=background)
     assert np.abs(found.array - over(colour, alpha, background)).max() <= 1  # rounding
@@ -202,19 +197,17 @@ def test_transparent_pixels_lie_on_the_background(kind: str, background: int) ->
 def test_a_shape_in_the_alpha_channel_is_kept_or_refused() -> None:
     icon = saved(rgba(np.zeros_like(GREY)), "PNG")
     assert np.abs(decode(icon, "x").array - (255 - ALPHA.astype(int))).max() == 0
-    with pytest.raises(DataError, match=r"icon vanishes on background 0 .0 levels of contrast are left.; set data\.back"):
-        decode(icon, "icon", background=0)
+    message = refusal(lambda: decode(icon, "icon", background=0))
+    assert message == "icon is invisible on background 0 (0 grey levels of contrast); set data.background"
     for level, contrast in ((250, 5), (254, 1), (240, 15)):
         pale = saved(rgba(np.full_like(GREY, level)), "PNG")
-        with pytest.raises(DataError, match=rf"icon vanishes on background 255 .{contrast} levels"):
-            decode(pale, "icon")
+        assert f"icon is invisible on background 255 ({contrast} grey levels" in refusal(lambda pale=pale: decode(pale, "icon"))
         assert np.ptp(decode(pale, "icon", background=0).array) == level
     assert np.ptp(decode(saved(rgba(np.full_like(GREY, 239)), "PNG"), "icon").array) == 16
     nearly_opaque = Image.fromarray(np.dstack([np.full_like(GREY, 200)] * 3 + [250 + GREY // 52]))
     assert np.ptp(decode(saved(nearly_opaque, "PNG"), "icon").array) <= 2  # a plain picture, whatever it lies on
     clear = Image.new("RGBA", (8, 8), (9, 9, 9, 0))
-    with pytest.raises(DataError, match="icon is wholly transparent"):
-        decode(saved(clear, "PNG"), "icon")
+    assert "icon is fully transparent" in refusal(lambda: decode(saved(clear, "PNG"), "icon"))
 
 
 TURNS: dict[int, Callable[[Array], Array]] = {  # EXIF 2.3, tag 274: how stored rows and columns are shown
@@ -247,8 +240,7 @@ def test_cmyk_jpegs_are_read_as_adobe_means_them() -> None:
     found = decode(content, "x").array
     assert np.abs(found[:, 4, 4].astype(int) - (255, 0, 0)).max() <= 3
     at = content.index(b"Adobe") - 4  # its marker and length
-    with pytest.raises(DataError, match="is a CMYK JPEG without Adobe's mark"):
-        decode(content[:at] + content[at + 16 :], "x")
+    assert "is a CMYK JPEG without Adobe's marker" in refusal(lambda: decode(content[:at] + content[at + 16 :], "x"))
 
 
 def frames(kind: str) -> bytes:
@@ -264,7 +256,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "signed 8-bit tiff": (tiff([GREY.tobytes()], 8, t339=2), "signed"),
     "12-bit tiff": (tiff([bytes(96)], 12), "12 bits"),
     "16-bit tiff, white is 0": (tiff([DEEP.tobytes()], 16, t262=0), "white as 0"),
-    "16-bit tiff by planes": (tiff([DEEP.tobytes()] * 3, 16, 3, t284=2), "plane by plane"),
+    "16-bit tiff by planes": (tiff([DEEP.tobytes()] * 3, 16, 3, t284=2), "separate planes"),
     "ycbcr tiff": (saved(Image.new("YCbCr", (8, 8)), "TIFF"), "mode YCbCr"),
     "lab tiff": (saved(Image.new("LAB", (8, 8)), "TIFF"), "mode LAB"),
     "16-bit rgb png, one colour clear": (
@@ -273,17 +265,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "png with its header later": (
         (whole := grey_as("PNG"))[:8] + struct.pack(">I4sI", 0, b"tEXt", zlib.crc32(b"tEXt")) + whole[8:],
-        "begin with its header|not a readable image",
+        "begin with the IHDR chunk|not a readable image",
     ),
     "animated gif": (frames("GIF"), "several frames or pages .GIF"),
     "animated webp": (frames("WEBP"), "several frames"),
     "animated png": (frames("PNG"), "several frames"),
     "tiff of two pages": (frames("TIFF"), "several frames"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF", "no such format"),
-    "ico": (grey_as("ICO", "RGBA"), "no such format"),
-    "tga": (grey_as("TGA"), "no such format"),
-    "text": (b"these are no pixels", "no such format"),
-    "nothing": (b"", "no such format"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF", "unknown format"),
+    "ico": (grey_as("ICO", "RGBA"), "unknown format"),
+    "tga": (grey_as("TGA"), "unknown format"),
+    "text": (b"these are no pixels", "unknown format"),
+    "nothing": (b"", "unknown format"),
     "cut": (grey_as("PNG")[:90], "not a readable image"),
     "huge": (b"P5 8000 8000 255 ", "8000x8000 pixels"),
     "enormous": (struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 90, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 1, 1, 0, 0), "is too large"),
@@ -291,19 +283,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_certain_meaning_is_refused_by_name(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_of_uncertain_meaning_are_refused_by_name(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     content, expected = REFUSED[kind]
-    with pytest.raises(DataError, match=rf"^folder: 'a\.png' .*{expected}") as caught:
-        decode(content, "folder: 'a.png'", size=8)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
+    message = refusal(lambda: decode(content, "folder: 'a.png'", size=8))
+    assert re.match(rf"folder: 'a\.png' .*({expected})", message)
+    assert len(message) < 300
     assert capfd.readouterr() == ("", "")
 
 
 def test_images_are_as_large_as_networks_take_or_have_a_size() -> None:
     wide = saved(Image.new("L", (decoding.SIDE_LIMIT + 1, 8)), "PNG")
-    with pytest.raises(DataError, match=r"1025x8 pixels; without data\.size at most 1024x1024"):
-        decode(wide, "x")
+    assert "1025x8 pixels; without data.size at most 1024x1024" in refusal(lambda: decode(wide, "x"))
     assert decode(wide, "x", size=8).array.shape == (1, 8, 8)
 
 
