@@ -15,10 +15,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ebjdat import registry
+from ebjdat import settings as params
 from ebjdat.data import external, prepared, sources
 from ebjdat.data.prepared import Prepared, check_record
-from ebjdat.settings import DataSettings
+from ebjdat.settings import DataSettings, ParamsError
 
+from ..conftest import ROOT
 from .conftest import KINDS, THREE, Files, as_folder, as_zip, grey, picture, read, refusal, saved, settings, tree
 from .test_decode import deep_colours
 
@@ -48,6 +50,12 @@ def test_data_that_differ_from_their_record_are_refused(change: dict[str, object
     raw = sources.digits(DataSettings(source="digits", test=497, validation=130))
     check_record(raw, record, "digits")
     assert f"source 'digits': {expected}" in refusal(lambda: check_record(raw, replace(record, **change), "digits"))
+
+
+def test_flips_that_change_labels_are_refused() -> None:
+    with pytest.raises(ParamsError, match=r"training\.augment\.flip: mirrored images"):
+        params.load(ROOT / "params/digits.yaml", ["training.augment.flip=true"])
+    assert params.load(ROOT / "params/cifar10.yaml", ["training.augment.flip=true"])
 
 
 def test_a_torchvision_set_with_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
