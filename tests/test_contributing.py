@@ -59,6 +59,18 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return Copy(tmp_path_factory.mktemp("contributing"))
 
 
+def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: Copy) -> None:
+    edits = ["src/ebjdat/data/sources.py", "src/ebjdat/registry.py", "params/overrides/shapes.yaml", "tests/data/test_sources.py"]
+    at = copy.done.index(edits[0])
+    assert copy.done[at : at + 4] == edits
+    assert "1 passed" in copy.run("pytest", "tests/data/test_sources.py", "-k", "shapes", "-p", "no:cacheprovider")
+    settings = ("--params", "params/digits.yaml", "--override", "params/overrides/ci.yaml", "--override", "params/overrides/shapes.yaml")
+    text = copy.run("ebjdat", "prepare", *settings, "--out", "shapes.npz", "--card", "shapes.json")
+    assert text.startswith("shapes: 720 train, 80 validation, 100 test; [1, 16, 16] uint8, 4 classes")
+    outputs = ("--out", "shapes.safetensors", "--metrics", "shapes-clean.json", "--curve", "shapes.csv")
+    copy.run("ebjdat", "pretrain", *settings, "--pretraining", "clean", "--seed", "0", "--data", "shapes.npz", *outputs)
+
+
 def test_the_examples_are_eight_edits_that_pass_their_own_tests_and_lint(copy: Copy) -> None:
     assert len(copy.done) == 8
     text = copy.run("pytest", "tests/test_objectives.py", "tests/test_samplers.py", "-k", "logit_pairing or mala", "-p", "no:cacheprovider")
