@@ -326,7 +326,7 @@ def test_a_killed_stage_leaves_no_entry_and_both_tools_continue_its_training(pro
     )
     before = (project.folder / "dvc.lock").read_text()
     stage = "finetune-classifier-seed0"
-    busy = killed_in_training(project, "dvc", "repro", "--single-item", stage)
+    busy = killed_in_training(project, "dvc", "repro", stage)
     assert "is at work in this folder; wait for it" in busy
     assert (project.folder / "dvc.lock").read_text() == before
     assert stage in project.run("dvc", "status", stage)
@@ -335,7 +335,7 @@ def test_a_killed_stage_leaves_no_entry_and_both_tools_continue_its_training(pro
     assert re.search(r"`snakemake` \(process \d+\) is at work in this folder; wait for it", busy)
     assert "continues at epoch" in (project.folder.parent / "killed.log").read_text()
     project.run("snakemake", "--unlock")
-    text = project.run("dvc", "repro", "--single-item", stage)
+    text = project.run("dvc", "repro", stage)
     assert "continues at epoch" in text
     settings = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"][stage]["params"]["params/digits.yaml"]
     assert settings["experiments.classifier"]["training"]["epochs"] == 150

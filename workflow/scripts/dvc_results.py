@@ -51,6 +51,11 @@ def stamp(name: str) -> list[int]:
     return [status.st_mtime_ns, status.st_size]
 
 
+def is_own(name: str, stamps: dict[str, Any]) -> bool:
+    """Whether it is as Snakemake's last run left it, and was not marked as old."""
+    return stamps.get(name) == stamp(name) and stamp(name)[0] != OLDEST[1] * 10**9
+
+
 def stamps_file(profile: str) -> Path:
     return Path(f"state/stamps-{profile}.json")
 
@@ -139,7 +144,7 @@ def adopt_dvc_outputs(profile: str) -> str:
     lock, synced = lock_of(profile), last_synced_lock(profile)
     # Another dvc.lock than last time (git checkout): the same bytes can be what other settings or code make, too.
     same = bool(here) and synced.exists() and filecmp.cmp(lock, synced, shallow=False)
-    others = {stage: [name for name in names if stamps.get(name) != stamp(name)] for stage, names in here.items()}
+    others = {stage: [name for name in names if not is_own(name, stamps)] for stage, names in here.items()}
     foreign = {stage for stage, names in others.items() if names}
     if (same and not foreign) or not any(here.values()):
         return ""
