@@ -21,14 +21,14 @@ localrules:
 
 
 onstart:
-    hear_everything()
+    watch_signals()
     begin()
 
 
 onerror:
     end_if_stopped()
     print(
-        f"Some jobs failed: what each says is above and in logs/{RUN}/. The others are kept, and the same command goes on from there."
+        f"Some jobs failed: what each says is above and in logs/{RUN}/. The others are kept, and the same command continues from there."
     )
 
 

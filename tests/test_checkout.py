@@ -220,6 +220,6 @@ def test_a_workflow_that_is_stopped_says_so_in_one_line(number: signal.Signals, 
     os.killpg(process.pid, number)
     assert process.wait(60) == code
     told = (tmp_path / "log").read_text()
-    assert told.splitlines()[-1] == "stopped: nothing is half-written, and the same command goes on where it was"
+    assert told.splitlines()[-1] == "stopped: nothing is half-written, and the same command continues where it was"
     assert "Error in rule" not in told
     assert "WorkflowError" not in told

@@ -713,7 +713,7 @@ def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(runs: Callable[.
 
 
 def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() -> None:
-    """As a training that diverged has it: what goes on from there does not begin anew."""
+    """As a training that diverged has it: what continues from there does not begin anew."""
     subject, about = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
     points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}]
     killed = Tracker(subject, about)

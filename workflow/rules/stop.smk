@@ -8,10 +8,10 @@ from snakemake.logging import logger
 
 STOPPED = []  # signals that asked this run to stop, first one first
 STARTED = []  # whether jobs may be at work
-GOES_ON = "stopped: nothing is half-written, and the same command goes on where it was"
+CONTINUES = "stopped: nothing is half-written, and the same command continues where it was"
 
 
-def heard(number):
+def note_stop(number):
     """From now on, jobs that end with an error were stopped: Snakemake need not list what they are."""
     if not STOPPED:
         logger.addFilter(lambda record: record.levelno < logging.ERROR)
@@ -20,19 +20,19 @@ def heard(number):
 
 def interrupted(number, frame):
     """Snakemake, too, ends with SystemExit as it does with KeyboardInterrupt: its jobs first."""
-    heard(number)
+    note_stop(number)
     if not STARTED:
-        print(GOES_ON, file=sys.stderr)
+        print(CONTINUES, file=sys.stderr)
     raise SystemExit(128 + number)
 
 
-def hear_everything():
+def watch_signals():
     """Called when jobs begin. At SIGTERM Snakemake waits for those that run, and begins no others."""
     STARTED.append(True)
     waits = signal.getsignal(signal.SIGTERM)
 
     def terminated(number, frame):
-        heard(number)
+        note_stop(number)
         if callable(waits):
             waits(number, frame)
 
@@ -41,7 +41,7 @@ def hear_everything():
 
 def end_if_stopped():
     if STOPPED:
-        print(GOES_ON, file=sys.stderr)
+        print(CONTINUES, file=sys.stderr)
         sys.exit(128 + STOPPED[0])
 
 

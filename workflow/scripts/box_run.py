@@ -5,7 +5,7 @@
     python run.py --status                              say what is done
 
 A stage is done when its outputs are the ones in done.json and its inputs are still those that it read. After M minutes the
-stage at work is asked to stop: training and attacks have kept their state, and the same command goes on from there. So it does
+stage at work is asked to stop: training and attacks have kept their state, and the same command continues from there. So it does
 after Ctrl-C, kill, kill -9 or a machine that went away. Exit codes: 0 all done, 1 a stage failed, 2 this machine or this
 folder cannot be used, 75 run it again to continue.
 
