@@ -8,7 +8,9 @@ from snakemake.logging import logger
 
 STOPPED = []  # signals that asked this run to stop, first one first
 STARTED = []  # whether jobs may be at work
-CONTINUES = "stopped: nothing is half-written, and the same command continues where it was"
+CONTINUES = (
+    "stopped: nothing is half-written, and the same command continues where it was"
+)
 
 
 def note_stop(number):
