@@ -308,7 +308,7 @@ def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
     assert read_json(folder / "x.json")["clean_correct"] == right.sum() > 50
     for content, message in (
         ("\n".join(names[:9]), "the class 'nine' is not in --classes"),
-        ("\n".join((*names, "ten")), "classes.txt names 11 classes, the network tells 10 apart"),
+        ("\n".join((*names, "ten")), "classes.txt names 11 classes, the network has 10"),
         ("zero\none\nzero\n", "classes.txt, line 3: 'zero' stands there already"),
         ("zero\n\none\n", "classes.txt, line 2: is empty"),
         ("", "classes.txt: is empty"),
@@ -319,7 +319,7 @@ def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
         assert message in done.output
     shutil.rmtree(folder / "pictures/train/nine")
     shutil.rmtree(folder / "pictures/test/nine")
-    assert "the folders are 9 classes, the network tells 10 apart; --classes" in CliRunner().invoke(app, ["attack", *words]).output
+    assert "the folders are 9 classes, the network has 10; --classes" in CliRunner().invoke(app, ["attack", *words]).output
 
 
 def test_two_classes_are_refused_with_what_works(folder: Path) -> None:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.errors import AttackError
-from ebjdat.evaluation import checks, detection, ensemble, fidelity, frechet, generate, robust
+from ebjdat.evaluation import autoattack, checks, detection, fidelity, frechet, generate, robust
 from ebjdat.evaluation import energy as landscapes
 from ebjdat.evaluation.audit import audit
+from ebjdat.evaluation.verdicts import result
 from ebjdat.files import read_json, write_json
+from ebjdat.intervals import flatten
 from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.settings import AttackSettings
 
@@ -95,11 +97,11 @@ def test_an_attack_that_meets_such_logits_breaks_the_image(attack: str) -> None:
     protocol = settings(2e-3).protocols["quick"]
     few = settings().protocols["others" if attack in ("fab", "apgd_dlr") else "quick"].attacks[attack]
     with robust.fp32_eval_copy(model) as judge:
-        network = ensemble.FastNetwork(judge, x)
-        moved = getattr(ensemble, attack)(network, x, y, few, protocol, 0)
+        network = autoattack.FastNetwork(judge, x)
+        moved = getattr(autoattack, attack)(network, x, y, few, protocol, 0)
         prediction = robust.predictions(judge, moved, N)
     assert torch.isfinite(moved).all()
-    assert robust.outside(moved, x, "Linf", 2e-3).max() < robust.SLACK
+    assert robust.ball_violation(moved, x, "Linf", 2e-3).max() < robust.SLACK
     if attack in ("square", "apgd_ce", "apgd_dlr", "apgd_t"):  # FAB walks towards a class, and meets no NaN on this way
         assert (y == 0).any()
         assert (prediction == NO_CLASS).all()
@@ -110,7 +112,7 @@ def test_an_adversarial_image_without_finite_logits_is_broken_and_counted() -> N
     x, model = images()[3:], Lossy(0.4005).eval()
     y = model.network(x).argmax(1)
     verdicts = robust.evaluate(model, x, y, "quick", settings(2e-3))
-    found = robust.summary("quick", settings(2e-3).protocols["quick"], verdicts)
+    found = flatten({"quick_": result(settings(2e-3).protocols["quick"], verdicts).named()})
     broken = N - 3 - found["quick_pgd20_correct"]
     assert verdicts.excess <= robust.SLACK
     assert found["quick_n_not_finite"] == 0
@@ -149,9 +151,9 @@ def test_such_a_point_is_noted_where_it_lies_in_the_ball_and_in_the_box(norm: st
     protocol = settings(0.01).protocols["quick"].model_copy(update={"norm": norm})
     x = torch.stack([torch.full((1, 4, 4), value) for value in (0.001, 0.5, 0.999)])
     for step, rows in ((0.002, [0, 1]), (-0.002, [1, 2]), (0.02, []), (-0.0009, [0, 1, 2])):
-        noting = ensemble._Noting(lambda points: torch.full((len(points), 10), math.nan), x, protocol)
+        noting = autoattack._NoteNotFinite(lambda points: torch.full((len(points), 10), math.nan), x, protocol)
         assert noting(x + step).eq(0).all()
-        assert sorted(noting.found) == rows
+        assert sorted(noting.noted) == rows
         assert torch.equal(noting.merged(x) != x, torch.tensor([row in rows for row in range(3)]).view(3, 1, 1, 1).expand_as(x))
 
 

@@ -25,7 +25,7 @@ from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet
 from ebjdat.settings import DataSettings, ParamsError, ReliabilitySettings
 from ebjdat.stages import reliability, train
-from ebjdat.stages.context import Context
+from ebjdat.stages.context import Context, Task
 from ebjdat.training import checkpoint
 
 from .conftest import ROOT
@@ -298,12 +298,13 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
     weights = tmp_path / "clean.safetensors"
     train.pretrain(context, "clean", 0, tmp_path / "data.npz", train.Outputs(weights, tmp_path / "c.json", tmp_path / "c.csv"), None)
-    outputs = [reliability.Outputs(*(tmp_path / i / f"reliability.{kind}" for kind in ("json", "npz", "png"))) for i in "ab"]
+    files = {"out": "reliability.json", "values": "reliability.npz", "figure": "reliability.png"}
+    outputs = [{name: tmp_path / folder / file for name, file in files.items()} for folder in "ab"]
     for out in outputs:
-        reliability.run(context, "classifier", 0, tmp_path / "data.npz", weights, out, None)
-    result, again = (read_json(out.metrics) for out in outputs)
+        reliability.run(context, Task("classifier", 0, {"data": tmp_path / "data.npz", "weights": weights}, out))
+    result, again = (read_json(out["out"]) for out in outputs)
     assert result == again
-    assert Image.open(outputs[0].figure).width > 400
+    assert Image.open(outputs[0]["figure"]).width > 400
 
     model = UnitRange(checkpoint.load(weights).network(torch.device("cpu"))).eval()
     images, labels = data.split("test")
@@ -313,7 +314,7 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
         with torch.no_grad():
             return model(at).double().numpy()
 
-    values = np.load(outputs[0].values, allow_pickle=False)
+    values = np.load(outputs[0]["values"], allow_pickle=False)
     plain = logits(x)
     assert np.allclose(values["logits"], plain, atol=1e-4)
     for suffix, t in (("", 1.0), ("_scaled", result["temperature"])):
@@ -350,8 +351,9 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     large = float(torch.finfo(torch.float32).max / np.median(np.abs(plain).max(1)))
     heads = {name: loaded.weights[name] * large for name in ("head.weight", "head.bias")}
     checkpoint.save(replace(loaded, weights={**loaded.weights, **heads}), tmp_path / "large.safetensors")
-    reliability.run(context, "classifier", 0, tmp_path / "data.npz", tmp_path / "large.safetensors", outputs[1], None)
-    found, others = read_json(outputs[1].metrics), np.load(outputs[1].values, allow_pickle=False)
+    inputs = {"data": tmp_path / "data.npz", "weights": tmp_path / "large.safetensors"}
+    reliability.run(context, Task("classifier", 0, inputs, outputs[1]))
+    found, others = read_json(outputs[1]["out"]), np.load(outputs[1]["values"], allow_pickle=False)
     assert 30 < found["n_calibration_not_finite"] < 70
     assert found["n_calibration"] == found["n_ood_in"] == len(others["labels"]) == 100 - found["n_calibration_not_finite"]
     kept = np.abs(plain).max(1) * large < 0.99 * torch.finfo(torch.float32).max

@@ -14,10 +14,10 @@ from pyautoattack.fab_pt import FABAttack_PT
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ebjdat.evaluation import checks, ensemble, robust
+from ebjdat.evaluation import autoattack, checks, robust
 from ebjdat.evaluation.audit import audit
-from ebjdat.evaluation.robust import Verdicts
-from ebjdat.intervals import mcnemar, wilson
+from ebjdat.evaluation.verdicts import Verdicts, result
+from ebjdat.intervals import flatten, mcnemar, wilson
 from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings
 
 from .conftest import Linear
@@ -86,7 +86,7 @@ def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
     asked = settings(eps)
     verdicts = robust.evaluate(linear, x, y, "standard", asked)
     assert torch.equal(verdicts.robust_under(list(asked.standard.attacks)), radius > eps)
-    found = robust.summary("standard", asked.standard, verdicts)
+    found = flatten({"": result(asked.standard, verdicts).named()})
     assert (found["clean_correct"], found["autoattack_correct"]) == (20, 11)
     assert 11 <= found["pgd20_correct"] <= 14  # cross-entropy does not aim at the nearest class
     assert (found["autoattack_acc"], found["clean_acc"]) == (11 / N, 20 / N)
@@ -130,9 +130,9 @@ def test_apgd_stops_working_on_what_is_broken() -> None:
             shown[self.name] += len(x)
             return self.network(x)
 
-    network = ensemble.FastNetwork(model, x)
+    network = autoattack.FastNetwork(model, x)
     network.count = lambda n: shown.__setitem__("ours", shown["ours"] + n)
-    found = ensemble.apgd_ce(network, x, y, EnsembleSettings(steps=100), protocol, 0)
+    found = autoattack.apgd_ce(network, x, y, EnsembleSettings(steps=100), protocol, 0)
     plain = AutoAttack(Counted("plain"), eps=protocol.eps, seed=0).apgd
     plain.n_restarts = 1
     expected = plain.perturb(x, y)
@@ -150,7 +150,7 @@ def test_a_fast_network_is_the_same_function() -> None:
     )
     model[1].running_mean.uniform_(-1, 1)
     model.eval()
-    fast = ensemble.FastNetwork(model, x)
+    fast = autoattack.FastNetwork(model, x)
     fast.at_once = 4  # in parts
     points = x.clone().requires_grad_(True)
     mine, theirs = (torch.autograd.grad(m(points).square().sum(), points)[0] for m in (fast, model))
@@ -158,7 +158,7 @@ def test_a_fast_network_is_the_same_function() -> None:
     assert torch.allclose(mine, theirs, atol=1e-4)
     assert mine.is_contiguous()
     assert all(p.requires_grad for p in model.parameters())
-    rough = ensemble.FastNetwork(model, x, bf16=True)
+    rough = autoattack.FastNetwork(model, x, bf16=True)
     many = torch.rand(300, 3, 6, 6)
     with torch.no_grad():
         assert rough._logits(many, True).sub(model(many)).abs().max() > 1e-4  # bf16 it is
@@ -181,10 +181,10 @@ def test_a_network_that_needs_its_layout_keeps_it() -> None:
     model, x = Viewing().eval(), images(12)
     with pytest.raises(RuntimeError, match="view"):
         Viewing().to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-    fast = ensemble.FastNetwork(model, x)
+    fast = autoattack.FastNetwork(model, x)
     assert torch.allclose(fast(x), model(x), atol=1e-6)
     verdicts = robust.evaluate(model, x, labelled(model, x, 2), "quick", settings(0.012, 12))
-    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_t", "fab_t", "square"}
+    assert set(verdicts.robust) == {"pgd20", "apgd_ce", "apgd_t", "fab_t", "square"}
 
 
 def test_bf16_search_leaves_verdicts_to_fp32() -> None:
@@ -207,16 +207,16 @@ def test_released_fab_works_in_the_brighter_half_alone(linear: Linear) -> None:
         common = {"norm": "Linf", "eps": 2 * eps, "n_iter": 20, "seed": 0, "device": torch.device("cpu")}
         reference = FABAttack_PT(lambda z: linear((z + 1) / 2), targeted=True, n_target_classes=9, **common)
         expected = (reference.perturb(2 * x - 1, y) + 1) / 2
-        network = ensemble.FastNetwork(linear, x)
-        found = ensemble.fab_t(network, x, y, released.attacks["fab_t"], released, 0)
+        network = autoattack.FastNetwork(linear, x)
+        found = autoattack.fab_t(network, x, y, released.attacks["fab_t"], released, 0)
         assert torch.allclose(found, expected, atol=1e-6)
     dark = images() * 0.4
     fab_t = released.attacks["fab_t"]
-    found = ensemble.fab_t(ensemble.FastNetwork(linear, dark), dark, labelled(linear, dark, 0), fab_t, released, 0)
+    found = autoattack.fab_t(autoattack.FastNetwork(linear, dark), dark, labelled(linear, dark, 0), fab_t, released, 0)
     assert torch.equal(found, dark)
     bright = 0.3 + images()
     y = labelled(linear, bright, wrong=0)
-    found = ensemble.fab_t(ensemble.FastNetwork(linear, bright), bright, y, fab_t, released, 0)
+    found = autoattack.fab_t(autoattack.FastNetwork(linear, bright), bright, y, fab_t, released, 0)
     assert (robust.predictions(linear, found, N) != y).any()
 
 
@@ -236,19 +236,19 @@ def test_released_protocol_adds_its_noise_and_halves_the_radius(linear: Linear) 
     assert (float(moved.min()), float(moved.max())) == (0, 1)
     verdicts = robust.evaluate(linear, x[:N], labelled(linear, x[:N]), "released", asked)
     assert torch.equal(verdicts.prediction, linear(seen[:N]).argmax(1))
-    assert set(verdicts.stands) == {"pgd20", "apgd_ce", "apgd_dlr", "fab_t", "square"}
+    assert set(verdicts.robust) == {"pgd20", "apgd_ce", "apgd_dlr", "fab_t", "square"}
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_outside_measures_how_far_an_image_left_its_ball(norm: str) -> None:
     x = torch.full((2, 1, 2, 2), 0.5)
     one = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    assert robust.outside(x + 0.1 * one, x, norm, 0.1).max() < 1e-6
-    assert robust.outside(x + 0.101 * one, x, norm, 0.1).tolist() == pytest.approx([0.001, 0.001], abs=1e-6)
-    everywhere = robust.outside(x + 0.06, x, norm, 0.1)  # L2 length 0.12
+    assert robust.ball_violation(x + 0.1 * one, x, norm, 0.1).max() < 1e-6
+    assert robust.ball_violation(x + 0.101 * one, x, norm, 0.1).tolist() == pytest.approx([0.001, 0.001], abs=1e-6)
+    everywhere = robust.ball_violation(x + 0.06, x, norm, 0.1)  # L2 length 0.12
     assert everywhere.tolist() == pytest.approx([0.0 if norm == "Linf" else 0.02] * 2, abs=1e-6)
-    assert robust.outside(torch.full_like(x, 1.001), torch.ones_like(x), norm, 0.1).tolist() == pytest.approx([0.001] * 2, abs=1e-6)
-    assert robust.outside(torch.zeros_like(x), torch.full_like(x, -0.02), norm, 0.01).max() == 0  # noise had left [0, 1]
+    assert robust.ball_violation(torch.full_like(x, 1.001), torch.ones_like(x), norm, 0.1).tolist() == pytest.approx([0.001] * 2, abs=1e-6)
+    assert robust.ball_violation(torch.zeros_like(x), torch.full_like(x, -0.02), norm, 0.01).max() == 0  # noise had left [0, 1]
 
 
 def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,20 +258,20 @@ def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear:
     def far(network: nn.Module, x: Tensor, y: Tensor, *_: Any) -> Tensor:
         return 1 - x  # classified otherwise, and far away
 
-    monkeypatch.setattr(ensemble, "square", far)
+    monkeypatch.setattr(autoattack, "square", far)
     asked = settings(1e-4)
     verdicts = robust.evaluate(linear, x, y, "standard", asked)
-    assert verdicts.stands["square"].min() == 1
+    assert verdicts.robust["square"].min() == 1
     check = checks.inside(asked.standard, verdicts)
     assert (check.passed, check.value) == (False, pytest.approx(float((1 - 2 * x).abs().max()) - 1e-4, rel=1e-3))
 
 
 def test_what_is_not_finite_breaks_nothing(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images()
-    assert robust.outside(x * torch.nan, x, "L2", 0.1).tolist() == [1.0] * N
-    monkeypatch.setattr(ensemble, "square", lambda network, x, *_: x * torch.nan)
+    assert robust.ball_violation(x * torch.nan, x, "L2", 0.1).tolist() == [1.0] * N
+    monkeypatch.setattr(autoattack, "square", lambda network, x, *_: x * torch.nan)
     verdicts = robust.evaluate(linear, x, labelled(linear, x, 0), "standard", settings(1e-4))
-    assert verdicts.stands["square"].min() == 1
+    assert verdicts.robust["square"].min() == 1
     assert verdicts.excess == 1.0
     assert not verdicts.lost.any()  # such an image is no image that the network lost
 
@@ -283,7 +283,7 @@ def test_state_of_another_network_or_radius_is_not_continued(tmp_path: Path) -> 
         fresh = robust.evaluate(model, x, y, "quick", settings(eps, 40))
         found = robust.evaluate(model, x, y, "quick", settings(eps, 40), tmp_path)
         assert torch.equal(found.prediction, fresh.prediction)
-        assert all(torch.equal(found.stands[name], fresh.stands[name]) for name in fresh.stands)
+        assert all(torch.equal(found.robust[name], fresh.robust[name]) for name in fresh.robust)
 
 
 def test_batches_and_restarts_of_pgd_hit_their_own_examples() -> None:
@@ -337,7 +337,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_p
         return call
 
     for name in asked.protocols["quick"].attacks:
-        monkeypatch.setattr(ensemble, name, interrupting(name, getattr(ensemble, name)))
+        monkeypatch.setattr(autoattack, name, interrupting(name, getattr(autoattack, name)))
     stops = 0
     for budget in (1, 1, 2, 100):  # noqa: B007 (read by the attacks): each time a few batches further
         calls.clear()
@@ -347,11 +347,11 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_p
             stops += 1
     assert stops >= 3
     assert 0 < len(calls) < sum(whole.done.values()) - whole.done["pgd20"]  # the last call did the rest alone
-    assert whole.stands.keys() == resumed.stands.keys()
-    assert all(torch.equal(whole.stands[name], resumed.stands[name]) for name in whole.stands)
+    assert whole.robust.keys() == resumed.robust.keys()
+    assert all(torch.equal(whole.robust[name], resumed.robust[name]) for name in whole.robust)
     assert whole.done == resumed.done
     again = robust.evaluate(model, x, y, "quick", asked, tmp_path)
-    assert torch.equal(again.stands["square"], whole.stands["square"])
+    assert torch.equal(again.robust["square"], whole.robust["square"])
     assert len(calls) < 100
 
 
@@ -362,7 +362,7 @@ def test_processes_that_share_the_batches_change_no_verdict(tmp_path: Path) -> N
     alone = robust.evaluate(model, x, y, "quick", asked)
     shared = robust.evaluate(model, x, y, "quick", asked, tmp_path, workers=2)
     assert shared.done == alone.done
-    assert all(torch.equal(alone.stands[name], shared.stands[name]) for name in alone.stands)
+    assert all(torch.equal(alone.robust[name], shared.robust[name]) for name in alone.robust)
     assert shared.flags == alone.flags
 
 
@@ -415,7 +415,7 @@ def test_limits_of_checks_are_points_of_accuracy() -> None:
     assert not checks.reaches_chance([(0, 0.9), (0.5, 0.11)], 10).passed
     protocol = settings(0.1).standard
     stands = {name: torch.ones(N, dtype=torch.int8) for name in protocol.attacks}
-    verdicts = Verdicts(torch.zeros(N), torch.zeros(N), stands=stands, done=dict.fromkeys(stands, 1))
+    verdicts = Verdicts(torch.zeros(N), torch.zeros(N), robust=stands, done=dict.fromkeys(stands, 1))
     assert checks.black_box(protocol, verdicts).passed
     stands["square"][0] = 0  # 1 of 24
     assert not checks.black_box(protocol, verdicts).passed
@@ -611,8 +611,8 @@ def test_two_and_three_classes_have_a_protocol_of_their_own() -> None:
 
 
 def test_autoattacks_own_word_on_square_is_heard() -> None:
-    assert ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.8}) == []
-    (told,) = ensemble.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.7})
+    assert autoattack.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.8}) == []
+    (told,) = autoattack.square_flag({"clean": 0.9, "apgd_ce": 0.8, "square": 0.7})
     assert "Square Attack has decreased the robust accuracy of 10.00%" in told
     model, x = Of(Curved().eval(), lambda z: (z * 2).round() / 2), images()
     verdicts = robust.evaluate(model, x, labelled(model, x), "quick", settings(0.05))
@@ -650,7 +650,7 @@ def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> N
         (Of(Linear(), lambda z: (z, z)), "returned tuple for one image"),
         (Of(Linear(), lambda z: z / 0), "not finite"),
         (Of(Linear(), lambda z: z.detach()), "passes no gradient on to its input"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "labels go up to 9, but the network tells 5 classes apart"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "labels go up to 9, but the network has 5 classes"),
     ],
 )
 def test_networks_that_cannot_be_evaluated_are_refused(model: nn.Module, message: str) -> None:

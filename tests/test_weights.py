@@ -502,7 +502,7 @@ def test_verdicts_are_those_of_the_plain_network(make: Callable[[], nn.Module]) 
     model.eval()
     expected = robust.evaluate(Plain().eval(), x, y, "quick", asked)
     assert torch.equal(given, x)
-    assert all(torch.equal(found.stands[name], expected.stands[name]) for name in expected.stands)
+    assert all(torch.equal(found.robust[name], expected.robust[name]) for name in expected.robust)
     assert 0 < int(found.robust_under(["pgd20", "apgd_ce"]).sum()) < 26
     with torch.no_grad():
         assert torch.equal(model(x.clone()), before)
@@ -517,7 +517,7 @@ def test_verdicts_are_those_of_the_plain_network(make: Callable[[], nn.Module]) 
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()),
             r"failed on images of shape \(1, 1, 4, 4\), in \[0, 1\]: RuntimeError: Given groups=1",
         ),
-        (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), "returned one logit; of two classes two are needed"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), "returned one logit; two classes need two"),
         (InPlace(lambda x: {}["setting"]), "failed on images of shape .*: KeyError: 'setting'"),
     ],
 )
@@ -603,7 +603,7 @@ def test_logits_of_another_kind_are_as_good(change: Callable[[Tensor], Tensor]) 
     both = (change, lambda z: change(z).as_subclass(Tensor).float())
     found, expected = (robust.evaluate(After(f).eval(), x, y, "standard", asked) for f in both)
     assert torch.equal(found.prediction, expected.prediction)
-    assert torch.equal(found.stands["pgd20"], expected.stands["pgd20"])
+    assert torch.equal(found.robust["pgd20"], expected.robust["pgd20"])
     assert 0 < int(found.robust_under(["pgd20"]).sum()) < 30
 
 
@@ -655,5 +655,5 @@ def test_images_are_shown_once_before_an_attack() -> None:
 
 def test_labels_counted_from_one_are_told() -> None:
     y = torch.arange(24) % 10 + 1
-    with pytest.raises(AttackError, match=r"labels go up to 10, but the network tells 10 classes apart; they seem to be counted from 1"):
+    with pytest.raises(AttackError, match=r"labels go up to 10, but the network has 10 classes; they seem to start at 1"):
         robust.evaluate(Linear().eval(), images(), y, "standard", settings(0.01, 0))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.errors import few
-from ebjdat.evaluation.robust import SLACK, Verdicts, batches, fp32_eval_copy, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.evaluation.robust import SLACK, batches, fp32_eval_copy, pgd_batch, pgd_start, predictions
+from ebjdat.evaluation.verdicts import Verdicts, pgd_name
 from ebjdat.intervals import mcnemar
 from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.pixels import internal_from_unit
@@ -91,7 +92,7 @@ def black_box(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
     others = [attack for attack in protocol.attacks if attack != "square"]
     if not protocol.n or not others or len(others) == len(protocol.attacks):
         return Check(name, None, None, POINT, "Square was not run after white-box attacks")
-    value = _share(verdicts.stands["square"][: protocol.n] == 0)
+    value = _share(verdicts.robust["square"][: protocol.n] == 0)
     return Check.at_most(name, value, POINT, says)
 
 
