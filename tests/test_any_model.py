@@ -29,7 +29,8 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.errors import DataError
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
-from ebjdat.models.external import ModelError, external_model
+from ebjdat.models.external import external_model
+from ebjdat.models.weights import ModelError
 from ebjdat.settings import ParamsError, usual_protocols
 
 from .conftest import ROOT

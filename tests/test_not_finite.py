@@ -17,8 +17,8 @@ from ebjdat.evaluation import energy as landscapes
 from ebjdat.evaluation.audit import audit
 from ebjdat.evaluation.verdicts import result
 from ebjdat.files import read_json, write_json
-from ebjdat.intervals import flatten
 from ebjdat.models.logits import NO_CLASS, predicted
+from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings
 
 from .conftest import Linear
@@ -112,7 +112,7 @@ def test_an_adversarial_image_without_finite_logits_is_broken_and_counted() -> N
     x, model = images()[3:], Lossy(0.4005).eval()
     y = model.network(x).argmax(1)
     verdicts = robust.evaluate(model, x, y, "quick", settings(2e-3))
-    found = flatten({"quick_": result(settings(2e-3).protocols["quick"], verdicts).named()})
+    found = flat_results({"quick": result(settings(2e-3).protocols["quick"], verdicts).statistics()})
     broken = N - 3 - found["quick_pgd20_correct"]
     assert verdicts.excess <= robust.SLACK
     assert found["quick_n_not_finite"] == 0

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ebjdat.evaluation import autoattack, checks, robust
 from ebjdat.evaluation.audit import audit
 from ebjdat.evaluation.verdicts import Verdicts, result
-from ebjdat.intervals import flatten, mcnemar, wilson
+from ebjdat.intervals import mcnemar, wilson
+from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings
 
 from .conftest import Linear
@@ -86,7 +87,7 @@ def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
     asked = settings(eps)
     verdicts = robust.evaluate(linear, x, y, "standard", asked)
     assert torch.equal(verdicts.robust_under(list(asked.standard.attacks)), radius > eps)
-    found = flatten({"": result(asked.standard, verdicts).named()})
+    found = flat_results({"standard": result(asked.standard, verdicts).statistics()})
     assert (found["clean_correct"], found["autoattack_correct"]) == (20, 11)
     assert 11 <= found["pgd20_correct"] <= 14  # cross-entropy does not aim at the nearest class
     assert (found["autoattack_acc"], found["clean_acc"]) == (11 / N, 20 / N)

@@ -28,7 +28,8 @@ from torch.optim.swa_utils import AveragedModel
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust
 from ebjdat.evaluation.audit import audit
-from ebjdat.models.external import ModelError, external_model
+from ebjdat.models.external import external_model
+from ebjdat.models.weights import ModelError
 from ebjdat.settings import AttackSettings
 
 from .conftest import Linear
@@ -628,7 +629,7 @@ def test_a_network_that_sets_the_seed_of_attacks_is_refused() -> None:
 
 
 def test_no_logits_are_refused() -> None:
-    with pytest.raises(AttackError, match="the network returned no logits; of two classes"):
+    with pytest.raises(AttackError, match="the network returned no logits; two classes need two"):
         robust.evaluate(After(lambda z: z[:, :0]).eval(), images(), torch.zeros(24, dtype=torch.int64), "standard", settings(0.01, 0))
 
 

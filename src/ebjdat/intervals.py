@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -35,22 +34,6 @@ class Proportion:
     def interval(self) -> tuple[float, float]:
         """Its Wilson score interval at 95 %."""
         return wilson(self.correct, self.n)
-
-
-def flatten(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Nested results, prefix -> name -> value, by the flat names of result files: prefix and name; of a Proportion x its x_correct,
-    x_acc, x_low and x_high.
-    """
-    flat: dict[str, Any] = {}
-    for prefix, values in results.items():
-        for name, value in values.items():
-            if isinstance(value, Proportion):
-                low, high = value.interval
-                parts = {"correct": value.correct, "acc": value.value, "low": low, "high": high}
-                flat |= {f"{prefix}{name}_{part}": number for part, number in parts.items()}
-            else:
-                flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

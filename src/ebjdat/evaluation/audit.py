@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ebjdat.evaluation import checks, robust, verdicts
 from ebjdat.evaluation.verdicts import ProtocolResult
 from ebjdat.files import write_atomic
-from ebjdat.intervals import flatten
-from ebjdat.settings import AttackSettings, prefix_of
+from ebjdat.names import flat_results
+from ebjdat.settings import AttackSettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Audit:
     @property
     def metrics(self) -> dict[str, Any]:
         """Everything by the flat names of result files."""
-        return {**flatten({prefix_of(name): result.named() for name, result in self.results.items()}), **self.checks}
+        return {**flat_results({name: result.statistics() for name, result in self.results.items()}), **self.checks}
 
 
 def audit(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ebjdat import registry
 from ebjdat.errors import UserError, in_a_line
-from ebjdat.models.external import ModelError, read_weights
+from ebjdat.models.weights import ModelError, read_weights
 from ebjdat.models.wrn import WideResNet
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 from ebjdat.settings import GenerateSettings

@@ -120,27 +120,29 @@ class ProtocolResult:
     n_attack: int
     ensemble: EnsembleResult | None = None
 
-    def named(self) -> dict[str, Any]:
-        """Values by the names of result files (docs/metrics.md), without the protocol's own; a Proportion makes several of them."""
-        values: dict[str, Any] = {
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """attack -> statistic -> value for names.flat_results: "clean", PGD, the ensemble, and "" for the protocol as a whole."""
+        of_protocol: dict[str, Any] = {
             "norm": self.norm,
             "eps": self.eps,
             "radius": self.radius,
             "n_test": self.clean.n,
             "n_not_finite": self.not_finite,
             "n_not_finite_adversarial": self.not_finite_adversarial,
-            "clean": self.clean,
-            self.pgd_name: self.pgd,
             "n_attack": self.n_attack,
         }
+        values = {"": of_protocol, "clean": _statistics(self.clean), self.pgd_name: _statistics(self.pgd)}
         if self.ensemble:
-            values["autoattack"] = self.ensemble.robust
-            values |= {f"after_{attack}_correct": after.correct for attack, after in self.ensemble.after.items()}
-            values[f"{self.pgd_name}_acc_first_n"] = self.ensemble.pgd.value
-            values["autoattack_warnings"] = list(self.ensemble.warnings)
-            values["attack_seconds"] = self.ensemble.seconds
-            values["n_targets"] = dict(self.ensemble.targets)
+            of_protocol |= {"attack_seconds": self.ensemble.seconds, "n_targets": dict(self.ensemble.targets)}
+            values[self.pgd_name]["acc_first_n"] = self.ensemble.pgd.value
+            values["autoattack"] = {**_statistics(self.ensemble.robust), "warnings": list(self.ensemble.warnings)}
+            values |= {f"after_{attack}": {"correct": after.correct} for attack, after in self.ensemble.after.items()}
         return values
+
+
+def _statistics(proportion: Proportion) -> dict[str, Any]:
+    low, high = proportion.interval
+    return {"correct": proportion.correct, "acc": proportion.value, "low": low, "high": high}
 
 
 def pgd_name(protocol: ProtocolSettings) -> str:
