@@ -421,7 +421,7 @@ def bench(
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column(f"quartiles of {found['n']}", justify="right")
-    for name, text in stage.told(found):
+    for name, text in stage.table_rows(found):
         table.add_row(*map(_plain, (name, *text)))
     _console(100).print(table)
     if found["mfu"] > 1 or max(found["spread"]["images_per_s"]) > 1.5 * min(found["spread"]["images_per_s"]):

@@ -29,10 +29,10 @@ ITSELF = "."  # --weights-key of a file that is a state dict
 def external_model(factory: str, weights: Path | None = None, key: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Call "package.module:function" without arguments and load the weights, if given: a network on the device, in eval mode.
 
-    The folder one works in can be imported from.
+    Modules in the current folder can be imported.
 
     weights: safetensors, or a file of torch.save with tensors, numbers and text alone, that holds a state dict however it is
-    wrapped; what was read is said. key: which, where several fit. Raises ModelError when something is missing or does not fit.
+    wrapped; prints what was read. key: which one, if several fit. Raises ModelError when something is missing or does not fit.
     """
     module, _, function = factory.partition(":")
     if not module or not function:
@@ -41,21 +41,21 @@ def external_model(factory: str, weights: Path | None = None, key: str | None = 
         sys.path.insert(0, str(Path.cwd()))
     asked = f"--model {factory!r}"
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.split(".")[0]
         where = f"run this where {root!r} can be imported" if error.name in (root, module) else f"{root!r} needs it"
         raise ModelError(f"{asked}: {error}; {where}") from error
     except (Exception, SystemExit) as error:
         raise ModelError(f"{asked}: importing {module} raised {in_a_line(error)}") from error
-    with theirs(f"{asked}: looking for {function} in {module}"):
-        if not hasattr(found, function):
+    with external_code(f"{asked}: looking for {function} in {module}"):
+        if not hasattr(imported, function):
             raise ModelError(f"{asked}: the module {module} has no {function!r}")
-    with theirs(f"{asked}: {function}"):
-        model = getattr(found, function)()
+    with external_code(f"{asked}: {function}"):
+        model = getattr(imported, function)()
         if not isinstance(model, nn.Module):
             raise ModelError(f"{asked} made {type(model).__name__}; a torch.nn.Module is needed")
-    with theirs(f"{asked}: the network's own parameters(), buffers(), state_dict(), to() or eval()"):
+    with external_code(f"{asked}: the network's own parameters(), buffers(), state_dict(), to() or eval()"):
         if any(is_lazy(p) or p.is_meta for p in (*model.parameters(), *model.buffers())):
             raise ModelError(f"{asked}: parameters without values (lazy layers, or on the device meta); make them in the function")
         if weights is not None:
@@ -63,13 +63,13 @@ def external_model(factory: str, weights: Path | None = None, key: str | None = 
         ready = model.to(device).eval()
         state = ready.state_dict() if isinstance(ready, nn.Module) else None
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-            raise ModelError(f"{asked}: the network's to(), eval() or state_dict() returns something else than torch's do")
+            raise ModelError(f"{asked}: the network's to(), eval() or state_dict() returns something other than torch's")
         return ready
 
 
 @contextlib.contextmanager
-def theirs(what: str) -> Iterator[None]:
-    """Run somebody's code inside: what it raises, and its exit, become a ModelError that says what it was."""
+def external_code(what: str) -> Iterator[None]:
+    """Code of another package inside: what it raises, and its exit, become a ModelError."""
     try:
         yield
     except UserError:
@@ -91,30 +91,30 @@ class Candidate:
 
 
 def _load_into(model: nn.Module, factory: str, path: Path, key: str | None) -> str:
-    """Load the weights that fit; says in words which they were."""
+    """Load the weights that fit; returns a sentence on which they were."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     wanted = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
     content = read_weights(path, sum(value.nbytes for value in wanted.values()))
-    found = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
-    chosen = found if key is None else [c for c in found if c.route == ("" if key == ITSELF else key)]
+    fitting = [c for route, mapping in _mappings(content) for c in _candidates(route, mapping, wanted)]
+    chosen = fitting if key is None else [c for c in fitting if c.route == ("" if key == ITSELF else key)]
     if not chosen and key is not None:
-        raise ModelError(f"{path}: nothing that fits {factory} is under --weights-key {key!r}; {_listed(found)}")
+        raise ModelError(f"{path}: nothing under --weights-key {key!r} fits {factory}; {_listed(fitting)}")
     if not chosen:
         raise ModelError(f"{path}: {_misfit(content, wanted, factory)}")
     if any(not _equal(chosen[0], other) for other in chosen[1:]):
         if key is not None:
-            raise ModelError(f"{path}: several weights under {key!r} fit {factory}, and differ; save those that are meant alone")
-        raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; --weights-key says which")
+            raise ModelError(f"{path}: several weights under {key!r} fit {factory}, and differ; save a file with the right ones alone")
+        raise ModelError(f"{path}: several weights fit {factory}, and differ; {_listed(chosen)}; choose with --weights-key")
     one = chosen[0]
     try:
-        model.load_state_dict(one.tensors, strict=False)  # every name was compared; what is no tensor (extra state) stays as it is
+        model.load_state_dict(one.tensors, strict=False)  # every name was compared; extra state that is no tensor stays as it is
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{path}: cannot be loaded into {factory}: {in_a_line(error)}") from error
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in one.tensors.values() if value.is_floating_point()})
     what = f"{path}: {len(one.tensors)} tensors ({', '.join(kinds)})" + (f" under {one.route!r}" if one.route else ", as they are")
     what += f"; not read: {few(one.left)}" if one.left else ""
     same = [c.route or "the file itself" for c in chosen[1:]]
-    return what + (f"; the same are under {few(same)}" if same else "")
+    return what + (f"; identical ones are under {few(same)}" if same else "")
 
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
@@ -150,37 +150,37 @@ def _candidates(route: tuple[str, ...], mapping: Mapping[Any, Any], wanted: Mapp
     names: dict[tuple[str, ...], list[str]] = {}
     for name in tensors:
         names.setdefault(_canonical(name), []).append(name)
-    ours = {_canonical(name): name for name in wanted}
-    if len(ours) < len(wanted) or not ours:
+    own_names = {_canonical(name): name for name in wanted}
+    if len(own_names) < len(wanted) or not own_names:
         return
-    shared = _shared_prefix(list(ours))
-    last = max(ours)[len(shared) :]
+    shared = _shared_prefix(list(own_names))
+    last = max(own_names)[len(shared) :]
     for prefix in sorted({name[: len(name) - len(last)] for name in names if name[len(name) - len(last) :] == last}):
         under = {name[len(prefix) :]: kept for name, kept in names.items() if name[: len(prefix)] == prefix}
-        core = {name[len(shared) :]: own for name, own in ours.items()}
+        core = {name[len(shared) :]: own for name, own in own_names.items()}
         if under.keys() != core.keys():
             continue
         for chosen in _wrappings(under, prefix, core):
             picked = {own: tensors[name] for own, name in chosen.items()}
             if _fits(picked, wanted):
-                begins = _begins(chosen[max(wanted)], max(wanted))
+                begins = _prefix(chosen[max(wanted)], max(wanted))
                 yield Candidate(".".join((*route, *begins)), picked, tuple(sorted(tensors.keys() - set(chosen.values()))))
 
 
 def _wrappings(
     under: Mapping[tuple[str, ...], list[str]], prefix: tuple[str, ...], core: Mapping[tuple[str, ...], str]
 ) -> Iterator[dict[str, str]]:
-    """The file's names by the network's own; where names are there twice, wrapped and not, once for each wrapping that has them all."""
+    """The file's names by the network's own; names that occur twice, wrapped and not, once for each wrapping that has them all."""
     if all(len(names) == 1 for names in under.values()):
         yield {own: under[name][0] for name, own in core.items()}
         return
-    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    by_wrapping: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name, own in core.items():
-        for theirs in under[name]:
-            found.setdefault(_before(theirs, len(prefix)), {}).setdefault(own, []).append(theirs)
-    for names in found.values():
-        if len(names) == len(core) and all(len(theirs) == 1 for theirs in names.values()):
-            yield {own: theirs[0] for own, theirs in names.items()}
+        for in_file in under[name]:
+            by_wrapping.setdefault(_before(in_file, len(prefix)), {}).setdefault(own, []).append(in_file)
+    for names in by_wrapping.values():
+        if len(names) == len(core) and all(len(in_file) == 1 for in_file in names.values()):
+            yield {own: in_file[0] for own, in_file in names.items()}
 
 
 def _before(name: str, n: int) -> tuple[str, ...]:
@@ -190,9 +190,9 @@ def _before(name: str, n: int) -> tuple[str, ...]:
     return tuple(parts[: inner[n]] if n < len(inner) else parts)
 
 
-def _begins(theirs: str, ours: str) -> tuple[str, ...]:
-    """What stands before the network's own name in the file's."""
-    a, b = theirs.split("."), ours.split(".")
+def _prefix(in_file: str, own: str) -> tuple[str, ...]:
+    """The file's name up to where the network's own name begins."""
+    a, b = in_file.split("."), own.split(".")
     same = 0
     while same < min(len(a), len(b)) and a[-1 - same] == b[-1 - same]:
         same += 1
@@ -207,17 +207,17 @@ def _shared_prefix(names: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return wanted.keys() <= tensors.keys() and not any(_differs(tensors[name], value) for name, value in wanted.items())
+    return wanted.keys() <= tensors.keys() and not any(_difference(tensors[name], value) for name, value in wanted.items())
 
 
-def _differs(theirs: Tensor, ours: Tensor) -> str:
-    """How a tensor of a file is not one that the network can take; "" where it can."""
-    if theirs.shape != ours.shape:
-        return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the network"
-    if theirs.is_quantized or theirs.layout != torch.strided or theirs.is_meta:
-        return "no plain tensor (quantised, sparse or without values)"
-    if theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex() != ours.is_complex():
-        return f"{theirs.dtype} in the file, {ours.dtype} in the network".replace("torch.", "")
+def _difference(in_file: Tensor, own: Tensor) -> str:
+    """Why the network cannot take a tensor of a file; "" where it can."""
+    if in_file.shape != own.shape:
+        return f"{tuple(in_file.shape)} in the file, {tuple(own.shape)} in the network"
+    if in_file.is_quantized or in_file.layout != torch.strided or in_file.is_meta:
+        return "not a plain tensor (quantised, sparse or without values)"
+    if in_file.is_floating_point() != own.is_floating_point() or in_file.is_complex() != own.is_complex():
+        return f"{in_file.dtype} in the file, {own.dtype} in the network".replace("torch.", "")
     return ""
 
 
@@ -226,30 +226,34 @@ def _equal(a: Candidate, b: Candidate) -> bool:
 
 
 def _misfit(content: Any, wanted: Mapping[str, Tensor], factory: str) -> str:
-    """Why nothing fits, of the mapping that comes nearest."""
+    """Why nothing fits, by the nearest mapping."""
     best, text = -1, ""
     core = {_canonical(name): name for name in wanted}
     for route, mapping in _mappings(content):
-        theirs = {_canonical(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor) and not k.endswith(COUNTERS)}
-        prefix = _shared_prefix(list(theirs)) if len({name[:1] for name in theirs}) == 1 else ()
+        in_file = {
+            _canonical(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor) and not k.endswith(COUNTERS)
+        }
+        prefix = _shared_prefix(list(in_file)) if len({name[:1] for name in in_file}) == 1 else ()
         if not any(name[:1] == prefix[:1] for name in core):
-            theirs = {name[len(prefix) :]: value for name, value in theirs.items()}
-        missing, more = sorted(core.keys() - theirs.keys()), sorted(theirs.keys() - core.keys())
-        other = {core[k]: told for k in core.keys() & theirs.keys() if (told := _differs(theirs[k], wanted[core[k]]))}
+            in_file = {name[len(prefix) :]: value for name, value in in_file.items()}
+        missing, more = sorted(core.keys() - in_file.keys()), sorted(in_file.keys() - core.keys())
+        other = {core[k]: why for k in core.keys() & in_file.keys() if (why := _difference(in_file[k], wanted[core[k]]))}
         wrong = {
             "Missing keys": [core[k] for k in missing],
             "unexpected": [".".join(k) for k in more],
             "of another kind": [f"{k} ({v})" for k, v in sorted(other.items())],
         }
         where = f" (under {brief('.'.join(route), 80)})" if route else ""
-        score = len(core.keys() & theirs.keys())
+        score = len(core.keys() & in_file.keys())
         if score > best:
             best = score
-            told = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
-            text = f"does not fit {factory}{where}: {told or 'tensors are there twice, wrapped in two ways, and neither has all of them'}"
-    found = f" of {few(content)}" if isinstance(content, Mapping) and content else ""
-    return text or f"a state dict is needed, found {type(content).__name__}{found}"
+            problems = "; ".join(f"{what}: {few(names)}" for what, names in wrong.items() if names)
+            text = f"does not fit {factory}{where}: {problems or 'tensors occur twice, wrapped in two ways, and neither has all of them'}"
+    names = f" of {few(content)}" if isinstance(content, Mapping) and content else ""
+    return text or f"a state dict is needed, found {type(content).__name__}{names}"
 
 
-def _listed(found: list[Candidate]) -> str:
-    return f"what fits: {few([c.route or f'{ITSELF} (the file itself)' for c in found])}" if found else "nothing in the file does"
+def _listed(candidates: list[Candidate]) -> str:
+    if not candidates:
+        return "nothing in the file does"
+    return f"what fits: {few([c.route or f'{ITSELF} (the file itself)' for c in candidates])}"

@@ -256,7 +256,7 @@ def _are_pairs(value: Any) -> bool:
 
 
 def _is_read(name: str) -> bool:
-    """Whether a pickle may name this: what it may call, and what stands for a kind of tensor."""
+    """Whether a pickle may name this: what it may call, and and what denotes a kind of tensor."""
     module, _, last = name.rpartition(".")
     is_kind = module in ("torch", "torch.storage", "torch.cuda") and last.endswith("Storage")
     return name in CALLS or is_kind or name == "torch.Tensor" or (module == "torch" and isinstance(getattr(torch, last, None), torch.dtype))
@@ -289,7 +289,7 @@ def _unpickled(path: Path, mmap: bool) -> Any:
 
 
 def _pickled_objects(path: Path) -> list[str]:
-    """The classes and functions that a file names beside those that are read; found without running it."""
+    """The classes and functions that a file names beside those that are read; without executing it."""
     try:
         with torch.serialization.safe_globals([(NotRead, name) for name in HARMLESS]):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

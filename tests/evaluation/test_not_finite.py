@@ -1,4 +1,4 @@
-"""Logits that are not finite: they are no class, they are counted, and nothing goes on as if they were a number."""
+"""Logits that are not finite: no class, counted, and never treated as numbers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from ebjdat.evaluation import energy as landscapes
 from ebjdat.evaluation.audit import audit
 from ebjdat.evaluation.verdicts import result
 from ebjdat.files import read_json, write_json
-from ebjdat.models.logits import NO_CLASS, predicted
+from ebjdat.models.logits import NO_CLASS
 from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings
 
-from .conftest import Linear
+from ..conftest import Linear
 
 N = 40
+
+
 EPS = 0.008
 
 
@@ -55,11 +57,6 @@ def settings(eps: float = EPS) -> AttackSettings:
     others = {"apgd_dlr": {"steps": 10}, "fab": {"steps": 10}, "apgd_ce": None, "apgd_t": None, "fab_t": None, "square": None}
     protocols = {"standard": {**one, "like": None, "n": 0}, "quick": {**one, "attacks": attacks}, "others": {**one, "attacks": others}}
     return AttackSettings.model_validate({"protocols": protocols, "batch_size": 16, "checks": {"n": N, "steps": 20, "restarts": 1}})
-
-
-def test_a_row_that_is_not_finite_is_no_class() -> None:
-    rows = torch.tensor([[1.0, 2.0], [math.nan, math.nan], [math.nan, 5.0], [math.inf, 0.0], [3.0, -math.inf], [3.0, 0.0]])
-    assert predicted(rows).tolist() == [1, NO_CLASS, NO_CLASS, NO_CLASS, NO_CLASS, 0]
 
 
 @pytest.mark.parametrize("score", [math.nan, -math.inf])
@@ -165,20 +162,6 @@ def test_more_than_a_tenth_is_refused_before_anything_is_attacked() -> None:
         audit(model, x, y, settings())
 
 
-def test_json_says_which_values_were_not_finite(tmp_path: Path) -> None:
-    value = {"a": math.nan, "b": 1.5, "c": {"d": [1.0, -math.inf], "e": np.float64("inf")}, "checks": [{"value": math.nan, "n": 2}]}
-    write_json(tmp_path / "x.json", value)
-    assert read_json(tmp_path / "x.json") == {
-        "a": None,
-        "b": 1.5,
-        "c": {"d": [1.0, None], "e": None, "not_finite": ["d", "e"]},
-        "checks": [{"value": None, "n": 2, "not_finite": ["value"]}],
-        "not_finite": ["a"],
-    }
-    write_json(tmp_path / "y.json", {"a": (1, 2.0)})
-    assert read_json(tmp_path / "y.json") == {"a": [1, 2.0]}
-
-
 def test_figures_that_such_values_take_part_in_are_none() -> None:
     rng = np.random.default_rng(0)
     good, bad = rng.normal(size=(30, 3)), rng.normal(size=(30, 3))
@@ -222,3 +205,17 @@ def test_chains_that_end_in_no_image_have_no_distance(network: Any, train_data: 
     assert result["n_chains_not_finite"] == 6
     assert math.isnan(result["frechet"])
     assert result["class_agreement"] == 0
+
+
+def test_json_says_which_values_were_not_finite(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": 1.5, "c": {"d": [1.0, -math.inf], "e": np.float64("inf")}, "checks": [{"value": math.nan, "n": 2}]}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == {
+        "a": None,
+        "b": 1.5,
+        "c": {"d": [1.0, None], "e": None, "not_finite": ["d", "e"]},
+        "checks": [{"value": None, "n": 2, "not_finite": ["value"]}],
+        "not_finite": ["a"],
+    }
+    write_json(tmp_path / "y.json", {"a": (1, 2.0)})
+    assert read_json(tmp_path / "y.json") == {"a": [1, 2.0]}

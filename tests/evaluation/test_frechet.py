@@ -1,4 +1,4 @@
-"""Measurements against closed forms: Fréchet by matrix square root, energies by hand."""
+"""Feature extractors, and the Fréchet distance against the matrix square root."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ import pytest
 import scipy.linalg
 import torch
 
-from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
-from ebjdat.evaluation import energy, frechet, generate
+from ebjdat.evaluation import frechet
 from ebjdat.evaluation.frechet import ExtractorError
 from ebjdat.models.wrn import WideResNet
-from ebjdat.samplers.starts import StartPool
-from ebjdat.settings import ChainSettings, GenerateSettings
-
-from .conftest import Linear
-
-N = 24
-
-
-@pytest.fixture
-def linear() -> Linear:
-    return Linear().eval()
+from ebjdat.settings import GenerateSettings
 
 
 def test_frechet_distance_against_the_matrix_square_root() -> None:
@@ -54,11 +43,11 @@ def test_inception_without_weights_is_a_clear_error_or_a_named_fallback(
     broken = tmp_path / "weights.pth"
     broken.write_bytes(b"not weights")
     wanted = GenerateSettings(n=2, steps=1, extractor="inception", inception_weights=str(broken))
-    with pytest.raises(ExtractorError, match=r"weights of Inception cannot be had from .*weights\.pth.*'reference'"):
+    with pytest.raises(ExtractorError, match=r"Inception's weights are unavailable from .*weights\.pth.*'reference'"):
         frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
     name, _ = frechet.choose_extractor(network, wanted.model_copy(update={"extractor": "auto"}), torch.device("cpu"), 3)
     assert name == "reference"
-    assert "it is no FID" in capsys.readouterr().out
+    assert "it is not an FID" in capsys.readouterr().out
     grey = wanted.model_copy(update={"extractor": "auto", "inception_weights": None})
     assert frechet.choose_extractor(network, grey, torch.device("cpu"), 1)[0] == "reference"
 
@@ -71,7 +60,7 @@ def test_a_file_of_inceptions_weights_is_not_unpacked_or_run(tmp_path: Path, net
     with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in good.namelist():
             packed.writestr(name, good.read(name))
-    with pytest.raises(ExtractorError, match=r"weights of Inception cannot be had from .*is compressed, which torch\.save never does"):
+    with pytest.raises(ExtractorError, match=r"Inception's weights are unavailable from .*is compressed, which torch\.save never does"):
         frechet.choose_extractor(network, wanted, torch.device("cpu"), 3)
     torch.save([torch.zeros(3)], path)
     with pytest.raises(ExtractorError, match=r"weights\.pth \(a state dict is needed, found list\)"):
@@ -98,45 +87,26 @@ def test_inception_features_from_a_weights_file(tmp_path: Path, network: WideRes
     assert np.allclose(features(images)[:2], random(images[:2])[0].detach().numpy(), atol=1e-5)
 
 
-def test_fresh_chains_are_deterministic_labelled_and_start_where_they_say(
-    network: WideResNet, digits: Prepared, train_data: DeviceData
+CPU = torch.device("cpu")
+
+
+def test_logits_read_from_features_are_the_extractors_own(
+    network: WideResNet, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = StartPool.of(train_data, torch.from_numpy(digits.class_mean))
-    settings = GenerateSettings(n=45, steps=2, batch_size=20)
-    (first, starts), (again, _) = (generate.fresh_chains(network, pool, ChainSettings(step_size=1e-6), settings) for _ in range(2))
-    assert (first.images.int() - starts.images.int()).abs().max() <= 1  # such steps end where they start
-    assert torch.equal(first.images, again.images)
-    assert first.images.shape == (45, 1, 8, 8)
-    assert first.labels.tolist() == [i % 10 for i in range(45)]
-    distance = ((first.images.float()[:, None] / 127.5 - 1 - pool.mean[None]) ** 2).flatten(2).sum(2)
-    assert (distance.argmin(1) == first.labels).float().mean() > 0.75
-    other, _ = generate.fresh_chains(network, pool, ChainSettings(step_size=0.2), settings)
-    assert not torch.equal(first.images, other.images)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    images = torch.from_numpy(digits.images[:30])
+    reference = frechet.reference_features(network, GenerateSettings(n=2, steps=1), CPU)
+    with torch.no_grad():
+        assert np.allclose(reference.logits(reference(images)), network.eval()(images.float() / 127.5 - 1).numpy(), atol=1e-4)
 
-def test_landscape_by_hand() -> None:
-    clean, adversarial, generated = np.array([-5.0, -3.0]), np.array([-4.0, -5.0]), np.array([-1.0, -2.0, -3.0])
-    found = energy.landscape(clean, adversarial, generated)
-    assert found["energy_gap_adversarial"] == pytest.approx((1 + 2) / 2)
-    assert found["energy_shift_adversarial"] == pytest.approx((1 - 2) / 2)
-    assert found["energy_gap_generated"] == pytest.approx(2.0)
-    assert found["energy_shift_generated"] == pytest.approx(2.0)
-    assert found["energy_gap_adversarial_se"] == pytest.approx(np.std([1, 2], ddof=1) / 2**0.5)
-    assert found["energy_gap_generated_se"] == pytest.approx((2 / 2 + 1 / 3) ** 0.5)
-    assert found["energy_wasserstein_adversarial"] == pytest.approx((0 + 1) / 2)  # sorted: (-5, -5), (-4, -3)
-
-
-def test_overlap_of_histograms() -> None:
-    a = np.linspace(0, 1, 1000)
-    assert energy.overlap(a, a) == pytest.approx(1)
-    assert energy.overlap(a, a + 5) == 0
-    assert energy.overlap(a, a + 0.5) == pytest.approx(0.5, abs=0.03)
-    assert energy.overlap(np.ones(3), np.ones(4)) == 1
-
-
-def test_energies_of_a_network_by_hand(linear: Linear) -> None:
-    x, y = torch.rand(N, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(N) % 10
-    marginal, joint = energy.energies(linear, x, y, batch_size=7)
-    logits = linear(x).detach().double().numpy()
-    assert marginal == pytest.approx(-np.log(np.exp(logits).sum(1)), rel=1e-6)
-    assert joint == pytest.approx(-logits[np.arange(N), y.numpy()], rel=1e-6)
+    with monkeypatch.context() as patch:  # random weights: a file of the right tensors
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        random = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"])
+    torch.save(random.state_dict(), tmp_path / "weights.pth")
+    settings = GenerateSettings(n=2, steps=1, extractor="inception", inception_weights=str(tmp_path / "weights.pth"))
+    inception = frechet.inception_features(None, settings, CPU)
+    colours = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = random(colours)[0].detach().numpy()
+    assert np.allclose(inception.logits(inception(colours)), expected, atol=1e-4 * np.abs(expected).max())
