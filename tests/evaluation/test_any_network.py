@@ -16,7 +16,7 @@ from ebjdat.evaluation.audit import audit
 from ebjdat.settings import AttackSettings
 
 from ..conftest import Linear
-from ..networks import images, labelled, plain, refusing, settings
+from ..networks import N, Of, images, labelled, plain, refusing, settings
 
 
 class InPlace(nn.Module):
@@ -103,13 +103,20 @@ def test_verdicts_are_those_of_the_plain_network(make: Callable[[], nn.Module]) 
         ),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), "returned one logit; two classes need two"),
         (InPlace(lambda x: {}["setting"]), "failed on images of shape .*: KeyError: 'setting'"),
+        (Of(Linear(), lambda z: z[:, :0]), "the network returned no logits; two classes need two"),
+        (Of(Linear(), lambda z: z / 0), "not finite"),
+        (nn.Identity(), "logits of shape"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(16, 3)),
+            "'standard': apgd_t needs at least 4 classes, here are 3; set its n to 0; .*works protocols.standard_binary={eps: 0.01, ",
+        ),
     ],
 )
-def test_networks_that_cannot_be_judged_are_refused_in_a_line(model: nn.Module, message: str) -> None:
+def test_networks_that_cannot_be_evaluated_are_refused_in_a_line(model: nn.Module, message: str) -> None:
     x = images()
     before = x.clone()
     with pytest.raises(AttackError, match=message) as raised:
-        robust.evaluate(model.eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01, 0))
+        robust.evaluate(model.eval(), x, torch.zeros(len(x), dtype=torch.int64), "standard", settings(0.01))
     assert str(raised.value).isprintable()
     assert torch.equal(x, before)
 
@@ -211,11 +218,6 @@ def test_a_network_that_sets_the_seed_of_attacks_is_refused() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_no_logits_are_refused() -> None:
-    with pytest.raises(AttackError, match="the network returned no logits; two classes need two"):
-        robust.evaluate(After(lambda z: z[:, :0]).eval(), images(), torch.zeros(24, dtype=torch.int64), "standard", settings(0.01, 0))
-
-
 def test_images_are_shown_once_before_an_attack() -> None:
     """One pass under each protocol; what changes its images is refused in it, before any attack."""
     x, seen = images(40), []
@@ -237,7 +239,14 @@ def test_images_are_shown_once_before_an_attack() -> None:
     assert sum(n for n in seen if n == 40) == 2 * 40
 
 
-def test_labels_counted_from_one_are_told() -> None:
-    y = torch.arange(24) % 10 + 1
-    with pytest.raises(AttackError, match=r"labels go up to 10, but the network has 10 classes; they seem to start at 1"):
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.arange(N) % 10 + 1, "labels go up to 10, but the network has 10 classes; they seem to start at 1"),
+        (torch.arange(N) % 12, "labels go up to 11, but the network has 10 classes$"),
+        (torch.arange(N) % 10 - 1, "labels go down to -1, but the network has 10 classes$"),
+    ],
+)
+def test_labels_that_are_not_the_networks_classes_are_refused(y: Tensor, message: str) -> None:
+    with pytest.raises(AttackError, match=message):
         robust.evaluate(Linear().eval(), images(), y, "standard", settings(0.01, 0))

@@ -17,7 +17,7 @@ from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings, ProtocolSettings
 
 from ..conftest import Linear
-from ..networks import Curved, N, Of, images, labelled, settings
+from ..networks import Curved, N, images, labelled, settings
 
 
 def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
@@ -201,26 +201,6 @@ def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> N
     assert model.training
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            nn.Sequential(nn.Flatten(), nn.Linear(16, 3)),
-            "'standard': apgd_t needs at least 4 classes, here are 3; set its n to 0; .*works protocols.standard_binary={eps: 0.01, ",
-        ),
-        (nn.Identity(), "logits of shape"),
-        (Of(Linear(), lambda z: (z, z)), "returned tuple for one image"),
-        (Of(Linear(), lambda z: z / 0), "not finite"),
-        (Of(Linear(), lambda z: z.detach()), "passes no gradient on to its input"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "labels go up to 9, but the network has 5 classes"),
-    ],
-)
-def test_networks_that_cannot_be_evaluated_are_refused(model: nn.Module, message: str) -> None:
-    y = torch.arange(N) % (10 if "9" in message else 3)
-    with pytest.raises(robust.AttackError, match=message):
-        robust.evaluate(model, images(), y, "standard", settings(0.01))
 
 
 def test_a_protocol_counts_restarts_as_the_worst_of_them() -> None:

@@ -142,24 +142,8 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
                 Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
     (folder / "pictures/test/class0/notes.txt").write_text("of the camera")
     no_protocols, few_checks = "protocols={standard: {n: 0}, released: {n: 0}}", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"
-    said = run(
-        "--model",
-        "somenets:squeezenet",
-        "--data",
-        "pictures",
-        "--size",
-        "32",
-        "--out",
-        "net.json",
-        "--n",
-        "6",
-        "--source",
-        "somenets:squeezenet",
-        "--override",
-        no_protocols,
-        "--override",
-        few_checks,
-    )
+    words = "--model somenets:squeezenet --data pictures --size 32 --out net.json --n 6 --source somenets:squeezenet"
+    said = run(*words.split(), "--override", no_protocols, "--override", few_checks)
     result = read_json(folder / "net.json")
     skipped = "skipped 1 file: 1 .txt ('test/class0/notes.txt')"
     assert f"pictures: {skipped}\n" in said
@@ -310,22 +294,8 @@ def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     assert notes == ()
     asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
     found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)
-    run(
-        "--model",
-        "somenets:whitened",
-        "--weights",
-        "whitened.safetensors",
-        "--data",
-        "digits.npz",
-        "--n",
-        "20",
-        "--out",
-        "w.json",
-        "--threads",
-        "1",
-        *FAST,
-        *LESS,
-    )
+    words = "--model somenets:whitened --weights whitened.safetensors --data digits.npz --n 20 --out w.json --threads 1"
+    run(*words.split(), *FAST, *LESS)
     result = read_json(folder / "w.json")
     times = {"attack_seconds", "released_attack_seconds", "digest"}
     assert {k: v for k, v in found.metrics.items() if k not in times} == {k: result[k] for k in found.metrics if k not in times}
