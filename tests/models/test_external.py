@@ -82,7 +82,7 @@ def test_half_and_double_weights_and_old_files_are_read() -> None:
 )
 def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[str, str]) -> None:
     torch.save(content, "weights.pt")
-    with pytest.raises(ModelError, match=f"several weights fit somebodys:plain, and differ; what fits: {', '.join(routes)}; --weights-key"):
+    with pytest.raises(ModelError, match=f"several weights fit somebodys:plain, and differ; what fits: {', '.join(routes)}; choose with --weights-key"):
         external_model("somebodys:plain", Path("weights.pt"))
     for route, state in zip(routes, (STATE, OTHER), strict=True):
         assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), route).state_dict()["3.bias"], state["3.bias"])
@@ -99,7 +99,7 @@ def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
         for key, expected in ((".", 1.0), ("", 1.0), ("module", 2.0)):
             found = external_model("somebodys:named", file, key).state_dict().values()
             assert {float(value.unique()) for value in found} == {expected}, (file, key)
-        with pytest.raises(ModelError, match=r"and differ; what fits: .*\. \(the file itself\).*; --w"):
+        with pytest.raises(ModelError, match=r"and differ; what fits: .*\. \(the file itself\).*; choose with --w"):
             external_model("somebodys:named", file)
     half = {**raw, "module.conv.weight": other["conv.weight"]}
     save_file(half, "half.safetensors")
@@ -111,7 +111,7 @@ def test_names_that_are_there_wrapped_and_not_are_never_mixed() -> None:
 
 def test_a_state_dict_with_another_in_it_is_not_taken_without_a_word() -> None:
     torch.save({**STATE, "averaged": OTHER}, "weights.pt")
-    with pytest.raises(ModelError, match=r"and differ; what fits: \. \(the file itself\), averaged; --weights-key"):
+    with pytest.raises(ModelError, match=r"and differ; what fits: \. \(the file itself\), averaged; choose with --weights-key"):
         external_model("somebodys:plain", Path("weights.pt"))
     for key, state in ((".", STATE), ("averaged", OTHER)):
         assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), key).state_dict()["3.bias"], state["3.bias"])

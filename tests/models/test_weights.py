@@ -135,7 +135,7 @@ def test_a_long_list_of_records_is_not_read() -> None:
     with zipfile.ZipFile("good.pt", "a") as archive:
         for i in range(2100):
             archive.writestr(f"good/{i:02000d}", b"")
-    with pytest.raises(ModelError, match=r"good\.pt: the list of its members has more than 4,194,304 bytes"):
+    with pytest.raises(ModelError, match=r"good\.pt: its member list has more than 4,194,304 bytes"):
         external_model("somebodys:plain", Path("good.pt"))
 
 
