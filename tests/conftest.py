@@ -26,7 +26,7 @@ FIRST = (
     "workflow/test_box",
     "test_step",
     "test_stages",
-    "test_any_model",
+    "stages/test_attack",
     "test_training",
     "test_tracking",
     "test_healing",

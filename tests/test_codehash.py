@@ -106,7 +106,7 @@ def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Changed
         ("ebjdat.training.loop", "PLANNED_STEPS = ", "PLANNED_STEPS = 0 + ", ("pretrain", "finetune")),
         ("ebjdat.models.wrn", "relu(", "relu(0 + ", ("pretrain", "finetune", "attack", "generate", "energy", "reliability")),
         ("ebjdat.evaluation.checks", "POINT = ", "POINT = 0 + ", ("attack",)),
-        ("ebjdat.evaluation.ensemble", "TIE = ", "TIE = 0 + ", ("attack",)),
+        ("ebjdat.evaluation.autoattack", "TIE = ", "TIE = 0 + ", ("attack",)),
         ("ebjdat.evaluation.calibration", "return ", "return 0 or ", ("reliability",)),
         ("ebjdat.evaluation.frechet", "def frechet_distance(", "@torch.no_grad()\ndef frechet_distance(", ("generate",)),
         ("ebjdat.data.sources", "def digits(", "@staticmethod\ndef digits(", ("prepare",)),

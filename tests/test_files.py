@@ -19,7 +19,7 @@ from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.data import external
 from ebjdat.data.prepared import Prepared
-from ebjdat.evaluation.robust import Verdicts
+from ebjdat.evaluation.verdicts import Verdicts
 from ebjdat.files import FileError, arrays_of, parse_json, read_json, read_npz, write_npz
 from ebjdat.settings import ParamsError
 from ebjdat.stages import evaluate
@@ -184,12 +184,12 @@ def test_verdicts_of_an_interrupted_evaluation(tmp_path: Path) -> None:
     kept.save(tmp_path / "standard.npz")
     again = Verdicts.load(tmp_path / "standard.npz", torch.device("cpu"))
     assert (again.key, again.done) == ("key", {"pgd20": 1})
-    assert torch.equal(again.stands["pgd20"], kept.stands["pgd20"])
+    assert torch.equal(again.robust["pgd20"], kept.robust["pgd20"])
     arrays = read_npz(tmp_path / "standard.npz")
     for name, value in {
         "y": np.zeros(3, np.int64),
         "prediction": np.zeros(2),
-        "stands.pgd20": np.zeros(5, np.int8),
+        "robust.pgd20": np.zeros(5, np.int8),
         "lost": np.zeros(3, bool),
         "attacks": np.array(["fab"]),
         "done": np.array([[1]]),
@@ -205,7 +205,7 @@ def test_samples_of_other_data_are_refused(tmp_path: Path) -> None:
     index, classes = np.arange(4), tuple("0123456789")
     data = Prepared(images, labels, index, index, index, np.zeros((10, 1, 8, 8), np.float32), classes, "d1")
     write_npz(tmp_path / "samples.npz", {"images": images, "labels": labels})
-    assert evaluate._samples(tmp_path / "samples.npz", data)[1].tolist() == [0, 1, 2, 9]
+    assert evaluate.read_samples(tmp_path / "samples.npz", data)[1].tolist() == [0, 1, 2, 9]
     for other, of in (
         (images.astype(np.float32), labels),
         (images[:, :, :4], labels),
@@ -216,7 +216,7 @@ def test_samples_of_other_data_are_refused(tmp_path: Path) -> None:
     ):
         write_npz(tmp_path / "samples.npz", {"images": other, "labels": of})
         with pytest.raises(FileError, match=r"samples\.npz: .* are needed"):
-            evaluate._samples(tmp_path / "samples.npz", data)
+            evaluate.read_samples(tmp_path / "samples.npz", data)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", {"epoch": 1}, [1, 2], {"epoch": "x", "ended": False, "events": [1]}])

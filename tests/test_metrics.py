@@ -20,7 +20,7 @@ from ebjdat.files import read_json
 from ebjdat.metrics import STAGES, VOCABULARY, Quantity, UnknownNameError, describe
 from ebjdat.report import tables
 from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
-from ebjdat.stages.context import Context
+from ebjdat.stages.context import Context, Task
 from ebjdat.tracking import journal
 
 from .conftest import ROOT
@@ -75,14 +75,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = Path("ours.safetensors")
         tuned = train.Outputs(weights, out / "finetune.json", out / "finetune_curve.csv")
         train.finetune(context, "ours", 0, data, first.checkpoint, tuned, None)
-        attack.run(context, "ours", 0, data, weights, None, out / "attack.json", out / "verdicts.parquet", None)
-        pictures = (out / "generate.json", out / "samples.npz", out / "samples.png", out / "chains.gif")
-        evaluate.generate(context, "ours", 0, data, weights, weights, *pictures, None)
-        evaluate.energy(
-            context, "ours", 0, data, weights, out / "samples.npz", out / "energy.json", out / "energy.npz", out / "energy.png", None
-        )
-        files = reliability.Outputs(*(out / f"reliability.{kind}" for kind in ("json", "npz", "png")))
-        reliability.run(context, "ours", 0, data, weights, files, None)
+        inputs = {"data": data, "weights": weights, "reference": weights, "samples": out / "samples.npz"}
+
+        def task(**outputs: str) -> Task:
+            return Task("ours", 0, inputs, {name: out / file for name, file in outputs.items()})
+
+        attack.run(context, task(out="attack.json", verdicts="verdicts.parquet"))
+        evaluate.generate(context, task(out="generate.json", samples="samples.npz", grid="samples.png", chains="chains.gif"))
+        evaluate.energy(context, task(out="energy.json", values="energy.npz", figure="energy.png"))
+        reliability.run(context, task(out="reliability.json", values="reliability.npz", figure="reliability.png"))
         names = ("summary.csv", "metrics.json", "table.csv", "table.md", "report.html", "audit.html", "audit.md")
         report.run(context, Path("results"), Path("card.json"), report.Outputs(*(Path("results") / name for name in names)))
     return folder / "results"

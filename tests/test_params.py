@@ -369,7 +369,7 @@ def test_files_that_settings_name_are_looked_for_before_anything_trains(tmp_path
             told = CliRunner().invoke(app, ["check", "--params", str(profile), *options])
             assert (told.exit_code, f"evaluation.{key}: {path} {text}" in told.output) == (code, True)
     junk = params.load(profile, [f"evaluation.generate={{extractor: inception, inception_weights: {there}}}"])
-    with pytest.raises(ExtractorError, match=r"the weights of Inception cannot be had from .*there\.pth"):
+    with pytest.raises(ExtractorError, match=r"Inception's weights are unavailable from .*there\.pth"):
         prepare.run(junk, tmp_path / "data.npz", tmp_path / "card.json")
     assert not (tmp_path / "data.npz").exists()
 

@@ -28,7 +28,7 @@ from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import attack, evaluate, train
-from ebjdat.stages.context import BusyError, Context, journal_of
+from ebjdat.stages.context import BusyError, Context, Task, journal_of
 from ebjdat.training import checkpoint, healing
 from ebjdat.training.loop import TrainingError
 
@@ -74,8 +74,17 @@ class Files:
     def out(self, name: str) -> train.Outputs:
         return train.Outputs(self.folder / f"{name}.safetensors", self.folder / f"{name}.json", self.folder / f"{name}.csv")
 
+    def task(self, experiment: str, weights: Path, outputs: dict[str, Path], **inputs: Path) -> Task:
+        return Task(experiment, 0, {"data": self.data_path, "weights": weights, **inputs}, outputs)
+
     def network(self, name: str) -> WideResNet:
         return checkpoint.load(self.out(name).checkpoint).network(torch.device("cpu"))
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Outputs of `generate`."""
+    names = {"out": "generate.json", "samples": "samples.npz", "grid": "samples.png", "chains": "chains.gif"}
+    return {name: folder / file for name, file in names.items()}
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +99,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
             train.pretrain(made.context, name, 0, made.data_path, made.out(name), None)
         with made.executed["finetune"]:
             train.finetune(made.context, "eb_jdat", 0, made.data_path, made.out("clean").checkpoint, made.out("eb_jdat"), None)
-        source, outputs = made.out("clean").checkpoint, (folder / "attack.json", folder / "verdicts.parquet")
+        weights, other = made.out("eb_jdat").checkpoint, made.out("clean").checkpoint
+        outputs = {"out": folder / "attack.json", "verdicts": folder / "verdicts.parquet"}
         with made.executed["attack"]:
-            attack.run(made.context, "eb_jdat", 0, made.data_path, made.out("eb_jdat").checkpoint, source, *outputs, None)
-        outputs = (folder / "generate.json", folder / "samples.npz", folder / "samples.png", folder / "chains.gif")
-        checkpoints = (made.out("eb_jdat").checkpoint, made.out("clean").checkpoint)
+            attack.run(made.context, made.task("eb_jdat", weights, outputs, source=other))
         with made.executed["generate"]:
-            evaluate.generate(made.context, "eb_jdat", 0, made.data_path, *checkpoints, *outputs, None)
-        outputs = (folder / "energy.json", folder / "energy.npz", folder / "energy.png")
-        weights = made.out("eb_jdat").checkpoint
+            evaluate.generate(made.context, made.task("eb_jdat", weights, pictures(folder), reference=other))
+        outputs = {"out": folder / "energy.json", "values": folder / "energy.npz", "figure": folder / "energy.png"}
         with made.executed["energy"]:
-            evaluate.energy(made.context, "eb_jdat", 0, made.data_path, weights, folder / "samples.npz", *outputs, None)
+            evaluate.energy(made.context, made.task("eb_jdat", weights, outputs, samples=folder / "samples.npz"))
     return made
 
 
@@ -134,14 +141,14 @@ def test_state_made_by_other_code_is_not_continued(files: Files, tmp_path: Path,
 
     monkeypatch.setattr(train, "train", stopped)
     monkeypatch.setattr(attack, "audit", stopped)
-    weights = files.out("eb_jdat").checkpoint
+    task = files.task("eb_jdat", files.out("eb_jdat").checkpoint, {"out": tmp_path / "a.json", "verdicts": tmp_path / "v.parquet"})
     for code in ("as it is", "as it is", "another"):
         if code == "another":
             monkeypatch.setattr(codehash, "digest", lambda *_: "another")
         with pytest.raises(KeyboardInterrupt):
             train.pretrain(files.context, "clean", 0, files.data_path, files.out("other"), None)
         with pytest.raises(KeyboardInterrupt):
-            attack.run(files.context, "eb_jdat", 0, files.data_path, weights, None, tmp_path / "a.json", tmp_path / "v.parquet", None)
+            attack.run(files.context, task)
     assert states[:2] == states[2:4]
     assert not set(states[4:]) & set(states[:4])
 
@@ -359,16 +366,15 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     assert all(torch.allclose(loaded.ema[k], v, atol=1e-5) for k, v in expected.items())  # float32, 18 steps
     assert not torch.equal(loaded.ema["head.weight"], loaded.weights["head.weight"])
 
-    files_out = (tmp_path / "attack.json", tmp_path / "verdicts.parquet")
-    attack.run(context, "eb_jdat", 0, files.data_path, out.checkpoint, None, *files_out, None)
+    outputs = {"out": tmp_path / "attack.json", "verdicts": tmp_path / "verdicts.parquet"}
+    attack.run(context, files.task("eb_jdat", out.checkpoint, outputs))
     result = read_json(tmp_path / "attack.json")
     images, labels = files.data.split("test")
     for prefix, weights in (("", loaded.weights), ("ema_", loaded.ema)):
         network = loaded.network(torch.device("cpu"), weights)
         assert result[f"{prefix}clean_correct"] == (logits(network, images).argmax(1) == labels).sum()
-    pictures = (tmp_path / "g.json", tmp_path / "s.npz", tmp_path / "g.png", tmp_path / "c.gif")
-    evaluate.generate(context, "eb_jdat", 0, files.data_path, out.checkpoint, files.out("clean").checkpoint, *pictures, None)
-    generated = read_json(tmp_path / "g.json")
+    evaluate.generate(context, files.task("eb_jdat", out.checkpoint, pictures(tmp_path), reference=files.out("clean").checkpoint))
+    generated = read_json(tmp_path / "generate.json")
     spec, settings = loaded.header.training.chain, context.profile.evaluation.generate
     train_data = DeviceData(files.data, "train", torch.device("cpu"))
     pool = StartPool.of(train_data, torch.from_numpy(files.data.class_mean))

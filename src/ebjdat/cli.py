@@ -188,7 +188,7 @@ def attack(
     """Robustness under every protocol, with integrity checks: of a profile's experiment, or of any network (--model)."""
     from ebjdat.settings import usual_protocols
     from ebjdat.stages import attack as stage
-    from ebjdat.stages.context import Context, device_for
+    from ebjdat.stages.context import Context, Task, device_for
 
     verdicts = verdicts or out.with_suffix(".parquet")
     if verdicts.resolve() == out.resolve():
@@ -199,8 +199,8 @@ def attack(
         context = Context.load(params, override) if params else None
         settings = context.profile.evaluation.attack if context else usual_protocols(n or 1000, override)
         device = context.device(threads) if context else device_for("auto", threads or os.cpu_count() or 1)
-        network = stage.Foreign(model, weights, weights_key, source)
-        stage.run_any(network, stage.Images(data, size, classes), settings, device, out, verdicts)
+        network = stage.ExternalNetwork(model, weights, weights_key, source)
+        stage.run_external(network, stage.Images(data, size, classes), settings, device, out, verdicts)
         return
     if classes is not None or weights_key is not None or size is not None:
         raise ParamsError("--classes, --weights-key and --size are for networks from elsewhere, with --model")
@@ -208,7 +208,8 @@ def attack(
         raise ParamsError("--params, --experiment and --weights are needed, or --model for a network from elsewhere")
     context = Context.load(params, override)
     name = _known(experiment, context.profile.experiments)
-    stage.run(context, name, seed, data, weights, Path(source) if source else None, out, verdicts, threads)
+    inputs = {"data": data, "weights": weights, **({"source": Path(source)} if source else {})}
+    stage.run(context, Task(name, seed, inputs, {"out": out, "verdicts": verdicts}, threads))
 
 
 @app.command()
@@ -229,11 +230,13 @@ def generate(
 ) -> None:
     """Run fresh chains, unconditional and class-conditional; measure them and the replay buffer."""
     from ebjdat.stages import evaluate
-    from ebjdat.stages.context import Context
+    from ebjdat.stages.context import Context, Task
 
     context = Context.load(params, override)
     name = _known(experiment, context.profile.experiments)
-    evaluate.generate(context, name, seed, data, weights, reference, out, samples, grid, chains, threads)
+    inputs = {"data": data, "weights": weights, "reference": reference}
+    outputs = {"out": out, "samples": samples, "grid": grid, "chains": chains}
+    evaluate.generate(context, Task(name, seed, inputs, outputs, threads))
 
 
 @app.command()
@@ -253,11 +256,12 @@ def energy(
 ) -> None:
     """Energies of clean, adversarial and generated images, and their gaps."""
     from ebjdat.stages import evaluate
-    from ebjdat.stages.context import Context
+    from ebjdat.stages.context import Context, Task
 
     context = Context.load(params, override)
     name = _known(experiment, context.profile.experiments)
-    evaluate.energy(context, name, seed, data, weights, samples, out, values, figure, threads)
+    inputs = {"data": data, "weights": weights, "samples": samples}
+    evaluate.energy(context, Task(name, seed, inputs, {"out": out, "values": values, "figure": figure}, threads))
 
 
 @app.command()
@@ -276,11 +280,12 @@ def reliability(
 ) -> None:
     """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
     from ebjdat.stages import reliability as stage
-    from ebjdat.stages.context import Context
+    from ebjdat.stages.context import Context, Task
 
     context = Context.load(params, override)
     name = _known(experiment, context.profile.experiments)
-    stage.run(context, name, seed, data, weights, stage.Outputs(out, values, figure), threads)
+    outputs = {"out": out, "values": values, "figure": figure}
+    stage.run(context, Task(name, seed, {"data": data, "weights": weights}, outputs, threads))
 
 
 @app.command()
@@ -416,7 +421,7 @@ def bench(
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column(f"quartiles of {found['n']}", justify="right")
-    for name, text in stage.told(found):
+    for name, text in stage.table_rows(found):
         table.add_row(*map(_plain, (name, *text)))
     _console(100).print(table)
     if found["mfu"] > 1 or max(found["spread"]["images_per_s"]) > 1.5 * min(found["spread"]["images_per_s"]):

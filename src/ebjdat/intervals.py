@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -15,6 +16,24 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     """Wilson score interval of a fraction at 95 %."""
     interval = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`correct` of n."""
+
+    correct: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The fraction, in [0, 1]."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its Wilson score interval at 95 %."""
+        return wilson(self.correct, self.n)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

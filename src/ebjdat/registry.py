@@ -264,16 +264,16 @@ SCHEDULES: Mapping[str, Entry] = {
 
 # Attacks of an ensemble, cheapest first.
 ATTACKS: Mapping[str, Entry] = {
-    "apgd_ce": Entry("ebjdat.evaluation.ensemble:apgd_ce", "APGD on cross-entropy, arXiv 2003.01690; pyautoattack", reads=("steps",)),
-    "apgd_dlr": Entry("ebjdat.evaluation.ensemble:apgd_dlr", "APGD on DLR, untargeted, arXiv 2003.01690; pyautoattack", reads=("steps",)),
+    "apgd_ce": Entry("ebjdat.evaluation.autoattack:apgd_ce", "APGD on cross-entropy, arXiv 2003.01690; pyautoattack", reads=("steps",)),
+    "apgd_dlr": Entry("ebjdat.evaluation.autoattack:apgd_dlr", "APGD on DLR, untargeted, arXiv 2003.01690; pyautoattack", reads=("steps",)),
     "apgd_t": Entry(
-        "ebjdat.evaluation.ensemble:apgd_t", "APGD on targeted DLR, arXiv 2003.01690; pyautoattack", reads=("steps", "targets")
+        "ebjdat.evaluation.autoattack:apgd_t", "APGD on targeted DLR, arXiv 2003.01690; pyautoattack", reads=("steps", "targets")
     ),
-    "fab": Entry("ebjdat.evaluation.ensemble:fab", "FAB, untargeted, arXiv 1907.02044; pyautoattack", reads=("steps", "range")),
+    "fab": Entry("ebjdat.evaluation.autoattack:fab", "FAB, untargeted, arXiv 1907.02044; pyautoattack", reads=("steps", "range")),
     "fab_t": Entry(
-        "ebjdat.evaluation.ensemble:fab_t", "FAB, targeted, arXiv 1907.02044; pyautoattack", reads=("steps", "targets", "range")
+        "ebjdat.evaluation.autoattack:fab_t", "FAB, targeted, arXiv 1907.02044; pyautoattack", reads=("steps", "targets", "range")
     ),
-    "square": Entry("ebjdat.evaluation.ensemble:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
+    "square": Entry("ebjdat.evaluation.autoattack:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
 }
 FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # with fewer, the attack's loss is undefined
 

@@ -1,4 +1,4 @@
-"""Test images that this project did not prepare."""
+"""Test images from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HIGHEST_LABEL = 2**31 - 1
 
 
 class Labelled(NamedTuple):
-    """images: uint8 (N, C, H, W); labels: int64 (N,); notes: how files were read, where not as everybody expects, a line each."""
+    """images: uint8 (N, C, H, W); labels: int64 (N,); notes: how files were read where that is not obvious, a line each."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -70,38 +70,38 @@ def images_of(path: Path, size: int | None = None, classes: tuple[str, ...] | No
 
 
 def _wrong_images(images: NDArray[np.generic]) -> str | None:
-    """What is wrong, with what would mend it; None where nothing is."""
-    found = f"images are {images.dtype} {images.shape}; uint8 (N, 1 or 3, H, W) is needed"
+    """What is wrong and how to fix it; None where nothing is."""
+    problem = f"images are {images.dtype} {images.shape}; uint8 (N, 1 or 3, H, W) is needed"
     if images.dtype != np.uint8:
-        mended = " (of pixels in [0, 1]: np.rint(images * 255).astype(np.uint8))" if images.dtype.kind == "f" else ""
-        return found + mended
+        fix = " (of pixels in [0, 1]: np.rint(images * 255).astype(np.uint8))" if images.dtype.kind == "f" else ""
+        return problem + fix
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        mended = " (images[:, None])" if images.ndim == 3 else ""
-        mended = " (images.transpose(0, 3, 1, 2))" if images.ndim == 4 and images.shape[3] in (1, 3) else mended
-        return found + mended
-    return None if images.size else found
+        fix = " (images[:, None])" if images.ndim == 3 else ""
+        fix = " (images.transpose(0, 3, 1, 2))" if images.ndim == 4 and images.shape[3] in (1, 3) else fix
+        return problem + fix
+    return None if images.size else problem
 
 
 def _wrong_labels(labels: NDArray[np.generic], n: int) -> str | None:
-    found = f"labels are {labels.dtype} {labels.shape}; one non-negative integer per image is needed, {n} of them"
+    problem = f"labels are {labels.dtype} {labels.shape}; one non-negative integer per image is needed, {n} of them"
     if labels.shape != (n,):
-        mended = " (of one-hot rows: labels.argmax(1))" if labels.ndim == 2 and labels.shape[1:] != (1,) else ""
-        mended = " (labels[:, 0])" if labels.shape == (n, 1) else mended
-        return found + mended
+        fix = " (of one-hot rows: labels.argmax(1))" if labels.ndim == 2 and labels.shape[1:] != (1,) else ""
+        fix = " (labels[:, 0])" if labels.shape == (n, 1) else fix
+        return problem + fix
     if labels.dtype.kind not in "iu":
-        return found
+        return problem
     if labels.min() < 0 or labels.max() > HIGHEST_LABEL:
-        return f"{found}; they go from {labels.min()} to {labels.max()}"
+        return f"{problem}; they go from {labels.min()} to {labels.max()}"
     return None
 
 
 def class_names(path: Path) -> tuple[str, ...]:
-    """The classes of a text file, one a line. Raises DataError when it is not one, or a name stands twice."""
+    """The classes of a text file, one per line. Raises DataError for another file, and for a duplicate name."""
     try:
         if not path.is_file():
             raise DataError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
         if path.stat().st_size > LONGEST_NAMES:
-            raise DataError(f"{path}: has {path.stat().st_size:,} bytes; class names, one a line, take at most {LONGEST_NAMES:,}")
+            raise DataError(f"{path}: has {path.stat().st_size:,} bytes; class names, one per line, take at most {LONGEST_NAMES:,}")
         text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))  # as names of folders are
         names = tuple(line.strip() for line in text.splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -112,10 +112,10 @@ def class_names(path: Path) -> tuple[str, ...]:
     for number, name in enumerate(names, 1):
         if not name or first.setdefault(name, number) != number:
             raise DataError(
-                f"{path}, line {number}: {'is empty' if not name else f'{name!r} stands there already'}; one class a line is needed"
+                f"{path}, line {number}: {'is empty' if not name else f'{name!r} is a duplicate'}; one class per line is needed"
             )
     if not names:
-        raise DataError(f"{path}: is empty; one class a line is needed")
+        raise DataError(f"{path}: is empty; one class per line is needed")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor, nn
 
-from ebjdat.evaluation import checks, robust
+from ebjdat.evaluation import checks, robust, verdicts
+from ebjdat.evaluation.verdicts import ProtocolResult
 from ebjdat.files import write_atomic
+from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings
 
 
 @dataclass(frozen=True)
 class Audit:
-    """metrics: what robust.summary and checks.run say, flat. table: a row per protocol and example (see docs/results-format.md)."""
+    """results: by protocol. checks: what checks.run returns. table: a row per protocol and example (docs/results-format.md)."""
 
-    metrics: dict[str, Any]
+    results: Mapping[str, ProtocolResult]
+    checks: Mapping[str, Any]
     table: pa.Table
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Everything by the flat names of result files."""
+        return {**flat_results({name: result.statistics() for name, result in self.results.items()}), **self.checks}
 
 
 def audit(
@@ -37,25 +46,22 @@ def audit(
 ) -> Audit:
     """Evaluate any network under every protocol of the settings, and check the evaluation.
 
-    model: images (N, C, H, W) in [0, 1] -> logits (N, K); its own preprocessing inside. It is copied, and left as it is.
+    model: images (N, C, H, W) in [0, 1] -> logits (N, K); its own preprocessing inside. It is copied, and not changed.
     x: such images; y: labels (N,) int64, on the model's device. source: a network whose adversarial examples are tried on the
-    model. state: folder of finished batches, from which an interrupted evaluation goes on. workers: as for robust.evaluate.
-    Raises AttackError as robust.fit does.
+    model. state: folder of finished batches, from which an interrupted evaluation continues. workers: as for robust.evaluate.
+    Raises AttackError as robust.check_network does.
     """
     settings = limited(settings, len(x))
-    with robust.fp32_eval_copy(model) as judge:  # under every protocol, before the first one takes hours
-        fitted = {name: robust.fit(judge, x, y, name, settings) for name in settings.protocols}
+    with robust.fp32_eval_copy(model) as network:  # under every protocol, before the first one takes hours
+        checked = {name: robust.check_network(network, x, y, name, settings) for name in settings.protocols}
     if source is not None:
-        with robust.fp32_eval_copy(source) as judge:
-            robust.classes_of(judge, x, y)
-    verdicts = {name: robust.evaluate(model, x, y, name, settings, state, title, workers, fitted[name]) for name in settings.protocols}
-    metrics: dict[str, Any] = {}
-    for name, protocol in settings.protocols.items():
-        metrics |= robust.summary(name, protocol, verdicts[name])
-    if with_checks:
-        metrics |= checks.run(model, x, y, settings, verdicts, source)
-    tables = [pa.table(robust.columns(name, protocol, verdicts[name])) for name, protocol in settings.protocols.items()]
-    return Audit(metrics, pa.concat_tables(tables, promote_options="default"))
+        with robust.fp32_eval_copy(source) as network:
+            robust.number_of_classes(network, x, y)
+    by_protocol = {name: robust.evaluate(model, x, y, name, settings, state, title, workers, checked[name]) for name in settings.protocols}
+    results = {name: verdicts.result(protocol, by_protocol[name]) for name, protocol in settings.protocols.items()}
+    findings = checks.run(model, x, y, settings, by_protocol, source) if with_checks else {}
+    tables = [pa.table(verdicts.columns(name, protocol, by_protocol[name])) for name, protocol in settings.protocols.items()]
+    return Audit(results, findings, pa.concat_tables(tables, promote_options="default"))
 
 
 def limited(settings: AttackSettings, n: int) -> AttackSettings:
@@ -64,7 +70,7 @@ def limited(settings: AttackSettings, n: int) -> AttackSettings:
     return settings.model_copy(update={"protocols": protocols})
 
 
-def write_table(table: pa.Table, path: Path, about: dict[str, Any]) -> None:
-    """Parquet, with what the verdicts are about (settings, data, weights) as JSON in its metadata under "ebjdat"."""
-    described = table.replace_schema_metadata({b"ebjdat": json.dumps(about, sort_keys=True).encode()})
+def write_table(table: pa.Table, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Parquet, with the verdicts' provenance (settings, data, weights) as JSON in its metadata under "ebjdat"."""
+    described = table.replace_schema_metadata({b"ebjdat": json.dumps(provenance, sort_keys=True).encode()})
     write_atomic(path, lambda temporary: pq.write_table(described, temporary))

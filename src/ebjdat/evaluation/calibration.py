@@ -1,4 +1,4 @@
-"""Calibration: whether what is predicted with confidence p is right in a share p of cases. Logits are (N, K) and finite, labels (N,)."""
+"""Calibration: whether predictions with confidence p are right in a share p of cases. Logits are (N, K) and finite, labels (N,)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ebjdat.intervals import wilson
 Values = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are looked at
+COLDEST, HOTTEST = 0.02, 50.0  # range of temperatures
 
 
 def probabilities(logits: Values, temperature: float = 1.0) -> Values:
@@ -60,7 +60,7 @@ def fit_temperature(logits: Values, labels: Labels) -> float | None:
     """The T > 0 that minimises the mean -log softmax(logits / T)[y] (temperature scaling, Guo et al. 2017).
 
     None where there is no such T between COLDEST and HOTTEST: without an error, the likelihood grows as T falls to 0; and
-    with logits that say less than nothing, as T rises.
+    with logits that are worse than a guess, as T rises.
     """
     if (logits.argmax(1) == labels).all():
         return None
@@ -69,8 +69,8 @@ def fit_temperature(logits: Values, labels: Labels) -> float | None:
         return negative_log_likelihood(logits, labels, math.exp(log_temperature))
 
     ends = (math.log(COLDEST), math.log(HOTTEST))
-    found = math.exp(minimize_scalar(nll, bounds=ends, method="bounded", options={"xatol": 1e-6}).x)
-    return found if COLDEST * 1.001 < found < HOTTEST / 1.001 else None
+    temperature = math.exp(minimize_scalar(nll, bounds=ends, method="bounded", options={"xatol": 1e-6}).x)
+    return temperature if COLDEST * 1.001 < temperature < HOTTEST / 1.001 else None
 
 
 def measure(logits: Values, labels: Labels, temperature: float, bins: int) -> tuple[dict[str, float], dict[str, dict[str, Values]]]:

@@ -1,7 +1,7 @@
 """Integrity checks of a robustness evaluation: is the network one that the attacks can read, and did they do their work?
 
-Each returns what it found, the limit, and pass or fail; None where it could not be asked. A failed check does not change a
-figure: it says that the figure must not be believed as it is. Most follow Carlini et al. 2019, arXiv 1902.06705, section 5.
+Each returns a value, its limit, and pass or fail; None where it does not apply. A failed check does not change a result: it
+says that the result must not be trusted. Most follow Carlini et al. 2019, arXiv 1902.06705, section 5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.errors import few
-from ebjdat.evaluation.robust import SLACK, Verdicts, batches, fp32_eval_copy, pgd_batch, pgd_name, pgd_start, predictions
+from ebjdat.evaluation.robust import SLACK, batches, fp32_eval_copy, pgd_batch, pgd_start, predictions
+from ebjdat.evaluation.verdicts import Verdicts, pgd_name
 from ebjdat.intervals import mcnemar
 from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.pixels import internal_from_unit
@@ -29,7 +30,7 @@ from ebjdat.settings import STANDARD, AttackSettings, PGDSettings, ProtocolSetti
 
 POINT = 0.01  # one point of accuracy
 DIFFERENCE = 1e-4  # of logits over their length; what another order of summation may change
-CHANCE = 0.05  # p above which an accuracy is not told from that of a guess
+CHANCE = 0.05  # p above which an accuracy is not distinguished from a guess
 SURE = 0.001  # p below which another reading of images or labels is better; there are several, and each is tried
 READ_ANEW = 1000  # images on which that is asked at most
 LARGE = 0.5  # L-infinity radius at which every image can become the same grey one
@@ -86,12 +87,12 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings
 
 
 def black_box(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
-    """Square, which sees no gradient, breaks what white-box attacks left standing."""
+    """Square, which uses no gradient, breaks no image that white-box attacks left."""
     name, says = "black-box attack adds nothing", "share of the examples that only Square breaks"
     others = [attack for attack in protocol.attacks if attack != "square"]
     if not protocol.n or not others or len(others) == len(protocol.attacks):
         return Check(name, None, None, POINT, "Square was not run after white-box attacks")
-    value = _share(verdicts.stands["square"][: protocol.n] == 0)
+    value = _share(verdicts.robust["square"][: protocol.n] == 0)
     return Check.at_most(name, value, POINT, says)
 
 
@@ -107,7 +108,7 @@ def finite(protocol: ProtocolSettings, verdicts: Verdicts) -> Check:
 
 
 def above_chance(verdicts: Verdicts) -> Check:
-    """Clean accuracy against that of the same predictions without a look at the image, by a binomial test.
+    """Clean accuracy against that of the same predictions assigned at random, by a binomial test.
 
     Not asked where so few images, or so few classes among them, leave open whether a network half-way between chance and
     1 would pass; below chance it fails all the same.
@@ -126,7 +127,7 @@ def above_chance(verdicts: Verdicts) -> Check:
 
 
 def _chance(y: NDArray[Any], prediction: NDArray[Any]) -> float:
-    """Expected accuracy of predictions that are dealt to the images at random."""
+    """Expected accuracy of predictions that are assigned to the images at random."""
     return float(sum((y == k).mean() * (prediction == k).mean() for k in np.unique(y)))
 
 
@@ -141,22 +142,22 @@ def classes_in_order(verdicts: Verdicts) -> Check:
     for k in np.unique(y):
         half[np.flatnonzero(y == k)[::2]] = True
     expected = np.empty_like(y)
-    for mine in (half, ~half):
-        expected[mine] = _best_order(y[~mine], prediction[~mine], verdicts.classes)[y[mine]]
+    for rows in (half, ~half):
+        expected[rows] = _best_order(y[~rows], prediction[~rows], verdicts.classes)[y[rows]]
     right, mapped = y == prediction, expected == prediction
     only_mapped, only_right, p = mcnemar(mapped.tolist(), right.tolist())
     gain = (only_mapped - only_right) / len(y)
-    if gain <= 0 or p > SURE or mapped[expected != y].mean() < 0.5:  # classes that are confused are no other order
+    if gain <= 0 or p > SURE or mapped[expected != y].mean() < 0.5:  # confused classes are not another order
         return Check.at_most("classes in the network's order", 0.0, 0.0, says)
     order = _best_order(y, prediction, verdicts.classes)
     named = [text for text, other in _orders(verdicts.classes).items() if (other[y] == prediction).mean() >= mapped.mean() - POINT]
     moved = [f"{k} is its {order[k]}" for k in np.unique(y) if order[k] != k]
-    told = f"{says}: it looks as if {named[0] if named else 'label ' + few(moved)}; give the classes in the network's order"
-    return Check.at_most("classes in the network's order", gain, 0.0, told)
+    message = f"{says}: it looks as if {named[0] if named else 'label ' + few(moved)}; give the classes in the network's order"
+    return Check.at_most("classes in the network's order", gain, 0.0, message)
 
 
 def _best_order(y: NDArray[Any], prediction: NDArray[Any], classes: int) -> NDArray[Any]:
-    """The network's class for each label, so that as many predictions as possible are right; a label that is not seen keeps its own."""
+    """The network's class for each label, so that as many predictions as possible are right; an absent label keeps its own."""
     order = np.arange(classes)
     known = prediction != NO_CLASS
     seen, place = np.unique(np.concatenate([y[known], prediction[known]]), return_inverse=True)
@@ -164,24 +165,24 @@ def _best_order(y: NDArray[Any], prediction: NDArray[Any], classes: int) -> NDAr
         return order
     n, here = len(seen), np.arange(len(seen))
     label, given = place[: len(place) // 2], place[len(place) // 2 :]
-    # ties: as it is; and a column of its own for each label whose class another one takes
+    # ties: unchanged; and an extra column for each label whose class another one takes
     weight = np.concatenate([np.ones(len(label)), np.full(n, 0.5), np.full(n, 0.1 / n)])
     rows, columns = np.concatenate([label, here, here]), np.concatenate([given, here, n + here])
-    found = min_weight_full_bipartite_matching(csr_array((weight, (rows, columns)), shape=(n, 2 * n)), maximize=True)[1]
-    found[found >= n] = np.setdiff1d(here, found)
-    order[seen] = seen[found]
+    matching = min_weight_full_bipartite_matching(csr_array((weight, (rows, columns)), shape=(n, 2 * n)), maximize=True)[1]
+    matching[matching >= n] = np.setdiff1d(here, matching)
+    order[seen] = seen[matching]
     return order
 
 
 def _orders(classes: int) -> dict[str, NDArray[Any]]:
-    """Orders that people have, in words: the network's class for each label."""
+    """Common orders, by description: the network's class for each label."""
     here = np.arange(classes)
-    found: dict[str, NDArray[Any]] = {}
+    orders: dict[str, NDArray[Any]] = {}
     for first in (0, 1):
         text = np.array(sorted(range(first, classes + first), key=str)) - first  # 0, 1, 10, 11, 2, ...
         counted = f'numbers from {first} were sorted as text ("10" before "2")'
-        found |= {f"{counted} for the labels": text, f"{counted} for the network": text.argsort()}
-    return found | {
+        orders |= {f"{counted} for the labels": text, f"{counted} for the network": text.argsort()}
+    return orders | {
         "labels are counted from 1, the network's classes from 0": here - 1,
         "labels are counted from 0, the network's classes from 1": here + 1,
         "labels are in the reverse order": here[::-1],
@@ -199,11 +200,11 @@ READINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def usual_images(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> Check:
-    """The network reads RGB in [0, 1]: no other convention makes surely more images right. Shapes as for `run`."""
+    """The network reads RGB in [0, 1]: no other convention makes significantly more images right. Shapes as for `run`."""
     name, says = "images as the network reads them", "points of accuracy that another reading of the images adds"
     x, y = x[:READ_ANEW], y[:READ_ANEW]
     right = predictions(model, x, settings.batch_size) == y
-    best, told = 0.0, ""
+    best, better = 0.0, ""
     for reading, read in READINGS.items():
         if x.shape[2] != x.shape[3] and reading == "rows as columns":
             continue
@@ -212,8 +213,8 @@ def usual_images(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSetting
         gain, truth = (only_other - only_right) / len(y), y.cpu().numpy()
         guess = _chance(truth, prediction.cpu().numpy())
         if gain > best and p < SURE and binomtest(int((prediction == y).sum()), len(y), guess, alternative="greater").pvalue < CHANCE:
-            best, told = gain, f": {reading}"
-    return Check.at_most(name, best, POINT, f"{says}{told}")
+            best, better = gain, f": {reading}"
+    return Check.at_most(name, best, POINT, f"{says}{better}")
 
 
 def sweep(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> list[tuple[float, float]]:
@@ -221,11 +222,11 @@ def sweep(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> l
     protocol = settings.standard
     large = LARGE if protocol.norm == "Linf" else LARGE * x[0].numel() ** 0.5
     radii = sorted({protocol.radius * factor for factor in settings.checks.sweep if protocol.radius * factor < large} | {large})
-    found = [(0.0, _accuracy(model, x, y))]
+    curve = [(0.0, _accuracy(model, x, y))]
     for radius in radii:
         step = min(radius * protocol.pgd_step / protocol.radius, 1.0)
-        found.append((radius, _under_pgd(model, x, y, settings, radius, step, protocol.pgd.steps, [0])))
-    return found
+        curve.append((radius, _under_pgd(model, x, y, settings, radius, step, protocol.pgd.steps, [0])))
+    return curve
 
 
 def falls(curve: Sequence[tuple[float, float]]) -> Check:
@@ -241,7 +242,7 @@ def reaches_chance(curve: Sequence[tuple[float, float]], classes: int) -> Check:
 
 
 def more_effort(model: nn.Module, x: Tensor, y: Tensor, settings: AttackSettings) -> Check:
-    """PGD with more steps and restarts finds hardly more."""
+    """PGD with more steps and restarts breaks hardly more images."""
     protocol, checks = settings.standard, settings.checks
     usual = _under_pgd(model, x, y, settings, protocol.radius, protocol.pgd_step, protocol.pgd.steps, [0])
     restarts = list(range(checks.restarts))
@@ -277,33 +278,33 @@ def run(
 ) -> dict[str, Any]:
     """Every check, on the first n images; those of one protocol carry its name.
 
-    x: images (N, C, H, W) in [0, 1]; y: labels; verdicts: protocol -> what it found on them; source: the network that a
+    x: images (N, C, H, W) in [0, 1]; y: labels; verdicts: by protocol; source: the network that a
     transferred attack is made on. Returns {"checks": [...], "checks_failed": how many, "sweep": [[radius, accuracy], ...]}.
     """
     everything = x, y
     x, y, standard = x[: settings.checks.n], y[: settings.checks.n], settings.standard
-    with fp32_eval_copy(model) as judge:
-        anew = usual_images(judge, *everything, settings)
-        curve = sweep(judge, x, y, settings)
+    with fp32_eval_copy(model) as network:
+        reading = usual_images(network, *everything, settings)
+        curve = sweep(network, x, y, settings)
         with torch.no_grad():
-            classes = judge(x[:1]).shape[1]
-        found = [
-            deterministic(judge, x),
-            logits_not_probabilities(judge, x),
-            gradients(judge, x, y, standard, settings.seed),
+            classes = network(x[:1]).shape[1]
+        of_network = [
+            deterministic(network, x),
+            logits_not_probabilities(network, x),
+            gradients(network, x, y, standard, settings.seed),
             falls(curve),
             reaches_chance(curve, classes),
-            more_effort(judge, x, y, settings),
-            transfer(judge, source, x, y, settings, verdicts[STANDARD]),
+            more_effort(network, x, y, settings),
+            transfer(network, source, x, y, settings, verdicts[STANDARD]),
         ]
-    rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in found]
-    whole = [above_chance(verdicts[STANDARD]), classes_in_order(verdicts[STANDARD]), anew]
+    rows = [{**asdict(check), "protocol": None, "n": len(x)} for check in of_network]
+    whole = [above_chance(verdicts[STANDARD]), classes_in_order(verdicts[STANDARD]), reading]
     n_whole = (*[len(everything[0])] * 2, min(len(everything[0]), READ_ANEW))
     rows += [{**asdict(check), "protocol": None, "n": n} for check, n in zip(whole, n_whole, strict=True)]
     for name, protocol in settings.protocols.items():
-        mine = [check(protocol, verdicts[name]) for check in (finite, inside, black_box, own_flags)]
+        of_protocol = [check(protocol, verdicts[name]) for check in (finite, inside, black_box, own_flags)]
         n = (*[len(verdicts[name].y)] * 2, protocol.n, protocol.n)
-        rows += [{**asdict(check), "protocol": name, "n": size} for check, size in zip(mine, n, strict=True)]
+        rows += [{**asdict(check), "protocol": name, "n": size} for check, size in zip(of_protocol, n, strict=True)]
     return {"checks": rows, "checks_failed": sum(row["passed"] is False for row in rows), "sweep": [list(point) for point in curve]}
 
 
@@ -320,10 +321,10 @@ def _under_pgd(
 ) -> float:
     """Accuracy after PGD of these settings, the worst of the restarts for each image."""
     protocol = settings.standard.model_copy(update={"eps": radius, "pgd": PGDSettings.model_construct(steps=steps, step_size=step)})
-    stands = predictions(model, x, settings.batch_size) == y
+    robust = predictions(model, x, settings.batch_size) == y
     for restart in restarts:
         for part in batches(len(x), settings.batch_size):
             start = pgd_start(x[part], part.start, protocol, settings.seed, restart)
             moved = pgd_batch(model, x[part], y[part], protocol, start)
-            stands[part] &= predictions(model, moved, settings.batch_size) == y[part]
-    return _share(stands)
+            robust[part] &= predictions(model, moved, settings.batch_size) == y[part]
+    return _share(robust)

@@ -1,4 +1,4 @@
-"""Scores by which images that a network was not made for are told from its own, and how well they tell.
+"""Scores that distinguish images unlike a network's data from its own, and how well they do.
 
 Every score is higher, the more an image is like those of the data.
 """
@@ -47,13 +47,13 @@ def logit_scores(logits: Values) -> dict[str, Values]:
 
 def gradient_norm(model: nn.Module, x: Tensor, batch_size: int) -> Values:
     """-|d logsumexp f(x) / dx|_2 (N,) of images (N, C, H, W) in [0, 1]: JEM's approximate mass (arXiv 1912.03263, section 5.3.3)."""
-    found = []
+    norms = []
     with frozen_parameters(model, "eval"), torch.enable_grad():
         for part in batches(len(x), batch_size):
             at = x[part].detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(marginal_energy(model(at)).sum(), at)
-            found.append(-gradient.flatten(1).double().norm(dim=1).cpu())
-    return torch.cat(found).numpy()
+            norms.append(-gradient.flatten(1).double().norm(dim=1).cpu())
+    return torch.cat(norms).numpy()
 
 
 def auroc(inside: Values, outside: Values) -> float:
@@ -65,8 +65,8 @@ def auroc(inside: Values, outside: Values) -> float:
 def auroc_interval(area: float, n_inside: int, n_outside: int) -> tuple[float, float]:
     """95 % score interval of an AUROC (Newcombe 2006, Statistics in Medicine 25, part 2, method 5).
 
-    Every area whose distance to the one found is within z standard errors of Hanley & McNeil (1982). Unlike the found
-    area +- z of them, it stays in [0, 1] and has a width at 0 and 1. Both samples count as independent; near 0 and 1 it
+    Every area whose distance to the estimate is within z standard errors of Hanley & McNeil (1982). Unlike the
+    estimate +- z of them, it stays in [0, 1] and has a width at 0 and 1. Both samples count as independent; near 0 and 1 it
     covers rather more than 95 %.
     """
     # the variance of an area and of its complement are the same, and so is what lies below one and above the other

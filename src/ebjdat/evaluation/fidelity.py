@@ -35,8 +35,8 @@ def kernel_distance(a: Array, b: Array) -> tuple[float, float, int]:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = max(FEWEST, min(KID_SUBSET_SIZE, len(a) // KID_SHARE, len(b) // KID_SHARE))
-    found = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size
+    values = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
+    return values[KEY_METRIC_KID_MEAN], values[KEY_METRIC_KID_STD], size
 
 
 def precision_recall(samples: Array, real: Array) -> tuple[float, float] | None:
@@ -49,7 +49,7 @@ def precision_recall(samples: Array, real: Array) -> tuple[float, float] | None:
 
     if min(len(samples), len(real)) <= NEIGHBOURS:
         return None
-    found = prc_features_to_metric(
+    values = prc_features_to_metric(
         torch.from_numpy(samples),
         torch.from_numpy(real),
         prc_neighborhood=NEIGHBOURS,
@@ -57,7 +57,7 @@ def precision_recall(samples: Array, real: Array) -> tuple[float, float] | None:
         save_cpu_ram=True,
         verbose=False,
     )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return values[KEY_METRIC_PRECISION], values[KEY_METRIC_RECALL]
 
 
 def class_score(logits: Array) -> tuple[float, float]:
@@ -67,25 +67,25 @@ def class_score(logits: Array) -> tuple[float, float]:
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    found = isc_features_to_metric(torch.from_numpy(logits), splits=min(SCORE_SPLITS, len(logits)))
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    values = isc_features_to_metric(torch.from_numpy(logits), splits=min(SCORE_SPLITS, len(logits)))
+    return values[KEY_METRIC_ISC_MEAN], values[KEY_METRIC_ISC_STD]
 
 
 def compare(samples: Array | None, real: Array, extractor: str, features: Features) -> dict[str, float | int | None]:
-    """Every measure of samples (N, F) against real images (M, F) under a named extractor; None where it cannot be had.
+    """Every measure of samples (N, F) against real images (M, F) under a named extractor; None where it is undefined.
 
     frechet (lower is better, biased upward in N), kid, kid_std, kid_subset_size, precision, recall, and the class score under
     its extractor's name: inception_score or reference_score, the other is None. Below two samples everything is None; nan
     where a feature is not finite.
     """
-    found: dict[str, float | int | None] = dict.fromkeys(MEASURES)
+    measures: dict[str, float | int | None] = dict.fromkeys(MEASURES)
     if samples is None or len(samples) < FEWEST:
-        return found
+        return measures
     if not (np.isfinite(samples).all() and np.isfinite(real).all()):
         own = {f"{extractor}_score", f"{extractor}_score_std"}
-        return {name: math.nan if name in own or not name.endswith(("_score", "_score_std")) else None for name in found}
-    found["frechet"] = frechet_distance(samples, real)
-    found["kid"], found["kid_std"], found["kid_subset_size"] = kernel_distance(samples, real)
-    found["precision"], found["recall"] = precision_recall(samples, real) or (None, None)
-    found[f"{extractor}_score"], found[f"{extractor}_score_std"] = class_score(features.logits(samples))
-    return found
+        return {name: math.nan if name in own or not name.endswith(("_score", "_score_std")) else None for name in measures}
+    measures["frechet"] = frechet_distance(samples, real)
+    measures["kid"], measures["kid_std"], measures["kid_subset_size"] = kernel_distance(samples, real)
+    measures["precision"], measures["recall"] = precision_recall(samples, real) or (None, None)
+    measures[f"{extractor}_score"], measures[f"{extractor}_score_std"] = class_score(features.logits(samples))
+    return measures

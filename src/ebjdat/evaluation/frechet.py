@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ebjdat import registry
 from ebjdat.errors import UserError, in_a_line
-from ebjdat.models.external import ModelError, read_weights
+from ebjdat.models.weights import ModelError, read_weights
 from ebjdat.models.wrn import WideResNet
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 from ebjdat.settings import GenerateSettings
@@ -69,7 +69,7 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
     """Inception-v3 pool3 features (2048) of torch-fidelity, the extractor of FID, and its `logits_unbiased`, those of IS.
 
     Weights: the file `settings.inception_weights`, else torch-fidelity's own download. Raises ExtractorError when they
-    are not to be had. torch-fidelity itself would unpickle anything: it is given the tensors that were read from a file.
+    are unavailable. torch-fidelity itself would unpickle anything, so it gets only the tensors of a file.
     """
     path = settings.inception_weights
     try:
@@ -79,11 +79,11 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
         extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     except ImportError as error:
         raise ExtractorError('the extractor "inception" needs the package torch-fidelity') from error
-    except Exception as error:  # urllib, zip, pickle and key errors all mean the same to the user
+    except Exception as error:  # urllib, zip, pickle and key errors mean the same to the user
         where = f"from {path}" if path else "by download"
         reason = str(error).removeprefix(f"{path}: ") if isinstance(error, ModelError) else in_a_line(error).split(". ")[0]
         raise ExtractorError(
-            f"the weights of Inception cannot be had {where} ({reason}). Set "
+            f"Inception's weights are unavailable {where} ({reason}). Set "
             "evaluation.generate.inception_weights to a file of them, or the extractor to 'reference'."
         ) from error
     extractor = extractor.to(device).eval()
@@ -102,17 +102,17 @@ def inception_features(network: WideResNet | None, settings: GenerateSettings, d
 
 def _tensors_of(path: Path) -> io.BytesIO:
     """The state dict in a file, as a file of torch.save that holds nothing else. Raises ModelError."""
-    found = read_weights(path, INCEPTION)
-    if not isinstance(found, Mapping):
-        raise ModelError(f"{path}: a state dict is needed, found {type(found).__name__}")
+    content = read_weights(path, INCEPTION)
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path}: a state dict is needed, found {type(content).__name__}")
     file = io.BytesIO()
-    torch.save({str(name): value for name, value in found.items() if isinstance(value, Tensor)}, file)
+    torch.save({str(name): value for name, value in content.items() if isinstance(value, Tensor)}, file)
     file.seek(0)
     return file
 
 
 def choose_extractor(network: WideResNet, settings: GenerateSettings, device: torch.device, channels: int) -> tuple[str, Features]:
-    """(name, features) of the settings' extractor. "auto": Inception for RGB images when its weights can be had."""
+    """(name, features) of the settings' extractor. "auto": Inception for RGB images when its weights are available."""
     if settings.extractor == "reference" or (settings.extractor == "auto" and channels != 3):
         return "reference", registry.load(registry.EXTRACTORS, "reference")(network, settings, device)
     try:
@@ -120,7 +120,7 @@ def choose_extractor(network: WideResNet, settings: GenerateSettings, device: to
     except ExtractorError as error:
         if settings.extractor == "inception":
             raise
-        print(f"WARNING: {error}\nWARNING: the distance below is under the reference classifier's features; it is no FID.", flush=True)
+        print(f"WARNING: {error}\nWARNING: the distance below is under the reference classifier's features; it is not an FID.", flush=True)
         return "reference", reference_features(network, settings, device)
 
 

@@ -63,7 +63,7 @@ def natural(name: str, x: Tensor, where: OODSource) -> Tensor:
 
 
 def _like(images: NDArray[np.uint8], x: Tensor, source: OODSource) -> Tensor:
-    """At most len(x) of images (M, C', H', W'), drawn without order, in the shape and on the device of x (N, C, H, W)."""
+    """At most len(x) of images (M, C', H', W'), sampled without replacement, in the shape and on the device of x (N, C, H, W)."""
     _, c, h, w = x.shape
     order = torch.randperm(len(images), generator=generator(torch.device("cpu"), "ood order", source.seed))[: len(x)]
     unit = unit_from_uint8(torch.from_numpy(images)[order].to(x.device))
@@ -78,7 +78,7 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
     """OOD sets by name, as images in [0, 1] of the shape of test images x; and, of `auto`, what is missing and why.
 
     `auto`: MADE; beside colour images NATURAL too, of which nothing is downloaded and the data's own set is left out; and a
-    folder that was named. Raises DataError where a set that was asked for, by its name or its path, cannot be had.
+    folder that was named. Raises DataError where a set that was requested by name or path is unavailable.
     """
     automatic = AUTO in settings.ood
     names = settings.ood
@@ -86,12 +86,12 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
         others = [name for name in NATURAL if x.shape[1] == 3 or (name == "folder" and settings.ood_path)]
         names = (*MADE, *(name for name in others if name == "folder" or name != data.source))
     source = OODSource(data.root, settings.ood_path, not automatic, settings.seed)
-    found, missing = {}, {}
+    available, missing = {}, {}
     for name in names:
         try:
-            found[name] = natural(name, x, source) if name in registry.SOURCES else registry.load(registry.OOD_SETS, name)(x, source)
+            available[name] = natural(name, x, source) if name in registry.SOURCES else registry.load(registry.OOD_SETS, name)(x, source)
         except DataError as error:
             if not automatic or (name == "folder" and settings.ood_path):
-                raise DataError(f"evaluation.reliability.ood: {name!r} cannot be had: {error}") from error
+                raise DataError(f"evaluation.reliability.ood: {name!r} is unavailable: {error}") from error
             missing[name] = f"not available: {error}"
-    return found, missing
+    return available, missing

@@ -1,4 +1,4 @@
-"""Context managers and wrappers that change how a network is used, and put it back."""
+"""Context managers and wrappers that change how a network is used, and restore it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeated(model: nn.Module) -> Iterator[None]:
-    """Batch norm's running statistics stay as they are, and are yet kept for the backward pass as in the pass that is repeated."""
+    """Batch norm's running statistics stay as they are, but are saved for the backward pass as in the pass that is repeated."""
     norms = [(m, m.momentum, m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
         for m, _, _ in norms:
@@ -130,9 +130,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class Guarded(nn.Module):
     """Any network, as attacks call it: images (N, C, H, W) -> its logits (N, K), fp32.
 
-    It gets images of its own, so that one that works in place changes nobody's. An image whose gradient is not finite gets
+    It gets a copy of the images, so that a network that works in place changes nothing. An image whose gradient is not finite gets
     a zero one, so that attacks leave it where it is instead of at NaN. What is raised inside, also in its backward pass,
-    becomes an AttackError, and so does what is no row of logits for each image, as many as the first time.
+    becomes an AttackError, and so does outputs that are not one row of logits per image, of constant length.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -155,27 +155,27 @@ class Guarded(nn.Module):
             raise
         except (Exception, SystemExit) as error:
             raise AttackError(f"the network failed on {where}: {in_a_line(error)}") from error
-        asked = "one image" if len(x) == 1 else f"{len(x)} images"
+        count = "one image" if len(x) == 1 else f"{len(x)} images"
         if not isinstance(logits, Tensor):
-            raise AttackError(f"the network returned {type(logits).__name__} for {asked}; logits of shape ({len(x)}, classes) are needed")
+            raise AttackError(f"the network returned {type(logits).__name__} for {count}; logits of shape ({len(x)}, classes) are needed")
         if logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point() or logits.layout != torch.strided:
             kind = "" if logits.is_floating_point() and logits.layout == torch.strided else f" of {logits.dtype}".replace("torch.", "")
-            found = f"a tensor{kind} of shape {tuple(logits.shape)}"
-            raise AttackError(f"the network returned {found} for {asked}; logits of shape ({len(x)}, classes) are needed")
+            output = f"a tensor{kind} of shape {tuple(logits.shape)}"
+            raise AttackError(f"the network returned {output} for {count}; logits of shape ({len(x)}, classes) are needed")
         if self.classes not in (None, logits.shape[1]):
-            raise AttackError(f"the network returned {logits.shape[1]} logits for each of {asked}, and {self.classes} before")
+            raise AttackError(f"the network returned {logits.shape[1]} logits for each of {count}, and {self.classes} before")
         self.classes = logits.shape[1]
         return logits.as_subclass(Tensor).float()
 
 
 class _Backward(torch.autograd.Function):
-    """A Guarded network with a graph of its own, so that what its backward pass raises is known to be the network's."""
+    """A Guarded network with its own graph, so that an error of its backward pass is known to be the network's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, judge: Guarded) -> Tensor:
+    def forward(ctx: Any, x: Tensor, network: Guarded) -> Tensor:
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_(True)
-            ctx.logits = judge.of(ctx.x.clone())
+            ctx.logits = network.of(ctx.x.clone())
         if not ctx.logits.requires_grad:
             raise AttackError(NO_GRADIENT)
         return ctx.logits.detach()

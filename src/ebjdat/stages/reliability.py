@@ -2,90 +2,107 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import calibration, detection, ood, robust
-from ebjdat.files import git_commit, write_atomic, write_npz, write_result
+from ebjdat.files import write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.progress import Bar
-from ebjdat.stages.context import Context
-from ebjdat.training import checkpoint
+from ebjdat.settings import AttackSettings
+from ebjdat.stages.context import Context, Task, open_evaluation
+
+Results = dict[str, Any]
+Scores = dict[str, NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    metrics: Path
-    values: Path
-    figure: Path
+def run(context: Context, task: Task) -> None:
+    """Calibration, and how well out-of-distribution and adversarial images are distinguished from test images.
 
-
-def run(context: Context, experiment: str, seed: int, data_path: Path, weights: Path, out: Outputs, threads: int | None) -> None:
+    Inputs: data, weights. Outputs: out, values (scores of every image), figure. Raises AttackError without any finite logits.
+    """
     from ebjdat.report import figures
 
-    data = prepared.load(data_path)
-    device = context.device(threads)
-    loaded = checkpoint.load_for(context.profile, experiment, weights, data)
-    settings, attack = context.profile.evaluation.reliability, context.profile.attack_settings(experiment)
+    settings, attack = context.profile.evaluation.reliability, context.profile.attack_settings(task.experiment)
     size = settings.batch_size
-    with context.track_result(experiment, seed, "reliability", data, out.metrics) as tracker:
-        model = UnitRange(loaded.network(device)).eval()
-        validation, test = DeviceData(data, "validation", device), DeviceData(data, "test", device, settings.n)
+    with open_evaluation(context, task, "reliability") as evaluation:
+        model = UnitRange(evaluation.checkpoint.network(evaluation.device)).eval()
+        test = DeviceData(evaluation.data, "test", evaluation.device, settings.n)
+        validation = DeviceData(evaluation.data, "validation", evaluation.device)
         x, y = test.unit(), test.labels
         others, missing = ood.choose(x, context.profile.data, settings)  # before anything that takes long
 
         logits, held_out = detection.logits_of(model, x, size), detection.logits_of(model, validation.unit(), size)
         finite, finite_held_out = detection.finite_rows(logits), detection.finite_rows(held_out)
         lost = int((~finite).sum())
-        if lost:  # there is no confidence of them: they are left out, and counted
-            print(f"WARNING: the logits of {lost} of {len(x)} test images are not finite; what follows is of the others", flush=True)
+        if lost:  # they have no confidence: they are left out, and counted
+            print(f"WARNING: the logits of {lost} of {len(x)} test images are not finite; these are left out below", flush=True)
         if not finite.any() or not finite_held_out.any():
             raise AttackError("the network has no finite logits, on test or on validation images; nothing can be calibrated")
         rows = torch.from_numpy(finite).to(x.device)
         x, y, logits = x[rows], y[rows], logits[finite]
         labels = y.cpu().numpy()
-        fitted = calibration.fit_temperature(held_out[finite_held_out], validation.labels.cpu().numpy()[finite_held_out])
-        temperature = 1.0 if fitted is None else fitted
-        result: dict[str, Any] = {"temperature": temperature, "temperature_fitted": fitted is not None, "n_calibration_not_finite": lost}
-        measured, curves = calibration.measure(logits, labels, temperature, settings.bins)
-        result |= {**measured, "n_calibration": len(x), "n_temperature": int(finite_held_out.sum()), "ece_bins": settings.bins}
-        values: dict[str, Any] = {"labels": labels, "logits": logits}
+        temperature = calibration.fit_temperature(held_out[finite_held_out], validation.labels.cpu().numpy()[finite_held_out])
+        measured, curves = calibration.measure(logits, labels, temperature or 1.0, settings.bins)
+        evaluation.metrics = {
+            "temperature": temperature or 1.0,
+            "temperature_fitted": temperature is not None,
+            "n_calibration_not_finite": lost,
+            **measured,
+            "n_calibration": len(x),
+            "n_temperature": int(finite_held_out.sum()),
+            "ece_bins": settings.bins,
+            "n_ood_in": len(x),
+            "ood_missing": missing,
+        }
+        own = {**detection.logit_scores(logits), "gradient_norm": detection.gradient_norm(model, x, size)}
+        values = {"labels": labels, "logits": logits, **{f"test_{score}": v for score, v in own.items()}}
+        with Bar(f"{evaluation.title}: PGD", len(x) * len(attack.protocols)) as bar:
+            for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar)):
+                evaluation.metrics |= metrics
+                values |= scores
 
-        inside = {**detection.logit_scores(logits), "gradient_norm": detection.gradient_norm(model, x, size)}
-        values |= {f"test_{score}": v for score, v in inside.items()}
-        result |= {"n_ood_in": len(x), "ood_missing": missing}
-        for name, images in others.items():
-            found = detection.logits_of(model, images, size)
-            kept = detection.finite_rows(found)
-            outside = detection.logit_scores(found[kept])
-            outside["gradient_norm"] = detection.gradient_norm(model, images, size)[kept]
-            for score in inside:
-                result |= detection.separation(inside[score], outside[score], f"ood_auroc_{score}_{name}")
-                values[f"ood_{name}_{score}"] = outside[score]
-            result[f"n_ood_{name}"] = int(kept.sum())
+        write_npz(task.outputs["values"], values)
+        diagram = figures.reliability_diagram(curves, f"{task.experiment}, seed {task.seed}")
+        write_atomic(task.outputs["figure"], lambda path: figures.save(diagram, path))
 
-        with Bar(f"{experiment}/seed{seed}: PGD", len(x) * len(attack.protocols)) as bar:
-            for name, protocol in attack.protocols.items():
-                seen = robust.apply_protocol_noise(protocol, x, attack.seed)
-                moved = robust.pgd_examples(model, seen, y, protocol, attack.seed, attack.batch_size)
-                bar.advance(len(x))
-                both = [detection.logits_of(model, points, size) for points in (seen, moved)]
-                kept = detection.finite_rows(*both)
-                clean, adversarial = (detection.logit_scores(found[kept]) for found in both)
-                for score in clean:
-                    result |= detection.separation(clean[score], adversarial[score], f"detect_auroc_{score}_{name}")
-                    values |= {f"clean_{name}_{score}": clean[score], f"adversarial_{name}_{score}": adversarial[score]}
-                result[f"n_detect_{name}"] = int(kept.sum())
 
-        write_npz(out.values, values)
-        diagram = figures.reliability_diagram(curves, f"{experiment}, seed {seed}")
-        write_atomic(out.figure, lambda path: figures.save(diagram, path))
-        write_result(out.metrics, {**result, "git_commit": git_commit()}, [out.values, out.figure])
-        tracker.final(result)
-        tracker.artifact(out.figure)
+def out_of_distribution(model: nn.Module, own: Scores, others: Mapping[str, Tensor], size: int) -> tuple[Results, Scores]:
+    """Every score on OOD sets, name -> images in [0, 1], against `own`, the same scores of test images; both by their final names."""
+    metrics: Results = {}
+    values: Scores = {}
+    for name, images in others.items():
+        logits = detection.logits_of(model, images, size)
+        finite = detection.finite_rows(logits)
+        scores = detection.logit_scores(logits[finite])
+        scores["gradient_norm"] = detection.gradient_norm(model, images, size)[finite]
+        for score in own:
+            metrics |= detection.separation(own[score], scores[score], f"ood_auroc_{score}_{name}")
+            values[f"ood_{name}_{score}"] = scores[score]
+        metrics[f"n_ood_{name}"] = int(finite.sum())
+    return metrics, values
+
+
+def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar) -> tuple[Results, Scores]:
+    """Every score of logits on PGD's images under each protocol against the same images without an attack; by their final names."""
+    metrics: Results = {}
+    values: Scores = {}
+    for name, protocol in attack.protocols.items():
+        clean = robust.apply_protocol_noise(protocol, x, attack.seed)
+        moved = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size)
+        bar.advance(len(x))
+        both = [detection.logits_of(model, points, size) for points in (clean, moved)]
+        finite = detection.finite_rows(*both)
+        of_clean, of_moved = (detection.logit_scores(logits[finite]) for logits in both)
+        for score in of_clean:
+            metrics |= detection.separation(of_clean[score], of_moved[score], f"detect_auroc_{score}_{name}")
+            values |= {f"clean_{name}_{score}": of_clean[score], f"adversarial_{name}_{score}": of_moved[score]}
+        metrics[f"n_detect_{name}"] = int(finite.sum())
+    return metrics, values

@@ -1,8 +1,8 @@
-"""The attacks of AutoAttack, each one call of pyautoattack's own code, on a network that costs less per query.
+"""Adapter to pyautoattack: the attacks of AutoAttack, each one call of its own code, on a network that costs less per query.
 
 An attack is `attack(network, x, y, settings, protocol, seed) -> images`: x (B, C, H, W) in [0, 1], y (B,), adversarial images
-like x where one was found, else anything. Whoever calls judges the images again; nothing here decides a verdict.
-Attacks draw from the same generator in the same order as in pyautoattack, so the same batches give the same starts.
+like x where one was found, else anything. The caller classifies the images again; nothing here decides a verdict.
+Attacks use random numbers in the same order as in pyautoattack, so the same batches give the same starts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ebjdat.pixels import internal_distance, internal_from_unit, unit_from_inter
 from ebjdat.settings import EnsembleSettings, ProtocolSettings
 
 PIXELS_AT_ONCE = 65_536  # on a CPU; more images in one pass leave its caches
-CLEAR = 4.0  # a decision of bf16 stands where its margin exceeds so many times the largest error that was seen
-TIE = 1e-6  # of the largest logit; nearer ones are no decision
+CLEAR = 4.0  # a decision of bf16 counts where its margin exceeds the largest observed error by this factor
+TIE = 1e-6  # of the largest logit; a smaller margin decides nothing
 SLACK = 1e-5  # float rounding of distances
 TARGETED = ("apgd_t", "fab_t")
 LOG = logging.getLogger("ebjdat.autoattack")
@@ -47,11 +47,11 @@ class FastNetwork(nn.Module):
         self.layout = torch.contiguous_format
         try:
             self.model, own = copied(model).eval().requires_grad_(False), True
-        except Exception:  # a part that cannot be copied: the judge itself is used, as it is
+        except Exception:  # a part that cannot be copied: the network itself is used
             self.model, own = model, False
         self.at_once = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1])) if x.device.type == "cpu" else 1 << 30
         self.bf16 = bf16
-        self.count: Callable[[int], None] | None = None  # told how many images each pass was asked for
+        self.count: Callable[[int], None] | None = None  # gets the number of images of each pass
         self.clear = 0.0
         if own and self._allows_channels_last(model, x[:2]):
             self.model, self.layout = self.model.to(memory_format=torch.channels_last), torch.channels_last
@@ -61,7 +61,7 @@ class FastNetwork(nn.Module):
                 self.clear = CLEAR * float((self._logits(part, True) - self._logits(part, False)).abs().max())
 
     def _allows_channels_last(self, model: nn.Module, x: Tensor) -> bool:
-        """Whether the network gives the same logits and a gradient in that layout; some use views that it has not."""
+        """Whether the network gives the same logits and a gradient in that layout; some use views that it does not allow."""
         points = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(True)
         try:
             probe = copied(self.model).to(memory_format=torch.channels_last)
@@ -82,7 +82,7 @@ class FastNetwork(nn.Module):
         return torch.cat(parts).float()
 
     def along_boundaries(self, x: Tensor) -> Tensor:
-        """For an attack that walks along decision boundaries: bf16 would leave nearly every decision to fp32 there."""
+        """For an attack that moves along decision boundaries: there bf16 would leave nearly every decision to fp32."""
         if x.requires_grad or not self.bf16:
             return self(x)
         if self.count:
@@ -97,7 +97,7 @@ class FastNetwork(nn.Module):
 
     @torch.no_grad()
     def decided(self, x: Tensor, logits: Tensor) -> Tensor:
-        """These logits without gradient, those that bf16 leaves unclear from fp32."""
+        """These logits without gradient; where bf16 is unclear, those of fp32."""
         logits = logits.detach()
         if not self.bf16:
             return logits
@@ -107,50 +107,50 @@ class FastNetwork(nn.Module):
 
 
 class _AllBrokenError(Exception):
-    """Every example of the run is broken; the rest of its steps can be left out."""
+    """Every example of the run is broken; its remaining steps are unnecessary."""
 
 
-class _Watched(nn.Module):
-    """What one run of APGD queries: examples that are broken are left out of the network's work.
+class _SkipBroken(nn.Module):
+    """What one run of APGD queries: the network does not compute examples that are broken.
 
-    APGD keeps every point in the ball, so the first misclassified one settles an example. It gets its last logits from then
+    APGD keeps every point in the ball, so the first misclassified one decides an example. It gets its last logits from then
     on, without gradient, which changes nothing for the others.
     """
 
     def __init__(self, network: FastNetwork, x: Tensor, y: Tensor) -> None:
         super().__init__()
         self.network, self.y = network, y
-        self.found, self.standing = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.adversarial, self.robust = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.standing.nonzero().squeeze(1)
+        rows = self.robust.nonzero().squeeze(1)
         fresh = self.network(x[rows])
         logits = fresh if self.last is None else self.last.index_copy(0, rows, fresh)
         self.last = logits.detach()
         with torch.no_grad():
             decided = self.network.decided(x[rows], fresh)
             true = decided.gather(1, self.y[rows, None]).squeeze(1)
-            # by more than another layout or batch may change: the judge is to see it broken too
+            # by more than another layout or batch can change: the verdict must find it broken, too
             wrong = decided.amax(1) - true > TIE * decided.abs().amax(1)
             broken = rows[wrong | ~torch.isfinite(decided).all(1)]
-            self.found[broken] = x[broken].detach()
-            self.standing[broken] = False
-        if not self.standing.any():
+            self.adversarial[broken] = x[broken].detach()
+            self.robust[broken] = False
+        if not self.robust.any():
             raise _AllBrokenError
         return logits
 
 
-class _Noting(nn.Module):
-    """What an attack queries that cannot go on with logits that are not finite: it sees zeros instead of them.
+class _NoteNotFinite(nn.Module):
+    """What an attack queries that cannot continue with logits that are not finite: it sees zeros instead.
 
-    Zeros would be a class, perhaps the right one. So the points in whose ball they were seen are noted: they are broken.
+    Zeros would be a class, perhaps the right one. So the examples in whose ball such a point lies are noted: they are broken.
     """
 
     def __init__(self, query: Callable[[Tensor], Tensor], x: Tensor, protocol: ProtocolSettings) -> None:
         super().__init__()
         self.query, self.x, self.protocol = query, x, protocol
-        self.found: dict[int, Tensor] = {}  # row of x -> a point in its ball and in [0, 1]
+        self.noted: dict[int, Tensor] = {}  # row of x -> a point in its ball and in [0, 1]
 
     def forward(self, points: Tensor) -> Tensor:
         logits = self.query(points)
@@ -158,43 +158,43 @@ class _Noting(nn.Module):
         if finite.all():
             return logits
         for point in points.detach()[~finite]:
-            if len(self.found) < len(self.x) and point.amin() >= 0 and point.amax() <= 1:
+            if len(self.noted) < len(self.x) and point.amin() >= 0 and point.amax() <= 1:
                 delta = (self.x - point).flatten(1)
                 size = delta.abs().amax(1) if self.protocol.norm == "Linf" else delta.norm(dim=1)
                 for row in (size <= self.protocol.radius + SLACK).nonzero().flatten().tolist():
-                    self.found.setdefault(row, point)
+                    self.noted.setdefault(row, point)
         return logits.where(finite[:, None], 0)
 
-    def merged(self, found: Tensor) -> Tensor:
+    def merged(self, adversarial: Tensor) -> Tensor:
         """The images that the attack returned, with those that were noted."""
-        found = found.clone()
-        for row, point in self.found.items():
-            found[row] = point
-        return found
+        adversarial = adversarial.clone()
+        for row, point in self.noted.items():
+            adversarial[row] = point
+        return adversarial
 
 
-class _Settling:
-    """Mixed into pyautoattack's APGD: its steps work on the examples that still stand."""
+class _SkippingBroken:
+    """Mixed into pyautoattack's APGD: its steps compute only examples that are not broken yet."""
 
-    model: Any  # FastNetwork; _Watched during a run
+    model: Any  # FastNetwork; _SkipBroken during a run
 
     def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         network = self.model
-        watched = _Watched(network, x, y)
+        watched = _SkipBroken(network, x, y)
         self.model = watched
         try:
             with contextlib.suppress(_AllBrokenError):
                 super().attack_single_run(x, y, x_init)  # type: ignore[misc]
         finally:
             self.model = network
-        return x, watched.standing, torch.zeros(len(x), device=x.device), watched.found
+        return x, watched.robust, torch.zeros(len(x), device=x.device), watched.adversarial
 
 
-class _SettlingAPGD(_Settling, APGDAttack):  # type: ignore[misc]
+class _FastAPGD(_SkippingBroken, APGDAttack):  # type: ignore[misc]
     pass
 
 
-class _SettlingTargetedAPGD(_Settling, APGDAttack_targeted):  # type: ignore[misc]
+class _FastTargetedAPGD(_SkippingBroken, APGDAttack_targeted):  # type: ignore[misc]
     pass
 
 
@@ -211,7 +211,7 @@ def apgd_dlr(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSetti
 def _apgd(
     network: FastNetwork, x: Tensor, y: Tensor, loss: str, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int
 ) -> Tensor:
-    attack = _SettlingAPGD(network, loss=loss, n_iter=settings.steps, **_common(x, protocol, seed), logger=LOG)
+    attack = _FastAPGD(network, loss=loss, n_iter=settings.steps, **_common(x, protocol, seed), logger=LOG)
     with own_randomness():
         return attack.perturb(x, y)
 
@@ -219,13 +219,13 @@ def _apgd(
 def apgd_t(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """APGD on the targeted difference-of-logits ratio, a run per target class; at least 4 classes."""
     targets = aimed_at(settings, _classes(network, x))
-    attack = _SettlingTargetedAPGD(network, n_iter=settings.steps, n_target_classes=targets, **_common(x, protocol, seed), logger=LOG)
+    attack = _FastTargetedAPGD(network, n_iter=settings.steps, n_target_classes=targets, **_common(x, protocol, seed), logger=LOG)
     with own_randomness():
         return attack.perturb(x, y)
 
 
 def fab(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
-    """FAB towards the nearest class. range internal: on pixels in [-1, 1], its box left at [0, 1] of them, as released."""
+    """FAB towards the nearest class. range internal: on pixels in [-1, 1], clipped to [0, 1] of that range, as in the released code."""
     return _fab(network, x, y, False, settings, protocol, seed)
 
 
@@ -239,21 +239,21 @@ def _fab(
 ) -> Tensor:
     common = _common(x, protocol, seed)
     common |= {"n_iter": settings.steps, "targeted": targeted, "n_target_classes": aimed_at(settings, _classes(network, x))}
-    noting = _Noting(network.along_boundaries, x, protocol)
+    noting = _NoteNotFinite(network.along_boundaries, x, protocol)
     if settings.range == "unit":
         with own_randomness():
             return noting.merged(FABAttack_PT(noting, **common).perturb(x, y))
     common["eps"] = internal_distance(protocol.radius)
     start = internal_from_unit(x)
     with own_randomness():
-        found = FABAttack_PT(lambda z: noting(unit_from_internal(z)), **common).perturb(start, y)
-    changed = (found != start).flatten(1).any(1).view(-1, 1, 1, 1)
-    return noting.merged(torch.where(changed, unit_from_internal(found), x))  # what was not found stays bit for bit what it was
+        moved = FABAttack_PT(lambda z: noting(unit_from_internal(z)), **common).perturb(start, y)
+    changed = (moved != start).flatten(1).any(1).view(-1, 1, 1, 1)
+    return noting.merged(torch.where(changed, unit_from_internal(moved), x))  # images without an adversarial one stay bit for bit
 
 
 def square(network: FastNetwork, x: Tensor, y: Tensor, settings: EnsembleSettings, protocol: ProtocolSettings, seed: int) -> Tensor:
     """Square: random search without gradients."""
-    noting = _Noting(network, x, protocol)
+    noting = _NoteNotFinite(network, x, protocol)
     attack = SquareAttack(noting, p_init=0.8, n_queries=settings.queries, resc_schedule=False, **_common(x, protocol, seed))
     with own_randomness():
         return noting.merged(attack.perturb(x, y))
@@ -289,7 +289,7 @@ def _classes(network: nn.Module, x: Tensor) -> int:
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """What is seeded inside, as pyautoattack does, is torch's global generator; it is put back."""
+    """pyautoattack seeds torch's global generator; it is restored on leaving."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -297,14 +297,14 @@ def own_randomness() -> Iterator[None]:
 
 def flags(network: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings) -> list[str]:
     """Warnings of AutoAttack's own checks on these examples: randomised, probabilities for logits, gradients taken inside, classes."""
-    with heard() as told:
+    with collected_warnings() as messages:
         checks.check_randomized(network, x, y, bs=len(x), logger=LOG)
         classes = checks.check_range_output(network, x, logger=LOG)
         _check_dynamic(network, x)
         targets = {name: aimed_at(a, classes) for name, a in protocol.attacks.items()}
-        theirs = [name.replace("_", "-") for name in protocol.attacks]  # as pyautoattack calls them
-        checks.check_n_classes(classes, theirs, targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG)
-    return told
+        names = [name.replace("_", "-") for name in protocol.attacks]  # as pyautoattack calls them
+        checks.check_n_classes(classes, names, targets.get("apgd_t", 0), targets.get("fab_t", 0), logger=LOG)
+    return messages
 
 
 def _check_dynamic(network: nn.Module, x: Tensor) -> None:
@@ -320,32 +320,32 @@ def _check_dynamic(network: nn.Module, x: Tensor) -> None:
 
 def square_flag(accuracies: dict[str, float]) -> list[str]:
     """AutoAttack's own warning when Square still lowers the accuracy that white-box attacks left. accuracies: after each attack."""
-    with heard() as told:
+    with collected_warnings() as messages:
         checks.check_square_sr(accuracies, logger=LOG)
-    return told
+    return messages
 
 
 class _Collect(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self.told:
-            self.told.append(message)
+        if message not in self.messages:
+            self.messages.append(message)
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
-    """What AutoAttack's code warns of inside, each warning once."""
+def collected_warnings() -> Iterator[list[str]]:
+    """The warnings of AutoAttack's code inside, each once."""
     collect, propagate = _Collect(), LOG.propagate
     LOG.addHandler(collect)
     LOG.propagate = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield collect.told
+            yield collect.messages
     finally:
         LOG.removeHandler(collect)
         LOG.propagate = propagate

@@ -1,9 +1,8 @@
-"""Network shapes for every supported input, energies by hand, and that temporary modes are put back."""
+"""Network shapes for every supported input, and the JEM family's variant from its definition."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -12,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ebjdat.bench.measure import FlopCount
-from ebjdat.models.energy import joint_energy, marginal_energy
-from ebjdat.models.modes import UnitRange, frozen_parameters
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.settings import ModelSettings
 
 # Logits of the first image in test_the_jem_familys_network_from_its_definition.
 EVAL_LOGITS = [52.12033267912046, 224.7577903066674, 255.29400955907425]
+
+
 TRAIN_LOGITS = [-0.7235747846562683, 0.4196215843726151, 1.2886509022486268]
+
 
 # Parameters in millions, from a count by hand of the published architecture at 32x32x3 and 10 classes.
 PUBLISHED = {(10, 1): 0.08, (10, 2): 0.30, (16, 4): 2.75, (28, 10): 36.5}
@@ -132,56 +132,3 @@ def test_initialisation_depends_on_the_seed_alone() -> None:
     again, other = build(settings, 1, 10, 3).state_dict(), build(settings, 1, 10, 4).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["stem.weight"], other["stem.weight"])
-
-
-def test_energies_by_hand() -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1000.0]])
-    by_hand = [-math.log(math.exp(1) + math.exp(2) + math.exp(3)), -1000.0]
-    assert marginal_energy(logits).tolist() == pytest.approx(by_hand, rel=1e-6)
-    assert joint_energy(logits, torch.tensor([0, 2])).tolist() == [-1.0, -1000.0]
-
-
-def test_joint_and_marginal_energy_give_the_classifier() -> None:
-    """p(y|x) = exp(E(x) - E(x, y)) is the softmax."""
-    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([0, 1, 2, 3, 0])
-    found = (marginal_energy(logits) - joint_energy(logits, y)).exp()
-    assert torch.allclose(found, logits.softmax(1)[torch.arange(5), y], atol=1e-6)  # float32
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_moving_images_restores_everything(mode: str, network: WideResNet) -> None:
-    network.train()
-    network.head.weight.requires_grad_(False)
-    before = {k: v.clone() for k, v in network.state_dict().items() if "num_batches" not in k}
-    flags = [p.requires_grad for p in network.parameters()]
-    momenta = [m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-
-    def use() -> None:
-        with frozen_parameters(network, mode):
-            assert network.training == (mode == "train")
-            assert not any(p.requires_grad for p in network.parameters())
-            network(torch.rand(4, 1, 8, 8))
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        use()
-    assert network.training
-    assert [p.requires_grad for p in network.parameters()] == flags
-    assert [m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)] == momenta
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items() if k in before)
-
-
-def test_train_mode_uses_the_statistics_of_the_batch(network: WideResNet) -> None:
-    x = torch.rand(8, 1, 8, 8) * 2 - 1
-    outputs: dict[str, Tensor] = {}
-    for mode in ("train", "eval"):
-        with frozen_parameters(network, mode):
-            outputs[mode] = network(x).detach()
-    assert not torch.allclose(outputs["train"], outputs["eval"])
-
-
-def test_unit_range_is_the_only_conversion(network: WideResNet) -> None:
-    network.eval()
-    x = torch.rand(3, 1, 8, 8)
-    assert torch.equal(UnitRange(network).eval()(x), network(x * 2 - 1))

@@ -1,4 +1,4 @@
-"""`ebjdat attack` on networks that this project did not make: torchvision's, and one with its own preprocessing and file."""
+"""`ebjdat attack` on external networks: torchvision's, and one with its own preprocessing and file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,14 +24,14 @@ from typer.testing import CliRunner
 
 from ebjdat.cli import app
 from ebjdat.data import external
-from ebjdat.data.prepared import Prepared
 from ebjdat.errors import DataError
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
-from ebjdat.models.external import ModelError, external_model
+from ebjdat.models.external import external_model
+from ebjdat.models.weights import ModelError
 from ebjdat.settings import ParamsError, usual_protocols
 
-from .conftest import ROOT
+from ..conftest import ROOT
 
 NETS = '''
 import torch, torchvision
@@ -67,7 +66,11 @@ def squeezenet():
 def nothing():
     return 3
 '''
+
+
 FAST = ["--override", "protocols.standard.n=0", "--override", "protocols.standard_l2.n=0", "--override", "checks.n=20"]
+
+
 LESS = ["--override", "protocols.released.n=8"]
 
 
@@ -139,24 +142,8 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
                 Image.fromarray(shade.astype(np.uint8)).save(place / f"{i}.png")
     (folder / "pictures/test/class0/notes.txt").write_text("of the camera")
     no_protocols, few_checks = "protocols={standard: {n: 0}, released: {n: 0}}", "checks={n: 8, steps: 25, restarts: 1, sweep: [1.0]}"
-    said = run(
-        "--model",
-        "somenets:squeezenet",
-        "--data",
-        "pictures",
-        "--size",
-        "32",
-        "--out",
-        "net.json",
-        "--n",
-        "6",
-        "--source",
-        "somenets:squeezenet",
-        "--override",
-        no_protocols,
-        "--override",
-        few_checks,
-    )
+    words = "--model somenets:squeezenet --data pictures --size 32 --out net.json --n 6 --source somenets:squeezenet"
+    said = run(*words.split(), "--override", no_protocols, "--override", few_checks)
     result = read_json(folder / "net.json")
     skipped = "skipped 1 file: 1 .txt ('test/class0/notes.txt')"
     assert f"pictures: {skipped}\n" in said
@@ -238,54 +225,6 @@ def test_what_is_wrong_with_a_network_is_said(folder: Path) -> None:
         usual_protocols(10, ["protocols.standard.epz=1"])
 
 
-def test_what_is_wrong_with_images_is_said(tmp_path: Path, digits: Prepared) -> None:
-    good, labels = digits.images[:4], digits.labels[:4]
-    for arrays, message in (
-        ({"images": good}, "arrays `images` and `labels` are needed, found images"),
-        ({"images": good.transpose(0, 2, 3, 1), "labels": labels}, r"uint8 \(N, 1 or 3, H, W\) is needed"),
-        ({"images": good / 255, "labels": labels}, "images are float64"),
-        ({"images": good, "labels": labels[:3]}, "one non-negative integer per image"),
-        ({"images": good, "labels": labels - 20}, "one non-negative integer per image"),
-    ):
-        np.savez(tmp_path / "data.npz", **arrays)
-        with pytest.raises(DataError, match=message):
-            external.images_of(tmp_path / "data.npz")
-    (tmp_path / "data.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"not a readable \.npz file"):
-        external.images_of(tmp_path / "data.npz")
-    with pytest.raises(DataError, match="there is no such file"):
-        external.images_of(tmp_path / "none.npz")
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (
-            lambda x: x,
-            lambda y: np.eye(10, dtype=np.int64)[y],
-            r"integer per image is needed, 4 of them \(of one-hot rows",
-        ),
-        (lambda x: x, lambda y: y[:, None], r"\(labels\[:, 0\]\)"),
-        (lambda x: x, lambda y: y.astype(np.float32), "labels are float32"),
-        (lambda x: x, lambda y: y > 3, "labels are bool"),
-        (lambda x: x, lambda y: y.astype("m8[s]"), "labels are timedelta64"),
-        (lambda x: x, lambda y: np.full(4, 2**63 + 1, np.uint64), "they go from 9223372036854775809 to 9223372036854775809"),
-        (lambda x: x.transpose(0, 2, 3, 1), lambda y: y, r"\(images.transpose\(0, 3, 1, 2\)\)"),
-        (lambda x: x[:, 0], lambda y: y, r"\(images\[:, None\]\)"),
-        (lambda x: (x > 99).astype(np.uint8), lambda y: y, "no pixel is above 1; pixels in 0..255 are needed"),
-        (lambda x: x.astype(np.float32), lambda y: y, r"np.rint\(images \* 255\)"),
-        (lambda x: x[:, :, :0], lambda y: y, r"images are uint8 \(4, 1, 0, 8\)"),
-    ],
-)
-def test_images_and_labels_of_another_kind_are_refused_with_what_mends_them(
-    tmp_path: Path, digits: Prepared, images: Any, labels: Any, message: str
-) -> None:
-    np.savez(tmp_path / "data.npz", images=images(digits.images[:4]), labels=labels(digits.labels[:4]))
-    with pytest.raises(DataError, match=message) as raised:
-        external.images_of(tmp_path / "data.npz")
-    assert "\n" not in str(raised.value)
-
-
 def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
     """Folders by the digits' English names, against a network that counts from 0."""
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -308,8 +247,8 @@ def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
     assert read_json(folder / "x.json")["clean_correct"] == right.sum() > 50
     for content, message in (
         ("\n".join(names[:9]), "the class 'nine' is not in --classes"),
-        ("\n".join((*names, "ten")), "classes.txt names 11 classes, the network tells 10 apart"),
-        ("zero\none\nzero\n", "classes.txt, line 3: 'zero' stands there already"),
+        ("\n".join((*names, "ten")), "classes.txt names 11 classes, the network has 10"),
+        ("zero\none\nzero\n", "classes.txt, line 3: 'zero' is a duplicate"),
         ("zero\n\none\n", "classes.txt, line 2: is empty"),
         ("", "classes.txt: is empty"),
     ):
@@ -319,7 +258,7 @@ def test_class_folders_have_the_order_that_is_named(folder: Path) -> None:
         assert message in done.output
     shutil.rmtree(folder / "pictures/train/nine")
     shutil.rmtree(folder / "pictures/test/nine")
-    assert "the folders are 9 classes, the network tells 10 apart; --classes" in CliRunner().invoke(app, ["attack", *words]).output
+    assert "the folders are 9 classes, the network has 10; --classes" in CliRunner().invoke(app, ["attack", *words]).output
 
 
 def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
@@ -355,22 +294,8 @@ def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     assert notes == ()
     asked = usual_protocols(20, [word for word in (*FAST, *LESS) if word != "--override"])
     found = audit(model, torch.from_numpy(images).float() / 255, torch.from_numpy(labels), asked)
-    run(
-        "--model",
-        "somenets:whitened",
-        "--weights",
-        "whitened.safetensors",
-        "--data",
-        "digits.npz",
-        "--n",
-        "20",
-        "--out",
-        "w.json",
-        "--threads",
-        "1",
-        *FAST,
-        *LESS,
-    )
+    words = "--model somenets:whitened --weights whitened.safetensors --data digits.npz --n 20 --out w.json --threads 1"
+    run(*words.split(), *FAST, *LESS)
     result = read_json(folder / "w.json")
     times = {"attack_seconds", "released_attack_seconds", "digest"}
     assert {k: v for k, v in found.metrics.items() if k not in times} == {k: result[k] for k in found.metrics if k not in times}

@@ -1,4 +1,4 @@
-"""Logits that are not finite: they are no class, they are counted, and nothing goes on as if they were a number."""
+"""Logits that are not finite: no class, counted, and never treated as numbers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.errors import AttackError
-from ebjdat.evaluation import checks, detection, ensemble, fidelity, frechet, generate, robust
+from ebjdat.evaluation import autoattack, checks, detection, fidelity, frechet, generate, robust
 from ebjdat.evaluation import energy as landscapes
 from ebjdat.evaluation.audit import audit
+from ebjdat.evaluation.verdicts import result
 from ebjdat.files import read_json, write_json
-from ebjdat.models.logits import NO_CLASS, predicted
+from ebjdat.models.logits import NO_CLASS
+from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings
 
-from .conftest import Linear
+from ..conftest import Linear
 
 N = 40
+
+
 EPS = 0.008
 
 
@@ -53,11 +57,6 @@ def settings(eps: float = EPS) -> AttackSettings:
     others = {"apgd_dlr": {"steps": 10}, "fab": {"steps": 10}, "apgd_ce": None, "apgd_t": None, "fab_t": None, "square": None}
     protocols = {"standard": {**one, "like": None, "n": 0}, "quick": {**one, "attacks": attacks}, "others": {**one, "attacks": others}}
     return AttackSettings.model_validate({"protocols": protocols, "batch_size": 16, "checks": {"n": N, "steps": 20, "restarts": 1}})
-
-
-def test_a_row_that_is_not_finite_is_no_class() -> None:
-    rows = torch.tensor([[1.0, 2.0], [math.nan, math.nan], [math.nan, 5.0], [math.inf, 0.0], [3.0, -math.inf], [3.0, 0.0]])
-    assert predicted(rows).tolist() == [1, NO_CLASS, NO_CLASS, NO_CLASS, NO_CLASS, 0]
 
 
 @pytest.mark.parametrize("score", [math.nan, -math.inf])
@@ -95,11 +94,11 @@ def test_an_attack_that_meets_such_logits_breaks_the_image(attack: str) -> None:
     protocol = settings(2e-3).protocols["quick"]
     few = settings().protocols["others" if attack in ("fab", "apgd_dlr") else "quick"].attacks[attack]
     with robust.fp32_eval_copy(model) as judge:
-        network = ensemble.FastNetwork(judge, x)
-        moved = getattr(ensemble, attack)(network, x, y, few, protocol, 0)
+        network = autoattack.FastNetwork(judge, x)
+        moved = getattr(autoattack, attack)(network, x, y, few, protocol, 0)
         prediction = robust.predictions(judge, moved, N)
     assert torch.isfinite(moved).all()
-    assert robust.outside(moved, x, "Linf", 2e-3).max() < robust.SLACK
+    assert robust.ball_violation(moved, x, "Linf", 2e-3).max() < robust.SLACK
     if attack in ("square", "apgd_ce", "apgd_dlr", "apgd_t"):  # FAB walks towards a class, and meets no NaN on this way
         assert (y == 0).any()
         assert (prediction == NO_CLASS).all()
@@ -110,7 +109,7 @@ def test_an_adversarial_image_without_finite_logits_is_broken_and_counted() -> N
     x, model = images()[3:], Lossy(0.4005).eval()
     y = model.network(x).argmax(1)
     verdicts = robust.evaluate(model, x, y, "quick", settings(2e-3))
-    found = robust.summary("quick", settings(2e-3).protocols["quick"], verdicts)
+    found = flat_results({"quick": result(settings(2e-3).protocols["quick"], verdicts).statistics()})
     broken = N - 3 - found["quick_pgd20_correct"]
     assert verdicts.excess <= robust.SLACK
     assert found["quick_n_not_finite"] == 0
@@ -149,9 +148,9 @@ def test_such_a_point_is_noted_where_it_lies_in_the_ball_and_in_the_box(norm: st
     protocol = settings(0.01).protocols["quick"].model_copy(update={"norm": norm})
     x = torch.stack([torch.full((1, 4, 4), value) for value in (0.001, 0.5, 0.999)])
     for step, rows in ((0.002, [0, 1]), (-0.002, [1, 2]), (0.02, []), (-0.0009, [0, 1, 2])):
-        noting = ensemble._Noting(lambda points: torch.full((len(points), 10), math.nan), x, protocol)
+        noting = autoattack._NoteNotFinite(lambda points: torch.full((len(points), 10), math.nan), x, protocol)
         assert noting(x + step).eq(0).all()
-        assert sorted(noting.found) == rows
+        assert sorted(noting.noted) == rows
         assert torch.equal(noting.merged(x) != x, torch.tensor([row in rows for row in range(3)]).view(3, 1, 1, 1).expand_as(x))
 
 
@@ -161,20 +160,6 @@ def test_more_than_a_tenth_is_refused_before_anything_is_attacked() -> None:
     y = torch.zeros(N, dtype=torch.int64)
     with pytest.raises(AttackError, match=r"not finite for 5 of 40 images \(protocol 'standard'\); with more than 10%"):
         audit(model, x, y, settings())
-
-
-def test_json_says_which_values_were_not_finite(tmp_path: Path) -> None:
-    value = {"a": math.nan, "b": 1.5, "c": {"d": [1.0, -math.inf], "e": np.float64("inf")}, "checks": [{"value": math.nan, "n": 2}]}
-    write_json(tmp_path / "x.json", value)
-    assert read_json(tmp_path / "x.json") == {
-        "a": None,
-        "b": 1.5,
-        "c": {"d": [1.0, None], "e": None, "not_finite": ["d", "e"]},
-        "checks": [{"value": None, "n": 2, "not_finite": ["value"]}],
-        "not_finite": ["a"],
-    }
-    write_json(tmp_path / "y.json", {"a": (1, 2.0)})
-    assert read_json(tmp_path / "y.json") == {"a": [1, 2.0]}
 
 
 def test_figures_that_such_values_take_part_in_are_none() -> None:
@@ -220,3 +205,17 @@ def test_chains_that_end_in_no_image_have_no_distance(network: Any, train_data: 
     assert result["n_chains_not_finite"] == 6
     assert math.isnan(result["frechet"])
     assert result["class_agreement"] == 0
+
+
+def test_json_says_which_values_were_not_finite(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": 1.5, "c": {"d": [1.0, -math.inf], "e": np.float64("inf")}, "checks": [{"value": math.nan, "n": 2}]}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == {
+        "a": None,
+        "b": 1.5,
+        "c": {"d": [1.0, None], "e": None, "not_finite": ["d", "e"]},
+        "checks": [{"value": None, "n": 2, "not_finite": ["value"]}],
+        "not_finite": ["a"],
+    }
+    write_json(tmp_path / "y.json", {"a": (1, 2.0)})
+    assert read_json(tmp_path / "y.json") == {"a": [1, 2.0]}

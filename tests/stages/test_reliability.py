@@ -1,0 +1,129 @@
+"""Stage `reliability` on real files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import log_loss
+from torch import Tensor
+
+from ebjdat import settings as params
+from ebjdat.data import prepared
+from ebjdat.evaluation import calibration, robust
+from ebjdat.files import read_json
+from ebjdat.metrics import describe
+from ebjdat.models.modes import UnitRange
+from ebjdat.stages import reliability, train
+from ebjdat.stages.context import Context, Task
+from ebjdat.training import checkpoint
+
+from ..conftest import ROOT
+
+
+def slow_ece(p: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    total = 0.0
+    for k in range(bins):
+        inside = [i for i in range(len(p)) if k / bins < max(p[i]) <= (k + 1) / bins]
+        if inside:
+            accuracy = sum(p[i].argmax() == labels[i] for i in inside) / len(inside)
+            confidence = sum(max(p[i]) for i in inside) / len(inside)
+            total += len(inside) / len(p) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Colour images whose pixels all differ."""
+    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.reliability.batch_size=64"]
+    context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
+    data, card = prepared.prepare(context.profile.data)
+    prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
+    weights = tmp_path / "clean.safetensors"
+    train.pretrain(context, "clean", 0, tmp_path / "data.npz", train.Outputs(weights, tmp_path / "c.json", tmp_path / "c.csv"), None)
+    files = {"out": "reliability.json", "values": "reliability.npz", "figure": "reliability.png"}
+    outputs = [{name: tmp_path / folder / file for name, file in files.items()} for folder in "ab"]
+    for out in outputs:
+        reliability.run(context, Task("classifier", 0, {"data": tmp_path / "data.npz", "weights": weights}, out))
+    result, again = (read_json(out["out"]) for out in outputs)
+    assert result == again
+    assert Image.open(outputs[0]["figure"]).width > 400
+
+    model = UnitRange(checkpoint.load(weights).network(torch.device("cpu"))).eval()
+    images, labels = data.split("test")
+    x, y = torch.from_numpy(images).float() / 255, torch.from_numpy(labels)
+
+    def logits(at: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return model(at).double().numpy()
+
+    values = np.load(outputs[0]["values"], allow_pickle=False)
+    plain = logits(x)
+    assert np.allclose(values["logits"], plain, atol=1e-4)
+    for suffix, t in (("", 1.0), ("_scaled", result["temperature"])):
+        p = np.exp(plain / t) / np.exp(plain / t).sum(1, keepdims=True)
+        assert result[f"ece{suffix}"] == pytest.approx(slow_ece(p, labels, 15), abs=1e-4)
+        assert result[f"nll{suffix}"] == pytest.approx(log_loss(labels, p, labels=range(10)), abs=1e-4)
+        assert result[f"brier{suffix}"] == pytest.approx(((p - np.eye(10)[labels]) ** 2).sum(1).mean(), abs=1e-4)
+    held, held_labels = data.split("validation")
+    held_logits = logits(torch.from_numpy(held).float() / 255)
+    grid = np.geomspace(0.1, 10, 2000)  # steps of 0.23 %
+    nll = [log_loss(held_labels, calibration.probabilities(held_logits, t), labels=range(10)) for t in grid[::20]]
+    assert result["temperature_fitted"] is True
+    assert result["temperature"] == pytest.approx(grid[::20][np.argmin(nll)], rel=0.05)
+    assert (result["n_calibration"], result["n_temperature"], result["ece_bins"]) == (100, 130, 15)
+
+    def share_in_order(inside: np.ndarray, outside: np.ndarray) -> float:
+        return float(np.mean((inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)))
+
+    energy = np.log(np.exp(plain).sum(1))
+    inverted = np.log(np.exp(logits(1 - x)).sum(1))
+    assert np.allclose(values["ood_inverted_energy"], inverted, atol=1e-4)
+    assert result["ood_auroc_energy_inverted"] == pytest.approx(share_in_order(energy, inverted), abs=1e-3)
+    for score in ("energy", "max_probability", "gradient_norm"):
+        for name in ("noise", "inverted", "shuffled"):
+            key = f"ood_auroc_{score}_{name}"
+            assert result[key] == pytest.approx(share_in_order(values[f"test_{score}"], values[f"ood_{name}_{score}"]))
+            assert 0 <= result[f"{key}_low"] <= result[key] <= result[f"{key}_high"] <= 1
+    assert [result[f"n_ood_{name}"] for name in ("in", "noise", "inverted", "shuffled")] == [100] * 4
+    assert result["ood_missing"] == {}
+    assert result["n_calibration_not_finite"] == 0
+
+    # the same network with logits so large that fp32 cannot hold those of half the images
+    loaded = checkpoint.load(weights)
+    large = float(torch.finfo(torch.float32).max / np.median(np.abs(plain).max(1)))
+    heads = {name: loaded.weights[name] * large for name in ("head.weight", "head.bias")}
+    checkpoint.save(replace(loaded, weights={**loaded.weights, **heads}), tmp_path / "large.safetensors")
+    inputs = {"data": tmp_path / "data.npz", "weights": tmp_path / "large.safetensors"}
+    reliability.run(context, Task("classifier", 0, inputs, outputs[1]))
+    found, others = read_json(outputs[1]["out"]), np.load(outputs[1]["values"], allow_pickle=False)
+    assert 30 < found["n_calibration_not_finite"] < 70
+    assert found["n_calibration"] == found["n_ood_in"] == len(others["labels"]) == 100 - found["n_calibration_not_finite"]
+    kept = np.abs(plain).max(1) * large < 0.99 * torch.finfo(torch.float32).max
+    assert abs(kept.sum() - found["n_calibration"]) <= 3
+    assert np.isfinite(others["logits"]).all()
+    assert found["n_detect_standard"] <= found["n_calibration"]
+
+    attack = context.profile.evaluation.attack
+    assert list(attack.protocols) == ["standard", "released", "standard_l2"]
+    for name, protocol in attack.protocols.items():
+        seen = robust.apply_protocol_noise(protocol, x, attack.seed)
+        moved = robust.pgd_examples(model, seen, y, protocol, attack.seed, attack.batch_size)
+        assert torch.equal(seen, x) == (name != "released")
+        clean, adversarial = (np.log(np.exp(logits(points)).sum(1)) for points in (seen, moved))
+        assert np.allclose(values[f"clean_{name}_energy"], clean, atol=1e-4)
+        assert np.allclose(values[f"adversarial_{name}_energy"], adversarial, atol=1e-3)
+        assert result[f"detect_auroc_energy_{name}"] == pytest.approx(share_in_order(clean, adversarial), abs=2e-3)
+        assert result[f"n_detect_{name}"] == 100
+
+    assert {describe(key, attack.protocols).stage for key in result} == {"reliability", "provenance"}
