@@ -1,6 +1,6 @@
-"""The paper's claims against what was measured here: holds, fails or open, and why. One function per claim.
+"""The paper's claims against what was measured: holds, fails or open, and why. One function per claim.
 
-A claim is judged with the uncertainty of both sides: "open" is what neither the data nor its size can decide.
+A claim is judged with the uncertainty of both sides: "open" means that the data cannot decide.
 """
 
 from __future__ import annotations
@@ -13,22 +13,31 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import fisher_exact
 
-from ebjdat.intervals import mcnemar, normal, over_seeds
+from ebjdat.intervals import mcnemar, over_seeds
 from ebjdat.metrics import describe, sign
-from ebjdat.registry import FORMS, RELEASE
-from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_together
-from ebjdat.settings import RELEASED, STANDARD, Profile, base_of, form_of, form_values, prefix_of
+from ebjdat.names import STANDARD
+from ebjdat.registry import FORMS, METHODS, RELEASE, Family
+from ebjdat.report.collect import RunResult, metrics_of
+from ebjdat.report.format import effective_radius
+from ebjdat.report.pairs import correct_together
+from ebjdat.report.summary import Estimate, estimate, paper_numbers
+from ebjdat.settings import RELEASED, Profile, base_of, form_of, form_values
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05
+ROBUST: Family = "robust joint energy-based"
 ENOUGH = 3  # seeds, for a claim about training
-MARGIN = 39.67 / 37.12 - 1  # how much farther than its JEM's the paper lets EB-JDAT's samples be
-ARCHITECTURE, RADIUS = (28, 10, "jem"), 8 / 255  # of the paper's table, as far as its released code tells
+MARGIN = 39.67 / 37.12 - 1  # in the paper, EB-JDAT's distance is this much larger than its JEM's
+ARCHITECTURE, RADIUS = (28, 10, "jem"), 8 / 255  # of the paper's table, according to its released code
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim. paper: what it says, with its number; measured: ours with n and intervals; protocol: how; why: of the verdict."""
+    """One claim.
+
+    paper: what it says, with its number. measured: what was measured here, with n and intervals. protocol: how. why: the reason for the
+    verdict.
+    """
 
     claim: str
     paper: str
@@ -40,81 +49,79 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured: the profile, a row per experiment and seed, and the folder with every verdict."""
+    """What was measured: the profile, a result per experiment and seed, and the folder with every verdict."""
 
     profile: Profile
-    rows: Sequence[Row]
+    runs: Sequence[RunResult]
     results: Path
 
     def find(self, method: str, form: str | None = None, w2: float | None = None) -> str | None:
-        """The first experiment of a method as it is defined (its form's own score and weights; another w2 where asked for)."""
+        """The first experiment of a method as it is defined: with its form's own score and weights, or another w2 if given."""
         for name, entry in self.profile.experiments.items():
             settings = self.profile.training_settings(name)
             if entry.method != method or (form is not None and form_of(method, entry.form) != form):
                 continue
-            row = form_values(form, base_of(entry.method, entry.base)) if form else {}
-            usual = row.get("weights", {}) | ({} if w2 is None else {"w2": w2})
+            values = form_values(form, base_of(entry.method, entry.base)) if form else {}
+            usual = values.get("weights", {}) | ({} if w2 is None else {"w2": w2})
             as_usual = all(getattr(settings.weights, name) == usual.get(name, 1.0) for name in ("w1", "w2", "w3"))
-            if form is None or (as_usual and settings.adversary.score == row["adversary"]["score"]):
+            if form is None or (as_usual and settings.adversary.score == values["adversary"]["score"]):
                 return name
         return None
 
+    def of_family(self, family: Family) -> list[str]:
+        """The first experiment of each method of a family, in the registry's order."""
+        found = (self.find(name) for name, method in METHODS.items() if method.family == family)
+        return [name for name in found if name]
+
+    def first(self, *families: Family) -> str | None:
+        """The first experiment of the first of these families that the profile has."""
+        return next((name for family in families for name in self.of_family(family)), None)
+
+    def variant(self, form: str, w2: float | None = None) -> str | None:
+        """EB-JDAT in another form, or with another w2."""
+        robust = [name for name, method in METHODS.items() if method.family == ROBUST]
+        return next((found for name in robust if (found := self.find(name, form, w2))), None)
+
     @property
-    def ours(self) -> str | None:
+    def eb_jdat(self) -> str | None:
         """EB-JDAT as its paper defines it, else the paper's form with another inner score."""
         for name, entry in self.profile.experiments.items():
             weights = self.profile.training_settings(name).weights
             if form_of(entry.method, entry.form) == "paper" and (weights.w1, weights.w2, weights.w3) == (1, 1, 1):
-                return self.find("eb_jdat", "paper") or name
+                return self.variant("paper") or name
         return None
 
     @property
-    def trained_robust(self) -> list[str]:
-        return [name for name in (self.find("pgd_at"), self.find("trades")) if name]
-
-    @property
     def jem(self) -> str | None:
-        """The JEM that EB-JDAT's experiment stands on."""
-        entry = self.profile.experiments.get(self.ours or "")
+        """The JEM that EB-JDAT's experiment builds on."""
+        entry = self.profile.experiments.get(self.eb_jdat or "")
         return self.find(base_of(entry.method, entry.base) or "") if entry else None
 
     def metrics(self, experiment: str) -> list[dict[str, Any]]:
-        return [row.metrics for row in self.rows if row.experiment == experiment]
+        return metrics_of(self.runs, experiment)
 
     @property
     def column(self) -> str:
         """The strongest attack of the standard protocol that was run, as verdicts.parquet names it."""
         return "autoattack" if self.profile.evaluation.attack.standard.n else "pgd20"
 
-    def robust(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Measured | None:
-        """After the protocol's ensemble ("autoattack") or after PGD ("pgd20"); None where that was not run."""
-        n = "n_attack" if column == "autoattack" else "n_test"
-        return accuracy(self.rows, experiment, f"{prefix_of(protocol)}{column}", f"{prefix_of(protocol)}{n}")
+    def accuracy(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Estimate | None:
+        """Without an attack ("clean"), after PGD ("pgd20") or after the protocol's ensemble; None where that was not run."""
+        return estimate(self.metrics(experiment), f"{column}_acc", protocol)
 
-    def spread(self, experiment: str, name: str) -> Measured | None:
-        """A metric that is no accuracy, with its interval: over seeds, or from its standard error, or none (low = high = nan)."""
-        mine = [m[name] for m in self.metrics(experiment) if m.get(name) is not None]
-        if not mine:
-            return None
-        first = self.metrics(experiment)[0]
-        if len(mine) > 1:
-            low, high = over_seeds(mine)
-        elif first.get(f"{name}_se") is not None:
-            low, high = normal(mine[0], first[f"{name}_se"])
-            low = max(0.0, low)  # a gap is not negative
-        else:
-            low = high = float("nan")
-        return Measured(float(np.mean(mine)), low, high, len(mine))
+    def strongest(self, experiments: Sequence[str], column: str) -> str:
+        """The experiment with the highest accuracy."""
+        return max(experiments, key=lambda name: own.value if (own := self.accuracy(name, column)) else 0.0)
 
     def better(self, a: str, b: str, column: str) -> tuple[Verdict, str]:
         """Whether a classifies more of the same examples right than b: "holds" more, "fails" fewer; and how that was decided.
 
-        column: of verdicts.parquet under the standard protocol. One seed: McNemar; several: t interval of the differences.
+        column: of verdicts.parquet under the standard protocol. One seed: McNemar's test; several: t interval of the differences.
         """
         counts = []
         for seed in self.profile.seeds:
-            stands = stands_together(self.results, (a, b), seed, column)
-            counts.append((*mcnemar(stands[a], stands[b]), len(stands[a])))
+            correct = correct_together(self.results, (a, b), seed, column)
+            counts.append((*mcnemar(correct[a], correct[b]), len(correct[a])))
         differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
         if len(counts) == 1:
             only_a, only_b, p, n = counts[0]
@@ -124,8 +131,8 @@ class Evidence:
             significant = low > 0 or high < 0
             how = f"difference over {len(counts)} seeds {100 * np.mean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         if not significant:
-            return "open", f"{how}: no difference that these examples can show"
-        how += "" if len(counts) > 1 else "; one seed: of these two networks, not yet of the methods"
+            return "open", f"{how}: no difference that these examples can detect"
+        how += "" if len(counts) > 1 else "; one seed: about these two networks, not yet about the methods"
         return ("holds" if sign(f"{column}_acc") * np.mean(differences) > 0 else "fails"), how
 
 
@@ -133,64 +140,68 @@ Claim = Callable[[Evidence], Finding | None]  # None: no experiment of the profi
 
 
 def stated_robustness(e: Evidence) -> Finding | None:
-    if e.ours is None:
+    if e.eb_jdat is None:
         return None
-    standard, settings = e.robust(e.ours), e.profile.evaluation.attack.standard
-    theirs = paper_numbers(e.profile, e.ours).get("autoattack")
-    network = e.profile.model_settings(e.profile.experiments[e.ours].pretraining)
+    standard, settings = e.accuracy(e.eb_jdat), e.profile.evaluation.attack.standard
+    reference = paper_numbers(e.profile, e.eb_jdat).get("autoattack")
+    network = e.profile.model_settings(e.profile.experiments[e.eb_jdat].pretraining)
     claim, protocol = "EB-JDAT withstands AutoAttack at 8/255", f"standard, {effective_radius(e.profile, STANDARD)}"
-    paper = f"{theirs:.2f} %" if theirs else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10"
-    measured = f"{e.ours}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run"
-    same = theirs is not None and (network.depth, network.width, network.variant) == ARCHITECTURE and abs(settings.radius - RADIUS) < 1e-9
-    if theirs is None or not same:
-        return Finding(
-            claim, paper, measured, protocol, "open", "other data, network or radius than the paper's: its number is not at stake"
-        )
+    paper = f"{reference:.2f} %" if reference else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10"
+    measured = f"{e.eb_jdat}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run"
+    same = (
+        reference is not None and (network.depth, network.width, network.variant) == ARCHITECTURE and abs(settings.radius - RADIUS) < 1e-9
+    )
+    if reference is None or not same:
+        return Finding(claim, paper, measured, protocol, "open", "other data, network or radius than the paper's: its number is not tested")
     if standard is None:
         return Finding(claim, paper, measured, protocol, "open", "not measured")
-    if standard.high * 100 < theirs:
+    if standard.high * 100 < reference:
         return Finding(claim, paper, measured, protocol, "fails", "the paper's number lies above the interval")
-    if standard.low * 100 >= theirs:
+    if standard.low * 100 >= reference:
         return Finding(claim, paper, measured, protocol, "holds", "the interval lies above the paper's number")
-    return Finding(claim, paper, measured, protocol, "open", "the paper's number lies within the interval: more images or seeds would tell")
+    return Finding(
+        claim, paper, measured, protocol, "open", "the paper's number lies within the interval: more images or seeds could decide"
+    )
 
 
 def stated_protocol(e: Evidence) -> Finding | None:
-    if e.ours is None or RELEASED not in e.profile.evaluation.attack.protocols:
+    if e.eb_jdat is None or RELEASED not in e.profile.evaluation.attack.protocols:
         return None
     column = e.column if e.profile.evaluation.attack.protocols[RELEASED].n else "pgd20"
-    standard, released = e.robust(e.ours, column), e.robust(e.ours, column, RELEASED)
+    standard, released = e.accuracy(e.eb_jdat, column), e.accuracy(e.eb_jdat, column, RELEASED)
     if standard is None or released is None:
         return None
     n = f"n = {standard.n}" if standard.n == released.n else f"n = {released.n} and {standard.n}"
+    difference = 100 * (released.value - standard.value)
     return Finding(
         "The released evaluation measures what the paper states: L∞ 8/255, AutoAttack standard",
         "L∞ 8/255, AutoAttack standard",
-        f"{e.ours}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
+        f"{e.eb_jdat}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
         f"stated ({effective_radius(e.profile, STANDARD)}), {n}",
         "released against standard",
         "fails",
         "its budget is applied to [-1, 1] pixels, half as far in [0, 1], with noise on the images (none on SADA-JEM) and without targeted "
-        f"APGD: a fact of the code ({RELEASE}); it reads {100 * (released.value - standard.value):+.1f} points here. How the paper's own "
-        "numbers were made is inferred",
+        f"APGD: a fact of the code ({RELEASE}); here the difference is {difference:+.1f} points. How the paper's "
+        "own numbers were made is inferred",
     )
 
 
 def beats_adversarial_training(e: Evidence) -> Finding | None:
-    if e.ours is None or not e.trained_robust:
+    trained = e.of_family("adversarial training")
+    if e.eb_jdat is None or not trained:
         return None
     column = e.column
-    against = max(e.trained_robust, key=lambda name: found.value if (found := e.robust(name, column)) else 0.0)
-    mine, theirs = e.robust(e.ours, column), e.robust(against, column)
-    if mine is None or theirs is None:
+    against = e.strongest(trained, column)
+    own, reference = e.accuracy(e.eb_jdat, column), e.accuracy(against, column)
+    if own is None or reference is None:
         return None
-    verdict, why = e.better(e.ours, against, column)
+    verdict, why = e.better(e.eb_jdat, against, column)
     if column != "pgd20":
-        why += f". Under PGD-20: {e.better(e.ours, against, 'pgd20')[1]}"
+        why += f". Under PGD-20: {e.better(e.eb_jdat, against, 'pgd20')[1]}"
     return Finding(
         "EB-JDAT is more robust than adversarial training",
         "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10",
-        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
+        f"{e.eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}",
         f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
         verdict,
         why,
@@ -198,17 +209,18 @@ def beats_adversarial_training(e: Evidence) -> Finding | None:
 
 
 def keeps_accuracy(e: Evidence) -> Finding | None:
-    if e.ours is None or not e.trained_robust:
+    trained = e.of_family("adversarial training")
+    if e.eb_jdat is None or not trained:
         return None
-    against = max(e.trained_robust, key=lambda name: found.value if (found := accuracy(e.rows, name, "clean", "n_test")) else 0.0)
-    mine, theirs = accuracy(e.rows, e.ours, "clean", "n_test"), accuracy(e.rows, against, "clean", "n_test")
-    if mine is None or theirs is None:
+    against = e.strongest(trained, "clean")
+    own, reference = e.accuracy(e.eb_jdat, "clean"), e.accuracy(against, "clean")
+    if own is None or reference is None:
         return None
-    verdict, why = e.better(e.ours, against, "clean")
+    verdict, why = e.better(e.eb_jdat, against, "clean")
     return Finding(
         "EB-JDAT keeps more clean accuracy than adversarial training",
         "90.30 % against 82.67 to 87.74 %, CIFAR-10",
-        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
+        f"{e.eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}",
         "clean test images",
         verdict,
         why,
@@ -217,29 +229,29 @@ def keeps_accuracy(e: Evidence) -> Finding | None:
 
 def generates_like_its_jem(e: Evidence) -> Finding | None:
     jem = e.jem
-    if e.ours is None or jem is None:
+    if e.eb_jdat is None or jem is None:
         return None
-    mine, theirs = e.spread(e.ours, "frechet"), e.spread(jem, "frechet")
-    starts = e.spread(e.ours, "frechet_start")
-    if mine is None or theirs is None or starts is None:
+    own, reference = estimate(e.metrics(e.eb_jdat), "frechet"), estimate(e.metrics(jem), "frechet")
+    starts = estimate(e.metrics(e.eb_jdat), "frechet_start")
+    if own is None or reference is None or starts is None:
         return None
-    margin = MARGIN * theirs.value
+    margin = MARGIN * reference.value
     verdict: Verdict = "open"
-    if mine.n == theirs.n == len(e.profile.seeds) > 1:
-        pairs = zip(e.metrics(e.ours), e.metrics(jem), strict=True)
+    if own.seeds == reference.seeds == len(e.profile.seeds) > 1:
+        pairs = zip(e.metrics(e.eb_jdat), e.metrics(jem), strict=True)
         low, high = over_seeds([a["frechet"] - b["frechet"] for a, b in pairs])
         verdict = "holds" if high <= margin else "fails" if low > margin else "open"
-        why = f"difference over {mine.n} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
+        why = f"difference over {own.seeds} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
     else:
         why = f"{'one seed' if len(e.profile.seeds) == 1 else 'not measured for every seed'}: the distance has no interval"
-    if mine.value >= starts.value:
-        why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance sees"
-        verdict = "open" if theirs.value >= starts.value else verdict
-    first = e.metrics(e.ours)[0]
+    if own.value >= starts.value:
+        why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance detects"
+        verdict = "open" if reference.value >= starts.value else verdict
+    first = e.metrics(e.eb_jdat)[0]
     return Finding(
-        "EB-JDAT generates about as well as the JEM it stands on",
+        "EB-JDAT generates about as well as the JEM it builds on",
         "FID 39.67 against 37.12 (JEM++), CIFAR-10",
-        f"{e.ours} {mine.value:.2f}, {jem} {theirs.value:.2f}, {first['n_samples']} samples each",
+        f"{e.eb_jdat} {own.value:.2f}, {jem} {reference.value:.2f}, {first['n_samples']} samples each",
         f"fresh chains, none discarded, against the training split, features: {first['frechet_extractor']}",
         verdict,
         why,
@@ -247,16 +259,16 @@ def generates_like_its_jem(e: Evidence) -> Finding | None:
 
 
 def fid_is_of_samples(e: Evidence) -> Finding | None:
-    if e.ours is None:
+    if e.eb_jdat is None:
         return None
-    fresh, released = e.spread(e.ours, "frechet"), e.spread(e.ours, "released_frechet")
+    fresh, released = estimate(e.metrics(e.eb_jdat), "frechet"), estimate(e.metrics(e.eb_jdat), "frechet", RELEASED)
     if fresh is None or released is None:
         return None
-    first = e.metrics(e.ours)[0]
+    first = e.metrics(e.eb_jdat)[0]
     return Finding(
         "The released evaluation's FID is that of the model's samples",
         "FID 39.67 (JEM++), 27.42 (SADA-JEM), CIFAR-10",
-        f"{e.ours}: {released.value:.2f} as released (n = {first.get('released_n_samples')}), {fresh.value:.2f} of fresh chains "
+        f"{e.eb_jdat}: {released.value:.2f} as released (n = {first.get('released_n_samples')}), {fresh.value:.2f} of fresh chains "
         f"(n = {first['n_samples']})",
         f"released against standard, features: {first['frechet_extractor']}",
         "fails",
@@ -265,54 +277,55 @@ def fid_is_of_samples(e: Evidence) -> Finding | None:
     )
 
 
-def _closes(e: Evidence, claim: str, paper: str, gap: str, who: str | None, against: str | None) -> Finding | None:
+def _closes(e: Evidence, claim: str, paper: str, metric: str, who: str | None, against: str | None) -> Finding | None:
     if who is None or against is None:
         return None
-    mine, theirs = e.spread(who, gap), e.spread(against, gap)
-    if mine is None or theirs is None:
+    own, reference = estimate(e.metrics(who), metric), estimate(e.metrics(against), metric)
+    if own is None or reference is None:
         return None
-    verdict: Verdict = "holds" if mine.high < theirs.low else "fails" if mine.low > theirs.high else "open"
-    measured = (
-        f"{who} {mine.value:.2f} [{mine.low:.2f}, {mine.high:.2f}], {against} {theirs.value:.2f} [{theirs.low:.2f}, {theirs.high:.2f}]"
-    )
-    why = {"holds": "the intervals are apart", "fails": "the gap is larger, and the intervals are apart", "open": "the intervals meet"}[
-        verdict
-    ]
-    if mine.n == 1 and verdict != "open":
-        why += "; one seed: of these two networks, not yet of the methods"
-    protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(gap).unit}"
+    verdict: Verdict = "holds" if own.high < reference.low else "fails" if own.low > reference.high else "open"
+    gaps = ((who, own), (against, reference))
+    measured = ", ".join(f"{name} {gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]" for name, gap in gaps)
+    why = {
+        "holds": "the intervals do not overlap",
+        "fails": "the gap is larger, and the intervals do not overlap",
+        "open": "the intervals overlap",
+    }[verdict]
+    if own.seeds == 1 and verdict != "open":
+        why += "; one seed: about these two networks, not yet about the methods"
+    protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(metric).unit}"
     return Finding(claim, paper, measured, protocol, verdict, why)
 
 
 def training_closes_first_gap(e: Evidence) -> Finding | None:
     claim, paper = "Adversarial training narrows the gap of energies between clean and adversarial images", "1.46 against 10.18"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.find("pgd_at"), e.find("classifier"))
+    return _closes(e, claim, paper, "energy_gap_adversarial", e.first("adversarial training"), e.first("classifier"))
 
 
 def jem_closes_second_gap(e: Evidence) -> Finding | None:
     claim, paper = "A JEM narrows the gap of energies between clean and generated images", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.jem, e.find("pgd_at") or e.find("classifier"))
+    return _closes(e, claim, paper, "energy_gap_generated", e.jem, e.first("adversarial training", "classifier"))
 
 
 def closes_first_gap(e: Evidence) -> Finding | None:
     claim, paper = "EB-JDAT narrows the first gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.ours, e.find("pgd_at"))
+    return _closes(e, claim, paper, "energy_gap_adversarial", e.eb_jdat, e.first("adversarial training"))
 
 
 def closes_second_gap(e: Evidence) -> Finding | None:
     claim, paper = "EB-JDAT narrows the second gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.ours, e.find("pgd_at") or e.find("classifier"))
+    return _closes(e, claim, paper, "energy_gap_generated", e.eb_jdat, e.first("adversarial training", "classifier"))
 
 
 def alignment_prevents_collapse(e: Evidence) -> Finding | None:
-    without = e.find("eb_jdat", "paper", w2=0.0)
+    without = e.variant("paper", w2=0.0)
     claim, paper = "Without energy alignment (h2) training collapses", "collapse at epoch 41 of 100 (weights 0 0 1, which leave out h1 too)"
-    if e.ours is None:
+    if e.eb_jdat is None:
         return None
     if without is None:
-        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves h2 alone out (w = 1 0 1)")
-    missing, kept = _diverged(e, without), _diverged(e, e.ours)
-    measured = f"{without}: {missing[0]} of {missing[1]} seeds diverged, {e.ours}: {kept[0]} of {kept[1]}"
+        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves out h2 alone (w = 1 0 1)")
+    missing, kept = _diverged(e, without), _diverged(e, e.eb_jdat)
+    measured = f"{without}: {missing[0]} of {missing[1]} seeds diverged, {e.eb_jdat}: {kept[0]} of {kept[1]}"
     p = float(fisher_exact([[missing[0], missing[1] - missing[0]], [kept[0], kept[1] - kept[0]]]).pvalue)
     verdict: Verdict = "open" if p >= SIGNIFICANT else "holds" if missing[0] / missing[1] > kept[0] / kept[1] else "fails"
     why = f"Fisher's exact p = {p:.2g}"
@@ -328,27 +341,27 @@ def _diverged(e: Evidence, experiment: str) -> tuple[int, int]:
 
 
 def code_is_the_paper(e: Evidence) -> Finding | None:
-    if e.ours is None:
+    if e.eb_jdat is None:
         return None
     claim, paper, column = "The released code computes what the paper defines", "implied", e.column
-    fact = f"inner walk, its budget and the alignment's sign and clean images differ: a fact of the code ({RELEASE})"
-    mine = e.robust(e.ours, column)
+    fact = f"the inner maximisation, its budget, and the alignment's sign and clean images differ: a fact of the code ({RELEASE})"
+    own = e.accuracy(e.eb_jdat, column)
     measured, why = [], [fact]
     for form, what in (
         ("released", "released form, its default lines"),
         ("released_ce", "the same with its commented-out cross-entropy step"),
     ):
-        name = e.find("eb_jdat", form)
-        theirs = e.robust(name, column) if name else None
-        if name is not None and theirs is not None:
-            measured.append(f"{what} ({name}) {theirs.percent()} %")
-            why.append(e.better(e.ours, name, column)[1])
-    if mine is None or not measured:
-        return Finding(claim, paper, "what that does was not measured: no experiment has `form: released`", "–", "fails", fact)
+        name = e.variant(form)
+        reference = e.accuracy(name, column) if name else None
+        if name is not None and reference is not None:
+            measured.append(f"{what} ({name}) {reference.percent()} %")
+            why.append(e.better(e.eb_jdat, name, column)[1])
+    if own is None or not measured:
+        return Finding(claim, paper, "its effect was not measured: no experiment has `form: released`", "–", "fails", fact)
     return Finding(
         claim,
         paper,
-        f"paper form {mine.percent()} %, {', '.join(measured)}, n = {mine.n}",
+        f"paper form {own.percent()} %, {', '.join(measured)}, n = {own.n}",
         f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
         "fails",
         "; ".join(why),
@@ -356,7 +369,7 @@ def code_is_the_paper(e: Evidence) -> Finding | None:
 
 
 def more_steps_collapse(e: Evidence) -> Finding | None:
-    if e.ours is None:
+    if e.eb_jdat is None:
         return None
     claim, paper = "More than 5 adversarial steps make the energy-based model collapse", "stated"
     usual = FORMS["paper"].defaults["adversary"]["score"]
@@ -374,7 +387,12 @@ def more_steps_collapse(e: Evidence) -> Finding | None:
     verdict: Verdict = "open" if runs < ENOUGH or 0 < diverged < runs else "holds" if diverged else "fails"
     measured = f"{diverged} of {runs} runs diverged ({', '.join(longer)})"
     return Finding(
-        claim, paper, measured, "checks during training (docs/healing.md)", verdict, f"counted; fewer than {ENOUGH} runs say nothing"
+        claim,
+        paper,
+        measured,
+        "checks during training (docs/healing.md)",
+        verdict,
+        f"counted; fewer than {ENOUGH} runs are too few to judge",
     )
 
 
@@ -397,4 +415,4 @@ CLAIMS: tuple[Claim, ...] = (
 
 def judge(evidence: Evidence) -> list[Finding]:
     """Every claim that this profile's experiments say something about, in the paper's order."""
-    return [found for claim in CLAIMS if (found := claim(evidence)) is not None]
+    return [finding for claim in CLAIMS if (finding := claim(evidence)) is not None]
