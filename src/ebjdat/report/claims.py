@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy.stats import fisher_exact
@@ -25,7 +25,14 @@ from ebjdat.settings import RELEASED, Profile, base_of, form_of, form_values
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05
+WHY_OF_GAPS = {
+    "holds": "the intervals do not overlap",
+    "fails": "the gap is larger, and the intervals do not overlap",
+    "open": "the intervals overlap",
+}
 ROBUST: Family = "robust joint energy-based"
+ONE_SEED = "one seed: about these two networks, not yet about the methods"
+TRAINING_CHECKS = "checks during training (docs/healing.md)"
 ENOUGH = 3  # seeds, for a claim about training
 MARGIN = 39.67 / 37.12 - 1  # in the paper, EB-JDAT's distance is this much larger than its JEM's
 ARCHITECTURE, RADIUS = (28, 10, "jem"), 8 / 255  # of the paper's table, according to its released code
@@ -97,8 +104,8 @@ class Evidence:
         entry = self.profile.experiments.get(self.eb_jdat or "")
         return self.find(base_of(entry.method, entry.base) or "") if entry else None
 
-    def metrics(self, experiment: str) -> list[dict[str, Any]]:
-        return metrics_of(self.runs, experiment)
+    def estimate(self, experiment: str, name: str, protocol: str = STANDARD) -> Estimate | None:
+        return estimate(metrics_of(self.runs, experiment), name, protocol)
 
     @property
     def column(self) -> str:
@@ -107,11 +114,18 @@ class Evidence:
 
     def accuracy(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Estimate | None:
         """Without an attack ("clean"), after PGD ("pgd20") or after the protocol's ensemble; None where that was not run."""
-        return estimate(self.metrics(experiment), f"{column}_acc", protocol)
+        return self.estimate(experiment, f"{column}_acc", protocol)
 
-    def strongest(self, experiments: Sequence[str], column: str) -> str:
-        """The experiment with the highest accuracy."""
-        return max(experiments, key=lambda name: own.value if (own := self.accuracy(name, column)) else 0.0)
+    def protocol(self) -> str:
+        return f"standard, {effective_radius(self.profile, STANDARD)}"
+
+    def extractor(self, experiment: str) -> str:
+        return str(metrics_of(self.runs, experiment)[0]["frechet_extractor"])
+
+    def diverged(self, experiment: str) -> tuple[int, int]:
+        """Seeds of an experiment whose training diverged, and all."""
+        epochs = [seed.get("collapse_epoch") for seed in metrics_of(self.runs, experiment)]
+        return sum(epoch is not None for epoch in epochs), len(epochs)
 
     def better(self, a: str, b: str, column: str) -> tuple[Verdict, str]:
         """Whether a classifies more of the same examples right than b: "holds" more, "fails" fewer; and how that was decided.
@@ -132,113 +146,95 @@ class Evidence:
             how = f"difference over {len(counts)} seeds {100 * np.mean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         if not significant:
             return "open", f"{how}: no difference that these examples can detect"
-        how += "" if len(counts) > 1 else "; one seed: about these two networks, not yet about the methods"
+        how += "" if len(counts) > 1 else f"; {ONE_SEED}"
         return ("holds" if sign(f"{column}_acc") * np.mean(differences) > 0 else "fails"), how
 
 
-Claim = Callable[[Evidence], Finding | None]  # None: no experiment of the profile is about it
+Claim = Callable[[Evidence, str], Finding | None]  # of EB-JDAT's experiment; None: no other experiment of the profile is about it
 
 
-def stated_robustness(e: Evidence) -> Finding | None:
-    if e.eb_jdat is None:
-        return None
-    standard, settings = e.accuracy(e.eb_jdat), e.profile.evaluation.attack.standard
-    reference = paper_numbers(e.profile, e.eb_jdat).get("autoattack")
-    network = e.profile.model_settings(e.profile.experiments[e.eb_jdat].pretraining)
-    claim, protocol = "EB-JDAT withstands AutoAttack at 8/255", f"standard, {effective_radius(e.profile, STANDARD)}"
-    paper = f"{reference:.2f} %" if reference else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10"
-    measured = f"{e.eb_jdat}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run"
-    same = (
-        reference is not None and (network.depth, network.width, network.variant) == ARCHITECTURE and abs(settings.radius - RADIUS) < 1e-9
-    )
-    if reference is None or not same:
-        return Finding(claim, paper, measured, protocol, "open", "other data, network or radius than the paper's: its number is not tested")
-    if standard is None:
-        return Finding(claim, paper, measured, protocol, "open", "not measured")
-    if standard.high * 100 < reference:
-        return Finding(claim, paper, measured, protocol, "fails", "the paper's number lies above the interval")
-    if standard.low * 100 >= reference:
-        return Finding(claim, paper, measured, protocol, "holds", "the interval lies above the paper's number")
+def stated_robustness(e: Evidence, eb_jdat: str) -> Finding | None:
+    standard, reference = e.accuracy(eb_jdat), paper_numbers(e.profile, eb_jdat).get("autoattack")
+    network = e.profile.model_settings(e.profile.experiments[eb_jdat].pretraining)
+    verdict: Verdict
+    same_network = (network.depth, network.width, network.variant) == ARCHITECTURE
+    if reference is None or not same_network or abs(e.profile.evaluation.attack.standard.radius - RADIUS) >= 1e-9:
+        verdict, why = "open", "other data, network or radius than the paper's: its number is not tested"
+    elif standard is None:
+        verdict, why = "open", "not measured"
+    elif standard.high * 100 < reference:
+        verdict, why = "fails", "the paper's number lies above the interval"
+    elif standard.low * 100 >= reference:
+        verdict, why = "holds", "the interval lies above the paper's number"
+    else:
+        verdict, why = "open", "the paper's number lies within the interval: more images or seeds could decide"
     return Finding(
-        claim, paper, measured, protocol, "open", "the paper's number lies within the interval: more images or seeds could decide"
+        "EB-JDAT withstands AutoAttack at 8/255",
+        f"{reference:.2f} %" if reference else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10",
+        f"{eb_jdat}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run",
+        e.protocol(),
+        verdict,
+        why,
     )
 
 
-def stated_protocol(e: Evidence) -> Finding | None:
-    if e.eb_jdat is None or RELEASED not in e.profile.evaluation.attack.protocols:
+def stated_protocol(e: Evidence, eb_jdat: str) -> Finding | None:
+    if RELEASED not in e.profile.evaluation.attack.protocols:
         return None
     column = e.column if e.profile.evaluation.attack.protocols[RELEASED].n else "pgd20"
-    standard, released = e.accuracy(e.eb_jdat, column), e.accuracy(e.eb_jdat, column, RELEASED)
+    standard, released = e.accuracy(eb_jdat, column), e.accuracy(eb_jdat, column, RELEASED)
     if standard is None or released is None:
         return None
     n = f"n = {standard.n}" if standard.n == released.n else f"n = {released.n} and {standard.n}"
-    difference = 100 * (released.value - standard.value)
     return Finding(
         "The released evaluation measures what the paper states: L∞ 8/255, AutoAttack standard",
         "L∞ 8/255, AutoAttack standard",
-        f"{e.eb_jdat}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
+        f"{eb_jdat}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
         f"stated ({effective_radius(e.profile, STANDARD)}), {n}",
         "released against standard",
         "fails",
         "its budget is applied to [-1, 1] pixels, half as far in [0, 1], with noise on the images (none on SADA-JEM) and without targeted "
-        f"APGD: a fact of the code ({RELEASE}); here the difference is {difference:+.1f} points. How the paper's "
-        "own numbers were made is inferred",
+        f"APGD: a fact of the code ({RELEASE}); here the difference is {100 * (released.value - standard.value):+.1f} points. How the "
+        "paper's own numbers were made is inferred",
     )
 
 
-def beats_adversarial_training(e: Evidence) -> Finding | None:
+def _against_adversarial_training(e: Evidence, eb_jdat: str, column: str, claim: str, paper: str, protocol: str) -> Finding | None:
     trained = e.of_family("adversarial training")
-    if e.eb_jdat is None or not trained:
+    if not trained:
         return None
-    column = e.column
-    against = e.strongest(trained, column)
-    own, reference = e.accuracy(e.eb_jdat, column), e.accuracy(against, column)
+    against = max(trained, key=lambda name: best.value if (best := e.accuracy(name, column)) else 0.0)
+    own, reference = e.accuracy(eb_jdat, column), e.accuracy(against, column)
     if own is None or reference is None:
         return None
-    verdict, why = e.better(e.eb_jdat, against, column)
-    if column != "pgd20":
-        why += f". Under PGD-20: {e.better(e.eb_jdat, against, 'pgd20')[1]}"
-    return Finding(
-        "EB-JDAT is more robust than adversarial training",
-        "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10",
-        f"{e.eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}",
-        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
-        verdict,
-        why,
-    )
+    verdict, why = e.better(eb_jdat, against, column)
+    if column == "autoattack":
+        why += f". Under PGD-20: {e.better(eb_jdat, against, 'pgd20')[1]}"
+    measured = f"{eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}"
+    return Finding(claim, paper, measured, protocol, verdict, why)
 
 
-def keeps_accuracy(e: Evidence) -> Finding | None:
-    trained = e.of_family("adversarial training")
-    if e.eb_jdat is None or not trained:
-        return None
-    against = e.strongest(trained, "clean")
-    own, reference = e.accuracy(e.eb_jdat, "clean"), e.accuracy(against, "clean")
-    if own is None or reference is None:
-        return None
-    verdict, why = e.better(e.eb_jdat, against, "clean")
-    return Finding(
-        "EB-JDAT keeps more clean accuracy than adversarial training",
-        "90.30 % against 82.67 to 87.74 %, CIFAR-10",
-        f"{e.eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}",
-        "clean test images",
-        verdict,
-        why,
-    )
+def beats_adversarial_training(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, paper = "EB-JDAT is more robust than adversarial training", "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10"
+    return _against_adversarial_training(e, eb_jdat, e.column, claim, paper, f"{e.protocol()}, {e.column}")
 
 
-def generates_like_its_jem(e: Evidence) -> Finding | None:
+def keeps_accuracy(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, paper = "EB-JDAT keeps more clean accuracy than adversarial training", "90.30 % against 82.67 to 87.74 %, CIFAR-10"
+    return _against_adversarial_training(e, eb_jdat, "clean", claim, paper, "clean test images")
+
+
+def generates_like_its_jem(e: Evidence, eb_jdat: str) -> Finding | None:
     jem = e.jem
-    if e.eb_jdat is None or jem is None:
+    if jem is None:
         return None
-    own, reference = estimate(e.metrics(e.eb_jdat), "frechet"), estimate(e.metrics(jem), "frechet")
-    starts = estimate(e.metrics(e.eb_jdat), "frechet_start")
+    own, reference, starts = e.estimate(eb_jdat, "frechet"), e.estimate(jem, "frechet"), e.estimate(eb_jdat, "frechet_start")
     if own is None or reference is None or starts is None:
         return None
     margin = MARGIN * reference.value
     verdict: Verdict = "open"
     if own.seeds == reference.seeds == len(e.profile.seeds) > 1:
-        pairs = zip(e.metrics(e.eb_jdat), e.metrics(jem), strict=True)
+        pairs = zip(metrics_of(e.runs, eb_jdat), metrics_of(e.runs, jem), strict=True)
         low, high = over_seeds([a["frechet"] - b["frechet"] for a, b in pairs])
         verdict = "holds" if high <= margin else "fails" if low > margin else "open"
         why = f"difference over {own.seeds} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
@@ -247,130 +243,102 @@ def generates_like_its_jem(e: Evidence) -> Finding | None:
     if own.value >= starts.value:
         why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance detects"
         verdict = "open" if reference.value >= starts.value else verdict
-    first = e.metrics(e.eb_jdat)[0]
     return Finding(
         "EB-JDAT generates about as well as the JEM it builds on",
         "FID 39.67 against 37.12 (JEM++), CIFAR-10",
-        f"{e.eb_jdat} {own.value:.2f}, {jem} {reference.value:.2f}, {first['n_samples']} samples each",
-        f"fresh chains, none discarded, against the training split, features: {first['frechet_extractor']}",
+        f"{eb_jdat} {own.value:.2f}, {jem} {reference.value:.2f}, {own.n} samples each",
+        f"fresh chains, none discarded, against the training split, features: {e.extractor(eb_jdat)}",
         verdict,
         why,
     )
 
 
-def fid_is_of_samples(e: Evidence) -> Finding | None:
-    if e.eb_jdat is None:
-        return None
-    fresh, released = estimate(e.metrics(e.eb_jdat), "frechet"), estimate(e.metrics(e.eb_jdat), "frechet", RELEASED)
+def fid_is_of_samples(e: Evidence, eb_jdat: str) -> Finding | None:
+    fresh, released = e.estimate(eb_jdat, "frechet"), e.estimate(eb_jdat, "frechet", RELEASED)
     if fresh is None or released is None:
         return None
-    first = e.metrics(e.eb_jdat)[0]
     return Finding(
         "The released evaluation's FID is that of the model's samples",
         "FID 39.67 (JEM++), 27.42 (SADA-JEM), CIFAR-10",
-        f"{e.eb_jdat}: {released.value:.2f} as released (n = {first.get('released_n_samples')}), {fresh.value:.2f} of fresh chains "
-        f"(n = {first['n_samples']})",
-        f"released against standard, features: {first['frechet_extractor']}",
+        f"{eb_jdat}: {released.value:.2f} as released (n = {released.n}), {fresh.value:.2f} of fresh chains (n = {fresh.n})",
+        f"released against standard, features: {e.extractor(eb_jdat)}",
         "fails",
         "it takes the most confident 90 % of the training buffer and compares them with training and test images: a fact of the code; "
         "the two distances differ in n as well, which biases them",
     )
 
 
-def _closes(e: Evidence, claim: str, paper: str, metric: str, who: str | None, against: str | None) -> Finding | None:
-    if who is None or against is None:
+def _narrows(
+    e: Evidence, metric: str, narrow: str | None, wide: str | None, claim: str, paper: str = "figure, no number"
+) -> Finding | None:
+    if narrow is None or wide is None:
         return None
-    own, reference = estimate(e.metrics(who), metric), estimate(e.metrics(against), metric)
+    own, reference = e.estimate(narrow, metric), e.estimate(wide, metric)
     if own is None or reference is None:
         return None
     verdict: Verdict = "holds" if own.high < reference.low else "fails" if own.low > reference.high else "open"
-    gaps = ((who, own), (against, reference))
+    gaps = ((narrow, own), (wide, reference))
     measured = ", ".join(f"{name} {gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]" for name, gap in gaps)
-    why = {
-        "holds": "the intervals do not overlap",
-        "fails": "the gap is larger, and the intervals do not overlap",
-        "open": "the intervals overlap",
-    }[verdict]
+    why = WHY_OF_GAPS[verdict]
     if own.seeds == 1 and verdict != "open":
-        why += "; one seed: about these two networks, not yet about the methods"
+        why += f"; {ONE_SEED}"
     protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(metric).unit}"
     return Finding(claim, paper, measured, protocol, verdict, why)
 
 
-def training_closes_first_gap(e: Evidence) -> Finding | None:
-    claim, paper = "Adversarial training narrows the gap of energies between clean and adversarial images", "1.46 against 10.18"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.first("adversarial training"), e.first("classifier"))
+def training_closes_first_gap(e: Evidence, _: str) -> Finding | None:
+    claim = "Adversarial training narrows the gap of energies between clean and adversarial images"
+    return _narrows(e, "energy_gap_adversarial", e.first("adversarial training"), e.first("classifier"), claim, "1.46 against 10.18")
 
 
-def jem_closes_second_gap(e: Evidence) -> Finding | None:
-    claim, paper = "A JEM narrows the gap of energies between clean and generated images", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.jem, e.first("adversarial training", "classifier"))
+def jem_closes_second_gap(e: Evidence, _: str) -> Finding | None:
+    claim = "A JEM narrows the gap of energies between clean and generated images"
+    return _narrows(e, "energy_gap_generated", e.jem, e.first("adversarial training", "classifier"), claim)
 
 
-def closes_first_gap(e: Evidence) -> Finding | None:
-    claim, paper = "EB-JDAT narrows the first gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.eb_jdat, e.first("adversarial training"))
+def closes_first_gap(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim = "EB-JDAT narrows the first gap further than adversarial training"
+    return _narrows(e, "energy_gap_adversarial", eb_jdat, e.first("adversarial training"), claim)
 
 
-def closes_second_gap(e: Evidence) -> Finding | None:
-    claim, paper = "EB-JDAT narrows the second gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.eb_jdat, e.first("adversarial training", "classifier"))
+def closes_second_gap(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim = "EB-JDAT narrows the second gap further than adversarial training"
+    return _narrows(e, "energy_gap_generated", eb_jdat, e.first("adversarial training", "classifier"), claim)
 
 
-def alignment_prevents_collapse(e: Evidence) -> Finding | None:
+def alignment_prevents_collapse(e: Evidence, eb_jdat: str) -> Finding | None:
     without = e.variant("paper", w2=0.0)
     claim, paper = "Without energy alignment (h2) training collapses", "collapse at epoch 41 of 100 (weights 0 0 1, which leave out h1 too)"
-    if e.eb_jdat is None:
-        return None
     if without is None:
         return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves out h2 alone (w = 1 0 1)")
-    missing, kept = _diverged(e, without), _diverged(e, e.eb_jdat)
-    measured = f"{without}: {missing[0]} of {missing[1]} seeds diverged, {e.eb_jdat}: {kept[0]} of {kept[1]}"
-    p = float(fisher_exact([[missing[0], missing[1] - missing[0]], [kept[0], kept[1] - kept[0]]]).pvalue)
-    verdict: Verdict = "open" if p >= SIGNIFICANT else "holds" if missing[0] / missing[1] > kept[0] / kept[1] else "fails"
+    (missing, of_missing), (kept, of_kept) = e.diverged(without), e.diverged(eb_jdat)
+    p = float(fisher_exact([[missing, of_missing - missing], [kept, of_kept - kept]]).pvalue)
+    verdict: Verdict = "open" if p >= SIGNIFICANT else "holds" if missing / of_missing > kept / of_kept else "fails"
     why = f"Fisher's exact p = {p:.2g}"
-    if missing[0] == kept[0] == 0:
+    if missing == kept == 0:
         why = "nothing diverged, with or without it: at this profile's chain steps and rates there is nothing to prevent"
-    return Finding(claim, paper, measured, "checks during training (docs/healing.md)", verdict, why)
+    measured = f"{without}: {missing} of {of_missing} seeds diverged, {eb_jdat}: {kept} of {of_kept}"
+    return Finding(claim, paper, measured, TRAINING_CHECKS, verdict, why)
 
 
-def _diverged(e: Evidence, experiment: str) -> tuple[int, int]:
-    """Seeds of an experiment whose training diverged, and all."""
-    epochs = [m.get("collapse_epoch") for m in e.metrics(experiment)]
-    return sum(epoch is not None for epoch in epochs), len(epochs)
-
-
-def code_is_the_paper(e: Evidence) -> Finding | None:
-    if e.eb_jdat is None:
-        return None
-    claim, paper, column = "The released code computes what the paper defines", "implied", e.column
+def code_is_the_paper(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, column = "The released code computes what the paper defines", e.column
     fact = f"the inner maximisation, its budget, and the alignment's sign and clean images differ: a fact of the code ({RELEASE})"
-    own = e.accuracy(e.eb_jdat, column)
-    measured, why = [], [fact]
-    for form, what in (
-        ("released", "released form, its default lines"),
-        ("released_ce", "the same with its commented-out cross-entropy step"),
-    ):
+    own, measured, why = e.accuracy(eb_jdat, column), [], [fact]
+    forms = {"released": "released form, its default lines", "released_ce": "the same with its commented-out cross-entropy step"}
+    for form, description in forms.items():
         name = e.variant(form)
         reference = e.accuracy(name, column) if name else None
         if name is not None and reference is not None:
-            measured.append(f"{what} ({name}) {reference.percent()} %")
-            why.append(e.better(e.eb_jdat, name, column)[1])
+            measured.append(f"{description} ({name}) {reference.percent()} %")
+            why.append(e.better(eb_jdat, name, column)[1])
     if own is None or not measured:
-        return Finding(claim, paper, "its effect was not measured: no experiment has `form: released`", "–", "fails", fact)
-    return Finding(
-        claim,
-        paper,
-        f"paper form {own.percent()} %, {', '.join(measured)}, n = {own.n}",
-        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
-        "fails",
-        "; ".join(why),
-    )
+        return Finding(claim, "implied", "its effect was not measured: no experiment has `form: released`", "–", "fails", fact)
+    figures = f"paper form {own.percent()} %, {', '.join(measured)}, n = {own.n}"
+    return Finding(claim, "implied", figures, f"{e.protocol()}, {column}", "fails", "; ".join(why))
 
 
-def more_steps_collapse(e: Evidence) -> Finding | None:
-    if e.eb_jdat is None:
-        return None
+def more_steps_collapse(e: Evidence, _: str) -> Finding | None:
     claim, paper = "More than 5 adversarial steps make the energy-based model collapse", "stated"
     usual = FORMS["paper"].defaults["adversary"]["score"]
     longer = [
@@ -382,18 +350,11 @@ def more_steps_collapse(e: Evidence) -> Finding | None:
     ]
     if not longer:
         return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile takes more than 5 (adversary.steps)")
-    counts = [_diverged(e, name) for name in longer]
+    counts = [e.diverged(name) for name in longer]
     diverged, runs = sum(c[0] for c in counts), sum(c[1] for c in counts)
     verdict: Verdict = "open" if runs < ENOUGH or 0 < diverged < runs else "holds" if diverged else "fails"
     measured = f"{diverged} of {runs} runs diverged ({', '.join(longer)})"
-    return Finding(
-        claim,
-        paper,
-        measured,
-        "checks during training (docs/healing.md)",
-        verdict,
-        f"counted; fewer than {ENOUGH} runs are too few to judge",
-    )
+    return Finding(claim, paper, measured, TRAINING_CHECKS, verdict, f"counted; fewer than {ENOUGH} runs are too few to judge")
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -414,5 +375,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def judge(evidence: Evidence) -> list[Finding]:
-    """Every claim that this profile's experiments say something about, in the paper's order."""
-    return [finding for claim in CLAIMS if (finding := claim(evidence)) is not None]
+    """Every claim that this profile's experiments are evidence for or against, in the paper's order."""
+    eb_jdat = evidence.eb_jdat
+    claims = CLAIMS if eb_jdat else (training_closes_first_gap,)  # the only one that is not about EB-JDAT or its JEM
+    return [finding for claim in claims if (finding := claim(evidence, eb_jdat or "")) is not None]
