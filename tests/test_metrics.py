@@ -1,4 +1,4 @@
-"""The vocabulary against what the stages really write, against MLflow's own names, and against its document."""
+"""The table of metrics against what the stages really write, against MLflow's own names, and against its document."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ebjdat import metrics
 from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.files import read_json
-from ebjdat.metrics import STAGES, VOCABULARY, Quantity, UnknownNameError, describe
-from ebjdat.report import tables
+from ebjdat.metrics import METRICS, STAGES, describe
 from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
 from ebjdat.stages.context import Context, Task
 from ebjdat.tracking import journal
+from ebjdat.vocabulary import UnknownNameError
 
 from .conftest import ROOT
 
@@ -125,10 +125,10 @@ def test_every_file_that_a_stage_writes_is_named_with_its_sha256(written: Path) 
     assert {path.suffix for path in there} == {".csv", ".parquet", ".npz", ".png", ".gif"}
 
 
-def test_everything_in_the_vocabulary_is_written_or_says_when(written: Path) -> None:
+def test_every_entry_is_written_or_says_when(written: Path) -> None:
     names = {name for _, name, _ in found(written)}
     used = {describe(name, protocols=("released", OWN, "standard")).name for name in names}
-    missing = {q.name for q in VOCABULARY if q.name not in used and not q.only and q.stage not in ("system", "bench")}
+    missing = {q.name for q in METRICS if q.name not in used and not q.only and q.stage not in ("system", "bench")}
     assert missing == set()
 
 
@@ -155,9 +155,10 @@ def test_every_name_that_goes_to_mlflow_is_in_the_vocabulary(written: Path) -> N
         ("pgd20_acc_first_n", "[<protocol>_]pgd<steps>_acc_first_n", "higher", "fraction"),
         ("ema_standard_l2_after_fab_t_correct", "[ema_][<protocol>_]after_<attack>_correct", "higher", "count"),
         ("ema_validation_clean_acc", "[ema_]validation_clean_acc", "higher", "fraction"),
-        ("frechet_buffer", "[<protocol>_]frechet[_conditional|_buffer]", "lower", "squared distance of features"),
+        ("frechet_buffer", "[<protocol>_]frechet_buffer", "lower", "squared distance of features"),
         ("detect_auroc_energy_standard_l2_low", "detect_auroc_(energy|max_probability)_<protocol>_(low|high)", "", "fraction"),
         ("ood_auroc_gradient_norm_noise", "ood_auroc_<score>_<set>", "higher", "fraction"),
+        ("kid_buffer", "[<protocol>_]kid[_conditional|_buffer]", "lower", "number"),
         ("n_ood_in", "n_ood_in", "", "count"),
         ("energy_gap_generated_sd", "<column>_sd", "", "as the column"),
         ("train_seconds", "train_seconds", "lower", "seconds"),
@@ -165,8 +166,8 @@ def test_every_name_that_goes_to_mlflow_is_in_the_vocabulary(written: Path) -> N
     ],
 )
 def test_a_name_is_found_with_its_unit_and_direction(name: str, entry: str, better: str, unit: str) -> None:
-    quantity = describe(name)
-    assert (quantity.name, quantity.better, quantity.unit) == (entry, better, unit)
+    metric = describe(name)
+    assert (metric.name, metric.better, metric.unit) == (entry, better, unit)
 
 
 @pytest.mark.parametrize("name", ["acc_clean", "pgd_acc", "ood_auroc_entropy_noise", "after_magic_correct", "other_clean_acc", ""])
@@ -175,13 +176,29 @@ def test_other_names_are_unknown(name: str) -> None:
         describe(name, protocols=("released",))
 
 
-def test_entries_are_whole_and_stand_once() -> None:
-    assert len({q.name for q in VOCABULARY}) == len(VOCABULARY)
-    assert {q.stage for q in VOCABULARY} == set(STAGES)
-    assert all(q.meaning and q.unit and q.better in ("higher", "lower", "") for q in VOCABULARY)
-    assert tuple(metric.name for metric in tables.METRICS) == metrics.TABLE
-    assert all(metric.label and metric.better for metric in tables.METRICS)
+def test_entries_are_complete_and_unique() -> None:
+    assert len({m.name for m in METRICS}) == len(METRICS)
+    assert {m.stage for m in METRICS} == set(STAGES)
+    assert all(m.meaning and m.unit and m.better in ("higher", "lower", "") for m in METRICS)
     assert [metrics.sign(name) for name in ("clean_acc", "frechet", "n_test")] == [1, -1, 0]
+
+
+def test_names_that_an_entry_refers_to_are_entries() -> None:
+    """Counts, standard errors, spreads, and every name that a table, summary.csv or DVC shows."""
+    for metric in metrics.TABLE:
+        assert metric.label
+        assert metric.better
+        assert not metric.is_pattern
+    for name in (*metrics.SUMMARY, *metrics.BARS, *(m.name for needed in metrics.NEEDED.values() for m in needed)):
+        describe(name)
+    for metric, column in metrics.COLUMNS:
+        shown = metrics.VOCABULARY.pattern(column.name or metric.plain)
+        assert "<" in column.name or shown.pattern == (column.name or metric.plain)
+        for name in filter(None, (metric.n, column.n, column.spread, f"{metric.plain}_se" * (metric.interval == "normal"))):
+            describe(name)
+    positions = [place for m in METRICS for place in (m.summary, m.released) if place]
+    assert sorted(positions) == list(range(1, len(positions) + 1))
+    assert metrics.HEADLINE[:1] == tuple(metrics.BARS)[:1] == ("clean_acc",)
 
 
 def test_the_document_is_up_to_date() -> None:
@@ -193,7 +210,8 @@ def test_the_document_is_up_to_date() -> None:
 def test_the_command_explains_one_name_and_lists_all() -> None:
     one = json.loads(CliRunner().invoke(app, ["metrics", "released_pgd20_acc", "--json"]).output)
     assert [(entry["better"], entry["unit"]) for entry in one] == [("higher", "fraction")]
-    assert [Quantity(**entry) for entry in json.loads(CliRunner().invoke(app, ["metrics", "--json"]).output)] == list(VOCABULARY)
+    listed = json.loads(CliRunner().invoke(app, ["metrics", "--json"]).output)
+    assert [(entry["name"], entry["meaning"]) for entry in listed] == [(m.name, m.meaning) for m in METRICS]
     assert "higher" in CliRunner().invoke(app, ["metrics", "released_pgd20_acc"]).output
     unknown = CliRunner().invoke(app, ["metrics", "clen_acc"])
     assert unknown.exit_code == 1

@@ -322,7 +322,10 @@ def show(
     """Print a finished profile's table, and where its report and the MLflow UI are."""
     from rich.table import Column, Table
 
-    from ebjdat.report.tables import METRICS, aggregate, cell_parts, collect, header_parts, read_card
+    from ebjdat.metrics import TABLE
+    from ebjdat.report.collect import collect, read_card
+    from ebjdat.report.format import cell_parts, header_parts
+    from ebjdat.report.summary import aggregate
     from ebjdat.settings import load, run_name, split_overrides
 
     override = [*override, *split_overrides(overrides)]
@@ -331,10 +334,10 @@ def show(
     if not (results / "table.csv").exists():
         raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it")
     frame = aggregate(profile, collect(profile, results, read_card(Path("data") / run / "card.json")["data_hash"]))
-    heads = [Column(_plain(*header_parts(m, frame))) for m in METRICS]
+    heads = [Column(_plain(*header_parts(m, frame))) for m in TABLE]
     table = Table("experiment", *heads, title=_plain(results.name), title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():
-        table.add_row(_plain(record["experiment"]), *(_plain(*cell_parts(record, m)) for m in METRICS))
+        table.add_row(_plain(record["experiment"]), *(_plain(*cell_parts(record, m)) for m in TABLE))
     _console(120).print(table)
     typer.echo(printable(f"report:    {results / 'report.html'} (open in a browser; needs no network)"))
     typer.echo(printable(f"claims:    {results / 'audit.html'} (or audit.md): what holds, fails, is open"))
@@ -464,21 +467,22 @@ def metrics(
 ) -> None:
     """Explain every name in result files, DVC, MLflow and the report, or one: meaning, unit, which direction is better."""
     import json
+    from dataclasses import asdict
 
-    from ebjdat.metrics import STAGES, VOCABULARY, describe, markdown
+    from ebjdat.metrics import METRICS, STAGES, describe, markdown
 
-    chosen = VOCABULARY if name is None else (describe(name),)
+    chosen = METRICS if name is None else (describe(name),)
     if as_markdown:
         typer.echo(markdown(), nl=False)
         return
     if as_json:
-        typer.echo(json.dumps([vars(quantity) for quantity in chosen], indent=1, ensure_ascii=False))
+        typer.echo(json.dumps([asdict(metric) for metric in chosen], indent=1, ensure_ascii=False))
         return
     from rich.table import Table
 
     console = _console(160)
-    for stage in dict.fromkeys(quantity.stage for quantity in chosen):
-        rows = [quantity for quantity in chosen if quantity.stage == stage]
+    for stage in dict.fromkeys(metric.stage for metric in chosen):
+        rows = [metric for metric in chosen if metric.stage == stage]
         table = Table("name", "meaning", "unit", "better", "only where", title=stage, title_justify="left", caption=STAGES[stage])
         for q in rows:
             table.add_row(*map(_plain, (q.name, q.meaning, q.unit, q.better, q.only)))

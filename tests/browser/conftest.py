@@ -17,12 +17,12 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from ebjdat.report import claims, page
-from ebjdat.report.tables import aggregate, collect
+from ebjdat.report import page
+from ebjdat.report.summary import aggregate
 from ebjdat.settings import Profile
 
 from ..mlflow_server import Server
-from ..test_report import CARD, fill
+from ..report.results import fill, site_of
 from .store import fill_store
 
 PATIENCE = 30  # seconds, for a slow machine; nothing waits that long otherwise
@@ -110,10 +110,9 @@ def site(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with report.html and audit.html, made of small result files."""
     folder = tmp_path_factory.mktemp("site")
     fill(profile, folder)
-    rows = collect(profile, folder, CARD["data_hash"])
-    findings = claims.judge(claims.Evidence(profile, rows, folder))
-    page.write(profile, "digits", folder, CARD, rows, aggregate(profile, rows), findings, folder / "report.html")
-    page.write_audit(profile, "digits", folder, CARD, rows, findings, folder / "audit.html")
+    made = site_of(profile, folder)
+    page.write(made, aggregate(profile, made.runs), folder / "report.html")
+    page.write_audit(made, folder / "audit.html")
     return folder
 
 

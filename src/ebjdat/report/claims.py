@@ -1,6 +1,6 @@
-"""The paper's claims against what was measured here: holds, fails or open, and why. One function per claim.
+"""The paper's claims against what was measured: holds, fails or open, and why. One function per claim.
 
-A claim is judged with the uncertainty of both sides: "open" is what neither the data nor its size can decide.
+A claim is judged with the uncertainty of both sides: "open" means that the data cannot decide.
 """
 
 from __future__ import annotations
@@ -8,27 +8,43 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy.stats import fisher_exact
 
-from ebjdat.intervals import mcnemar, normal, over_seeds
+from ebjdat.intervals import mcnemar, over_seeds
 from ebjdat.metrics import describe, sign
-from ebjdat.registry import FORMS, RELEASE
-from ebjdat.report.tables import Measured, Row, accuracy, effective_radius, paper_numbers, stands_together
-from ebjdat.settings import RELEASED, STANDARD, Profile, base_of, form_of, form_values, prefix_of
+from ebjdat.names import STANDARD
+from ebjdat.registry import FORMS, METHODS, RELEASE, Family
+from ebjdat.report.collect import RunResult, metrics_of
+from ebjdat.report.format import effective_radius
+from ebjdat.report.pairs import correct_together
+from ebjdat.report.summary import Estimate, estimate, paper_numbers
+from ebjdat.settings import RELEASED, Profile, base_of, form_of, form_values
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05
+WHY_OF_GAPS = {
+    "holds": "the intervals do not overlap",
+    "fails": "the gap is larger, and the intervals do not overlap",
+    "open": "the intervals overlap",
+}
+ROBUST: Family = "robust joint energy-based"
+ONE_SEED = "one seed: about these two networks, not yet about the methods"
+TRAINING_CHECKS = "checks during training (docs/healing.md)"
 ENOUGH = 3  # seeds, for a claim about training
-MARGIN = 39.67 / 37.12 - 1  # how much farther than its JEM's the paper lets EB-JDAT's samples be
-ARCHITECTURE, RADIUS = (28, 10, "jem"), 8 / 255  # of the paper's table, as far as its released code tells
+MARGIN = 39.67 / 37.12 - 1  # in the paper, EB-JDAT's distance is this much larger than its JEM's
+ARCHITECTURE, RADIUS = (28, 10, "jem"), 8 / 255  # of the paper's table, according to its released code
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim. paper: what it says, with its number; measured: ours with n and intervals; protocol: how; why: of the verdict."""
+    """One claim.
+
+    paper: what it says, with its number. measured: what was measured here, with n and intervals. protocol: how. why: the reason for the
+    verdict.
+    """
 
     claim: str
     paper: str
@@ -40,81 +56,86 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured: the profile, a row per experiment and seed, and the folder with every verdict."""
+    """What was measured: the profile, a result per experiment and seed, and the folder with every verdict."""
 
     profile: Profile
-    rows: Sequence[Row]
+    runs: Sequence[RunResult]
     results: Path
 
     def find(self, method: str, form: str | None = None, w2: float | None = None) -> str | None:
-        """The first experiment of a method as it is defined (its form's own score and weights; another w2 where asked for)."""
+        """The first experiment of a method as it is defined: with its form's own score and weights, or another w2 if given."""
         for name, entry in self.profile.experiments.items():
             settings = self.profile.training_settings(name)
             if entry.method != method or (form is not None and form_of(method, entry.form) != form):
                 continue
-            row = form_values(form, base_of(entry.method, entry.base)) if form else {}
-            usual = row.get("weights", {}) | ({} if w2 is None else {"w2": w2})
+            values = form_values(form, base_of(entry.method, entry.base)) if form else {}
+            usual = values.get("weights", {}) | ({} if w2 is None else {"w2": w2})
             as_usual = all(getattr(settings.weights, name) == usual.get(name, 1.0) for name in ("w1", "w2", "w3"))
-            if form is None or (as_usual and settings.adversary.score == row["adversary"]["score"]):
+            if form is None or (as_usual and settings.adversary.score == values["adversary"]["score"]):
                 return name
         return None
 
+    def of_family(self, family: Family) -> list[str]:
+        """The first experiment of each method of a family, in the registry's order."""
+        found = (self.find(name) for name, method in METHODS.items() if method.family == family)
+        return [name for name in found if name]
+
+    def first(self, *families: Family) -> str | None:
+        """The first experiment of the first of these families that the profile has."""
+        return next((name for family in families for name in self.of_family(family)), None)
+
+    def variant(self, form: str, w2: float | None = None) -> str | None:
+        """EB-JDAT in another form, or with another w2."""
+        robust = [name for name, method in METHODS.items() if method.family == ROBUST]
+        return next((found for name in robust if (found := self.find(name, form, w2))), None)
+
     @property
-    def ours(self) -> str | None:
+    def eb_jdat(self) -> str | None:
         """EB-JDAT as its paper defines it, else the paper's form with another inner score."""
         for name, entry in self.profile.experiments.items():
             weights = self.profile.training_settings(name).weights
             if form_of(entry.method, entry.form) == "paper" and (weights.w1, weights.w2, weights.w3) == (1, 1, 1):
-                return self.find("eb_jdat", "paper") or name
+                return self.variant("paper") or name
         return None
 
     @property
-    def trained_robust(self) -> list[str]:
-        return [name for name in (self.find("pgd_at"), self.find("trades")) if name]
-
-    @property
     def jem(self) -> str | None:
-        """The JEM that EB-JDAT's experiment stands on."""
-        entry = self.profile.experiments.get(self.ours or "")
+        """The JEM that EB-JDAT's experiment builds on."""
+        entry = self.profile.experiments.get(self.eb_jdat or "")
         return self.find(base_of(entry.method, entry.base) or "") if entry else None
 
-    def metrics(self, experiment: str) -> list[dict[str, Any]]:
-        return [row.metrics for row in self.rows if row.experiment == experiment]
+    def estimate(self, experiment: str, name: str, protocol: str = STANDARD) -> Estimate | None:
+        return estimate(metrics_of(self.runs, experiment), name, protocol)
 
     @property
     def column(self) -> str:
         """The strongest attack of the standard protocol that was run, as verdicts.parquet names it."""
         return "autoattack" if self.profile.evaluation.attack.standard.n else "pgd20"
 
-    def robust(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Measured | None:
-        """After the protocol's ensemble ("autoattack") or after PGD ("pgd20"); None where that was not run."""
-        n = "n_attack" if column == "autoattack" else "n_test"
-        return accuracy(self.rows, experiment, f"{prefix_of(protocol)}{column}", f"{prefix_of(protocol)}{n}")
+    def accuracy(self, experiment: str, column: str = "autoattack", protocol: str = STANDARD) -> Estimate | None:
+        """Without an attack ("clean"), after PGD ("pgd20") or after the protocol's ensemble; None where that was not run."""
+        return self.estimate(experiment, f"{column}_acc", protocol)
 
-    def spread(self, experiment: str, name: str) -> Measured | None:
-        """A metric that is no accuracy, with its interval: over seeds, or from its standard error, or none (low = high = nan)."""
-        mine = [m[name] for m in self.metrics(experiment) if m.get(name) is not None]
-        if not mine:
-            return None
-        first = self.metrics(experiment)[0]
-        if len(mine) > 1:
-            low, high = over_seeds(mine)
-        elif first.get(f"{name}_se") is not None:
-            low, high = normal(mine[0], first[f"{name}_se"])
-            low = max(0.0, low)  # a gap is not negative
-        else:
-            low = high = float("nan")
-        return Measured(float(np.mean(mine)), low, high, len(mine))
+    def protocol(self) -> str:
+        return f"standard, {effective_radius(self.profile, STANDARD)}"
+
+    def extractor(self, experiment: str) -> str:
+        return str(metrics_of(self.runs, experiment)[0]["frechet_extractor"])
+
+    def diverged(self, experiment: str) -> tuple[int, int]:
+        """Seeds of an experiment whose training diverged, and all."""
+        epochs = [seed.get("collapse_epoch") for seed in metrics_of(self.runs, experiment)]
+        return sum(epoch is not None for epoch in epochs), len(epochs)
 
     def better(self, a: str, b: str, column: str) -> tuple[Verdict, str]:
         """Whether a classifies more of the same examples right than b: "holds" more, "fails" fewer; and how that was decided.
 
-        column: of verdicts.parquet under the standard protocol. One seed: McNemar; several: t interval of the differences.
+        column: of verdicts.parquet under the standard protocol. One seed: McNemar's test; several: t interval of the differences.
         """
         counts = []
         for seed in self.profile.seeds:
-            stands = stands_together(self.results, (a, b), seed, column)
-            counts.append((*mcnemar(stands[a], stands[b]), len(stands[a])))
+            correct = correct_together(self.results, (a, b), seed, column)
+            counts.append((*mcnemar(correct[a], correct[b]), len(correct[a])))
         differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
         if len(counts) == 1:
             only_a, only_b, p, n = counts[0]
@@ -124,240 +145,200 @@ class Evidence:
             significant = low > 0 or high < 0
             how = f"difference over {len(counts)} seeds {100 * np.mean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         if not significant:
-            return "open", f"{how}: no difference that these examples can show"
-        how += "" if len(counts) > 1 else "; one seed: of these two networks, not yet of the methods"
+            return "open", f"{how}: no difference that these examples can detect"
+        how += "" if len(counts) > 1 else f"; {ONE_SEED}"
         return ("holds" if sign(f"{column}_acc") * np.mean(differences) > 0 else "fails"), how
 
 
-Claim = Callable[[Evidence], Finding | None]  # None: no experiment of the profile is about it
+Claim = Callable[[Evidence, str], Finding | None]  # of EB-JDAT's experiment; None: no other experiment of the profile is about it
 
 
-def stated_robustness(e: Evidence) -> Finding | None:
-    if e.ours is None:
-        return None
-    standard, settings = e.robust(e.ours), e.profile.evaluation.attack.standard
-    theirs = paper_numbers(e.profile, e.ours).get("autoattack")
-    network = e.profile.model_settings(e.profile.experiments[e.ours].pretraining)
-    claim, protocol = "EB-JDAT withstands AutoAttack at 8/255", f"standard, {effective_radius(e.profile, STANDARD)}"
-    paper = f"{theirs:.2f} %" if theirs else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10"
-    measured = f"{e.ours}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run"
-    same = theirs is not None and (network.depth, network.width, network.variant) == ARCHITECTURE and abs(settings.radius - RADIUS) < 1e-9
-    if theirs is None or not same:
-        return Finding(
-            claim, paper, measured, protocol, "open", "other data, network or radius than the paper's: its number is not at stake"
-        )
-    if standard is None:
-        return Finding(claim, paper, measured, protocol, "open", "not measured")
-    if standard.high * 100 < theirs:
-        return Finding(claim, paper, measured, protocol, "fails", "the paper's number lies above the interval")
-    if standard.low * 100 >= theirs:
-        return Finding(claim, paper, measured, protocol, "holds", "the interval lies above the paper's number")
-    return Finding(claim, paper, measured, protocol, "open", "the paper's number lies within the interval: more images or seeds would tell")
+def stated_robustness(e: Evidence, eb_jdat: str) -> Finding | None:
+    standard, reference = e.accuracy(eb_jdat), paper_numbers(e.profile, eb_jdat).get("autoattack")
+    network = e.profile.model_settings(e.profile.experiments[eb_jdat].pretraining)
+    verdict: Verdict
+    same_network = (network.depth, network.width, network.variant) == ARCHITECTURE
+    if reference is None or not same_network or abs(e.profile.evaluation.attack.standard.radius - RADIUS) >= 1e-9:
+        verdict, why = "open", "other data, network or radius than the paper's: its number is not tested"
+    elif standard is None:
+        verdict, why = "open", "not measured"
+    elif standard.high * 100 < reference:
+        verdict, why = "fails", "the paper's number lies above the interval"
+    elif standard.low * 100 >= reference:
+        verdict, why = "holds", "the interval lies above the paper's number"
+    else:
+        verdict, why = "open", "the paper's number lies within the interval: more images or seeds could decide"
+    return Finding(
+        "EB-JDAT withstands AutoAttack at 8/255",
+        f"{reference:.2f} %" if reference else "64.78 % (on JEM++), 66.12 % (on SADA-JEM), CIFAR-10",
+        f"{eb_jdat}: {standard.percent()} %, n = {standard.n}" if standard else "AutoAttack was not run",
+        e.protocol(),
+        verdict,
+        why,
+    )
 
 
-def stated_protocol(e: Evidence) -> Finding | None:
-    if e.ours is None or RELEASED not in e.profile.evaluation.attack.protocols:
+def stated_protocol(e: Evidence, eb_jdat: str) -> Finding | None:
+    if RELEASED not in e.profile.evaluation.attack.protocols:
         return None
     column = e.column if e.profile.evaluation.attack.protocols[RELEASED].n else "pgd20"
-    standard, released = e.robust(e.ours, column), e.robust(e.ours, column, RELEASED)
+    standard, released = e.accuracy(eb_jdat, column), e.accuracy(eb_jdat, column, RELEASED)
     if standard is None or released is None:
         return None
     n = f"n = {standard.n}" if standard.n == released.n else f"n = {released.n} and {standard.n}"
     return Finding(
         "The released evaluation measures what the paper states: L∞ 8/255, AutoAttack standard",
         "L∞ 8/255, AutoAttack standard",
-        f"{e.ours}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
+        f"{eb_jdat}, {column}: {released.percent()} % as released ({effective_radius(e.profile, RELEASED)}), {standard.percent()} % as "
         f"stated ({effective_radius(e.profile, STANDARD)}), {n}",
         "released against standard",
         "fails",
         "its budget is applied to [-1, 1] pixels, half as far in [0, 1], with noise on the images (none on SADA-JEM) and without targeted "
-        f"APGD: a fact of the code ({RELEASE}); it reads {100 * (released.value - standard.value):+.1f} points here. How the paper's own "
-        "numbers were made is inferred",
+        f"APGD: a fact of the code ({RELEASE}); here the difference is {100 * (released.value - standard.value):+.1f} points. How the "
+        "paper's own numbers were made is inferred",
     )
 
 
-def beats_adversarial_training(e: Evidence) -> Finding | None:
-    if e.ours is None or not e.trained_robust:
+def _against_adversarial_training(e: Evidence, eb_jdat: str, column: str, claim: str, paper: str, protocol: str) -> Finding | None:
+    trained = e.of_family("adversarial training")
+    if not trained:
         return None
-    column = e.column
-    against = max(e.trained_robust, key=lambda name: found.value if (found := e.robust(name, column)) else 0.0)
-    mine, theirs = e.robust(e.ours, column), e.robust(against, column)
-    if mine is None or theirs is None:
+    against = max(trained, key=lambda name: best.value if (best := e.accuracy(name, column)) else 0.0)
+    own, reference = e.accuracy(eb_jdat, column), e.accuracy(against, column)
+    if own is None or reference is None:
         return None
-    verdict, why = e.better(e.ours, against, column)
-    if column != "pgd20":
-        why += f". Under PGD-20: {e.better(e.ours, against, 'pgd20')[1]}"
-    return Finding(
-        "EB-JDAT is more robust than adversarial training",
-        "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10",
-        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
-        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
-        verdict,
-        why,
-    )
+    verdict, why = e.better(eb_jdat, against, column)
+    if column == "autoattack":
+        why += f". Under PGD-20: {e.better(eb_jdat, against, 'pgd20')[1]}"
+    measured = f"{eb_jdat} {own.percent()} %, {against} {reference.percent()} %, n = {own.n}"
+    return Finding(claim, paper, measured, protocol, verdict, why)
 
 
-def keeps_accuracy(e: Evidence) -> Finding | None:
-    if e.ours is None or not e.trained_robust:
-        return None
-    against = max(e.trained_robust, key=lambda name: found.value if (found := accuracy(e.rows, name, "clean", "n_test")) else 0.0)
-    mine, theirs = accuracy(e.rows, e.ours, "clean", "n_test"), accuracy(e.rows, against, "clean", "n_test")
-    if mine is None or theirs is None:
-        return None
-    verdict, why = e.better(e.ours, against, "clean")
-    return Finding(
-        "EB-JDAT keeps more clean accuracy than adversarial training",
-        "90.30 % against 82.67 to 87.74 %, CIFAR-10",
-        f"{e.ours} {mine.percent()} %, {against} {theirs.percent()} %, n = {mine.n}",
-        "clean test images",
-        verdict,
-        why,
-    )
+def beats_adversarial_training(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, paper = "EB-JDAT is more robust than adversarial training", "AutoAttack 64.78 % (JEM++) against 55.52 % (LAS-AWP), CIFAR-10"
+    return _against_adversarial_training(e, eb_jdat, e.column, claim, paper, f"{e.protocol()}, {e.column}")
 
 
-def generates_like_its_jem(e: Evidence) -> Finding | None:
+def keeps_accuracy(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, paper = "EB-JDAT keeps more clean accuracy than adversarial training", "90.30 % against 82.67 to 87.74 %, CIFAR-10"
+    return _against_adversarial_training(e, eb_jdat, "clean", claim, paper, "clean test images")
+
+
+def generates_like_its_jem(e: Evidence, eb_jdat: str) -> Finding | None:
     jem = e.jem
-    if e.ours is None or jem is None:
+    if jem is None:
         return None
-    mine, theirs = e.spread(e.ours, "frechet"), e.spread(jem, "frechet")
-    starts = e.spread(e.ours, "frechet_start")
-    if mine is None or theirs is None or starts is None:
+    own, reference, starts = e.estimate(eb_jdat, "frechet"), e.estimate(jem, "frechet"), e.estimate(eb_jdat, "frechet_start")
+    if own is None or reference is None or starts is None:
         return None
-    margin = MARGIN * theirs.value
+    margin = MARGIN * reference.value
     verdict: Verdict = "open"
-    if mine.n == theirs.n == len(e.profile.seeds) > 1:
-        pairs = zip(e.metrics(e.ours), e.metrics(jem), strict=True)
+    if own.seeds == reference.seeds == len(e.profile.seeds) > 1:
+        pairs = zip(metrics_of(e.runs, eb_jdat), metrics_of(e.runs, jem), strict=True)
         low, high = over_seeds([a["frechet"] - b["frechet"] for a, b in pairs])
         verdict = "holds" if high <= margin else "fails" if low > margin else "open"
-        why = f"difference over {mine.n} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
+        why = f"difference over {own.seeds} seeds [{low:+.2f}, {high:+.2f}]; the paper's own is +{margin:.2f} on this scale ({MARGIN:.0%})"
     else:
         why = f"{'one seed' if len(e.profile.seeds) == 1 else 'not measured for every seed'}: the distance has no interval"
-    if mine.value >= starts.value:
-        why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance sees"
-        verdict = "open" if theirs.value >= starts.value else verdict
-    first = e.metrics(e.ours)[0]
+    if own.value >= starts.value:
+        why += f"; its chains' starts alone reach {starts.value:.2f}: the chains add nothing that this distance detects"
+        verdict = "open" if reference.value >= starts.value else verdict
     return Finding(
-        "EB-JDAT generates about as well as the JEM it stands on",
+        "EB-JDAT generates about as well as the JEM it builds on",
         "FID 39.67 against 37.12 (JEM++), CIFAR-10",
-        f"{e.ours} {mine.value:.2f}, {jem} {theirs.value:.2f}, {first['n_samples']} samples each",
-        f"fresh chains, none discarded, against the training split, features: {first['frechet_extractor']}",
+        f"{eb_jdat} {own.value:.2f}, {jem} {reference.value:.2f}, {own.n} samples each",
+        f"fresh chains, none discarded, against the training split, features: {e.extractor(eb_jdat)}",
         verdict,
         why,
     )
 
 
-def fid_is_of_samples(e: Evidence) -> Finding | None:
-    if e.ours is None:
-        return None
-    fresh, released = e.spread(e.ours, "frechet"), e.spread(e.ours, "released_frechet")
+def fid_is_of_samples(e: Evidence, eb_jdat: str) -> Finding | None:
+    fresh, released = e.estimate(eb_jdat, "frechet"), e.estimate(eb_jdat, "frechet", RELEASED)
     if fresh is None or released is None:
         return None
-    first = e.metrics(e.ours)[0]
     return Finding(
         "The released evaluation's FID is that of the model's samples",
         "FID 39.67 (JEM++), 27.42 (SADA-JEM), CIFAR-10",
-        f"{e.ours}: {released.value:.2f} as released (n = {first.get('released_n_samples')}), {fresh.value:.2f} of fresh chains "
-        f"(n = {first['n_samples']})",
-        f"released against standard, features: {first['frechet_extractor']}",
+        f"{eb_jdat}: {released.value:.2f} as released (n = {released.n}), {fresh.value:.2f} of fresh chains (n = {fresh.n})",
+        f"released against standard, features: {e.extractor(eb_jdat)}",
         "fails",
         "it takes the most confident 90 % of the training buffer and compares them with training and test images: a fact of the code; "
         "the two distances differ in n as well, which biases them",
     )
 
 
-def _closes(e: Evidence, claim: str, paper: str, gap: str, who: str | None, against: str | None) -> Finding | None:
-    if who is None or against is None:
+def _narrows(
+    e: Evidence, metric: str, narrow: str | None, wide: str | None, claim: str, paper: str = "figure, no number"
+) -> Finding | None:
+    if narrow is None or wide is None:
         return None
-    mine, theirs = e.spread(who, gap), e.spread(against, gap)
-    if mine is None or theirs is None:
+    own, reference = e.estimate(narrow, metric), e.estimate(wide, metric)
+    if own is None or reference is None:
         return None
-    verdict: Verdict = "holds" if mine.high < theirs.low else "fails" if mine.low > theirs.high else "open"
-    measured = (
-        f"{who} {mine.value:.2f} [{mine.low:.2f}, {mine.high:.2f}], {against} {theirs.value:.2f} [{theirs.low:.2f}, {theirs.high:.2f}]"
-    )
-    why = {"holds": "the intervals are apart", "fails": "the gap is larger, and the intervals are apart", "open": "the intervals meet"}[
-        verdict
-    ]
-    if mine.n == 1 and verdict != "open":
-        why += "; one seed: of these two networks, not yet of the methods"
-    protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(gap).unit}"
+    verdict: Verdict = "holds" if own.high < reference.low else "fails" if own.low > reference.high else "open"
+    gaps = ((narrow, own), (wide, reference))
+    measured = ", ".join(f"{name} {gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]" for name, gap in gaps)
+    why = WHY_OF_GAPS[verdict]
+    if own.seeds == 1 and verdict != "open":
+        why += f"; {ONE_SEED}"
+    protocol = f"energies of test images, PGD-20 neighbours (standard) and fresh chains, {describe(metric).unit}"
     return Finding(claim, paper, measured, protocol, verdict, why)
 
 
-def training_closes_first_gap(e: Evidence) -> Finding | None:
-    claim, paper = "Adversarial training narrows the gap of energies between clean and adversarial images", "1.46 against 10.18"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.find("pgd_at"), e.find("classifier"))
+def training_closes_first_gap(e: Evidence, _: str) -> Finding | None:
+    claim = "Adversarial training narrows the gap of energies between clean and adversarial images"
+    return _narrows(e, "energy_gap_adversarial", e.first("adversarial training"), e.first("classifier"), claim, "1.46 against 10.18")
 
 
-def jem_closes_second_gap(e: Evidence) -> Finding | None:
-    claim, paper = "A JEM narrows the gap of energies between clean and generated images", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.jem, e.find("pgd_at") or e.find("classifier"))
+def jem_closes_second_gap(e: Evidence, _: str) -> Finding | None:
+    claim = "A JEM narrows the gap of energies between clean and generated images"
+    return _narrows(e, "energy_gap_generated", e.jem, e.first("adversarial training", "classifier"), claim)
 
 
-def closes_first_gap(e: Evidence) -> Finding | None:
-    claim, paper = "EB-JDAT narrows the first gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_adversarial", e.ours, e.find("pgd_at"))
+def closes_first_gap(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim = "EB-JDAT narrows the first gap further than adversarial training"
+    return _narrows(e, "energy_gap_adversarial", eb_jdat, e.first("adversarial training"), claim)
 
 
-def closes_second_gap(e: Evidence) -> Finding | None:
-    claim, paper = "EB-JDAT narrows the second gap further than adversarial training", "figure, no number"
-    return _closes(e, claim, paper, "energy_gap_generated", e.ours, e.find("pgd_at") or e.find("classifier"))
+def closes_second_gap(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim = "EB-JDAT narrows the second gap further than adversarial training"
+    return _narrows(e, "energy_gap_generated", eb_jdat, e.first("adversarial training", "classifier"), claim)
 
 
-def alignment_prevents_collapse(e: Evidence) -> Finding | None:
-    without = e.find("eb_jdat", "paper", w2=0.0)
+def alignment_prevents_collapse(e: Evidence, eb_jdat: str) -> Finding | None:
+    without = e.variant("paper", w2=0.0)
     claim, paper = "Without energy alignment (h2) training collapses", "collapse at epoch 41 of 100 (weights 0 0 1, which leave out h1 too)"
-    if e.ours is None:
-        return None
     if without is None:
-        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves h2 alone out (w = 1 0 1)")
-    missing, kept = _diverged(e, without), _diverged(e, e.ours)
-    measured = f"{without}: {missing[0]} of {missing[1]} seeds diverged, {e.ours}: {kept[0]} of {kept[1]}"
-    p = float(fisher_exact([[missing[0], missing[1] - missing[0]], [kept[0], kept[1] - kept[0]]]).pvalue)
-    verdict: Verdict = "open" if p >= SIGNIFICANT else "holds" if missing[0] / missing[1] > kept[0] / kept[1] else "fails"
+        return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile leaves out h2 alone (w = 1 0 1)")
+    (missing, of_missing), (kept, of_kept) = e.diverged(without), e.diverged(eb_jdat)
+    p = float(fisher_exact([[missing, of_missing - missing], [kept, of_kept - kept]]).pvalue)
+    verdict: Verdict = "open" if p >= SIGNIFICANT else "holds" if missing / of_missing > kept / of_kept else "fails"
     why = f"Fisher's exact p = {p:.2g}"
-    if missing[0] == kept[0] == 0:
+    if missing == kept == 0:
         why = "nothing diverged, with or without it: at this profile's chain steps and rates there is nothing to prevent"
-    return Finding(claim, paper, measured, "checks during training (docs/healing.md)", verdict, why)
+    measured = f"{without}: {missing} of {of_missing} seeds diverged, {eb_jdat}: {kept} of {of_kept}"
+    return Finding(claim, paper, measured, TRAINING_CHECKS, verdict, why)
 
 
-def _diverged(e: Evidence, experiment: str) -> tuple[int, int]:
-    """Seeds of an experiment whose training diverged, and all."""
-    epochs = [m.get("collapse_epoch") for m in e.metrics(experiment)]
-    return sum(epoch is not None for epoch in epochs), len(epochs)
+def code_is_the_paper(e: Evidence, eb_jdat: str) -> Finding | None:
+    claim, column = "The released code computes what the paper defines", e.column
+    fact = f"the inner maximisation, its budget, and the alignment's sign and clean images differ: a fact of the code ({RELEASE})"
+    own, measured, why = e.accuracy(eb_jdat, column), [], [fact]
+    forms = {"released": "released form, its default lines", "released_ce": "the same with its commented-out cross-entropy step"}
+    for form, description in forms.items():
+        name = e.variant(form)
+        reference = e.accuracy(name, column) if name else None
+        if name is not None and reference is not None:
+            measured.append(f"{description} ({name}) {reference.percent()} %")
+            why.append(e.better(eb_jdat, name, column)[1])
+    if own is None or not measured:
+        return Finding(claim, "implied", "its effect was not measured: no experiment has `form: released`", "–", "fails", fact)
+    figures = f"paper form {own.percent()} %, {', '.join(measured)}, n = {own.n}"
+    return Finding(claim, "implied", figures, f"{e.protocol()}, {column}", "fails", "; ".join(why))
 
 
-def code_is_the_paper(e: Evidence) -> Finding | None:
-    if e.ours is None:
-        return None
-    claim, paper, column = "The released code computes what the paper defines", "implied", e.column
-    fact = f"inner walk, its budget and the alignment's sign and clean images differ: a fact of the code ({RELEASE})"
-    mine = e.robust(e.ours, column)
-    measured, why = [], [fact]
-    for form, what in (
-        ("released", "released form, its default lines"),
-        ("released_ce", "the same with its commented-out cross-entropy step"),
-    ):
-        name = e.find("eb_jdat", form)
-        theirs = e.robust(name, column) if name else None
-        if name is not None and theirs is not None:
-            measured.append(f"{what} ({name}) {theirs.percent()} %")
-            why.append(e.better(e.ours, name, column)[1])
-    if mine is None or not measured:
-        return Finding(claim, paper, "what that does was not measured: no experiment has `form: released`", "–", "fails", fact)
-    return Finding(
-        claim,
-        paper,
-        f"paper form {mine.percent()} %, {', '.join(measured)}, n = {mine.n}",
-        f"standard, {effective_radius(e.profile, STANDARD)}, {column}",
-        "fails",
-        "; ".join(why),
-    )
-
-
-def more_steps_collapse(e: Evidence) -> Finding | None:
-    if e.ours is None:
-        return None
+def more_steps_collapse(e: Evidence, _: str) -> Finding | None:
     claim, paper = "More than 5 adversarial steps make the energy-based model collapse", "stated"
     usual = FORMS["paper"].defaults["adversary"]["score"]
     longer = [
@@ -369,13 +350,11 @@ def more_steps_collapse(e: Evidence) -> Finding | None:
     ]
     if not longer:
         return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile takes more than 5 (adversary.steps)")
-    counts = [_diverged(e, name) for name in longer]
+    counts = [e.diverged(name) for name in longer]
     diverged, runs = sum(c[0] for c in counts), sum(c[1] for c in counts)
     verdict: Verdict = "open" if runs < ENOUGH or 0 < diverged < runs else "holds" if diverged else "fails"
     measured = f"{diverged} of {runs} runs diverged ({', '.join(longer)})"
-    return Finding(
-        claim, paper, measured, "checks during training (docs/healing.md)", verdict, f"counted; fewer than {ENOUGH} runs say nothing"
-    )
+    return Finding(claim, paper, measured, TRAINING_CHECKS, verdict, f"counted; fewer than {ENOUGH} runs are too few to judge")
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -396,5 +375,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def judge(evidence: Evidence) -> list[Finding]:
-    """Every claim that this profile's experiments say something about, in the paper's order."""
-    return [found for claim in CLAIMS if (found := claim(evidence)) is not None]
+    """Every claim that this profile's experiments are evidence for or against, in the paper's order."""
+    eb_jdat = evidence.eb_jdat
+    claims = CLAIMS if eb_jdat else (training_closes_first_gap,)  # the only one that is not about EB-JDAT or its JEM
+    return [finding for claim in claims if (finding := claim(evidence, eb_jdat or "")) is not None]

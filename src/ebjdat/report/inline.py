@@ -1,4 +1,4 @@
-"""Figures of the page as inline SVG: they take the page's colours, light or dark, and stay sharp at any size."""
+"""Figures of the page as inline SVG: they adopt the page's colours, light or dark, and stay sharp at any size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ebjdat.report.figures import COLOURS, Values, bins
-from ebjdat.report.tables import Metric, cell, header
+from ebjdat.report.format import cell, header
+from ebjdat.vocabulary import Metric
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")  # c0 to c6 in the page's style
 THEME = {
@@ -39,7 +40,7 @@ def inline(figure: Figure, name: str, label: str) -> Markup:
     text = f'<svg {size[0]} role="img" aria-label="{escape(label)}"' + text[text.index(">") :]
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: THEME.get(found[0], found[0]), text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEME.get(colour[0], colour[0]), text)
     return Markup(re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text))  # noqa: S704 (matplotlib escapes text)
 
 
@@ -48,12 +49,12 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
     figure, axes = plt.subplots(len(groups), 1, figsize=(4.4, 1.9 * len(groups)), squeeze=False, layout="constrained")
     for axis, (title, values) in zip(axes[:, 0], groups.items(), strict=True):
         edges = bins(list(values.values()))
-        for name, found in values.items():
-            if not len(found):
+        for name, energies_of_group in values.items():
+            if not len(energies_of_group):
                 continue
-            clipped = np.clip(found, edges[0], edges[-1])
+            clipped = np.clip(energies_of_group, edges[0], edges[-1])
             axis.hist(clipped, edges, density=True, histtype="stepfilled", alpha=0.4, color=COLOURS[name], label=name)
-            axis.axvline(found.mean(), color=COLOURS[name], linewidth=1.2)
+            axis.axvline(energies_of_group.mean(), color=COLOURS[name], linewidth=1.2)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
@@ -62,7 +63,7 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
 
 
 def training_curves(frame: pd.DataFrame) -> Figure:
-    """What validation said after each epoch, and below it the mean energies of the training batches."""
+    """Validation accuracy after each epoch, and below it the mean energies of the training batches."""
     figure, axes = plt.subplots(2, 1, figsize=(4.4, 3.8), layout="constrained", sharex=True)
     accuracies = {"validation_clean_acc": ("clean", "validation, clean"), "validation_robust_acc": ("adversarial", "validation, PGD")}
     for name, (colour, label) in accuracies.items():
@@ -108,7 +109,7 @@ def radius_sweep(curves: Mapping[str, Sequence[Sequence[float]]], radii: Mapping
 
 
 def label_rows(radii: Mapping[str, float], right: float) -> list[tuple[float, str, int]]:
-    """(radius, label, row) of each radius, row 0 lowest: those that would stand over one another have different rows.
+    """(radius, label, row) of each radius, row 0 lowest: labels that would overlap have different rows.
 
     right: the axis' end. Protocols of one radius share a label.
     """
@@ -117,14 +118,14 @@ def label_rows(radii: Mapping[str, float], right: float) -> list[tuple[float, st
         same = next((known for known in names if abs(known - radius) < 1e-9), radius)
         names.setdefault(same, []).append(name)
     ends: list[float] = []  # of the last label in each row
-    found = []
-    for radius, together in names.items():
-        label = ", ".join(together)
+    rows = []
+    for radius, shared in names.items():
+        label = ", ".join(shared)
         half = right * LETTER * (len(label) + 2) / 2
         row = next((i for i, end in enumerate(ends) if end <= radius - half), len(ends))
         ends[row : row + 1] = [radius + half]
-        found.append((radius, label, row))
-    return found
+        rows.append((radius, label, row))
+    return rows
 
 
 def trilemma(table: pd.DataFrame, metric: Metric) -> Markup:

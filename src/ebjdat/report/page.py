@@ -1,4 +1,4 @@
-"""The HTML report and its audit page: files with everything inside, which open without network."""
+"""The HTML report and its audit page: self-contained files that open without network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,29 @@ from PIL import Image, ImageSequence
 
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
+from ebjdat.metrics import PANELS, TABLE
 from ebjdat.registry import METHODS, PROTOCOLS
-from ebjdat.report import inline, tables
+from ebjdat.report import inline
 from ebjdat.report.claims import Finding
-from ebjdat.report.tables import METRICS, STAGES, Metric, Row, averaged_weights, cell_parts, collapse_cell, differences, header_parts
+from ebjdat.report.collect import STAGES, RunResult, checks_of, read_curve
+from ebjdat.report.format import (
+    WHAT_WAS_READ,
+    averaged_weights,
+    cell_parts,
+    collapse_cell,
+    differences,
+    header_parts,
+    number,
+    protocol_note,
+    seed_table,
+    side_by_side,
+)
+from ebjdat.report.pairs import pairwise
 from ebjdat.settings import RELEASED, Profile, flat, join_overrides
+from ebjdat.vocabulary import Metric
 
 MOST_PIXELS = 100_000_000  # of a picture, over all its frames; ours have a few millions
-TRILEMMA = ("clean_acc", "pgd20_acc", "autoattack_acc", "frechet")
 ENERGY_GROUPS = ("clean", "adversarial", "generated")
-ENERGY_COLUMNS = {
-    "energy_clean": "mean clean",
-    "energy_adversarial": "mean adversarial",
-    "energy_generated": "mean generated",
-    "energy_gap_adversarial": "gap adv. (pairs)",
-    "energy_gap_generated": "gap gen.",
-    "energy_overlap_adversarial": "overlap adv.",
-    "energy_overlap_generated": "overlap gen.",
-    "energy_wasserstein_adversarial": "W₁ adv.",
-    "energy_wasserstein_generated": "W₁ gen.",
-}
 
 
 def embed(path: Path) -> str:
@@ -67,10 +71,10 @@ def _save_webp(picture: Image.Image, memory: io.BytesIO) -> None:
 
 def energies_of(path: Path) -> dict[str, dict[str, Any]]:
     """The energies of every image, finite ones: "E(x)" and "E(x, y)" -> group -> (N,). Raises FileError."""
-    found = read_npz(path, [f"{prefix}{group}" for prefix in ("", "joint_") for group in ENERGY_GROUPS])
+    arrays = read_npz(path, [f"{prefix}{group}" for prefix in ("", "joint_") for group in ENERGY_GROUPS])
     with reading(path, largest=None):
-        finite = {name: values[np.isfinite(values)] for name, values in found.items()}
-        wrong = [name for name, values in finite.items() if found[name].ndim != 1 or values.dtype.kind != "f"]
+        finite = {name: values[np.isfinite(values)] for name, values in arrays.items()}
+        wrong = [name for name, values in finite.items() if arrays[name].ndim != 1 or values.dtype.kind != "f"]
         if wrong:
             raise ValueError(f"no energies in {', '.join(wrong)}")
         return {
@@ -82,58 +86,114 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("ebjdat.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = tables.number
+    environment.filters["number"] = number
     script = environment.get_template("script.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     script_values = {"script": Markup(script), "script_hash": f"sha256-{digest}"}  # noqa: S704 (the package's own file)
     return environment.get_template(template).render(**values, **script_values)
 
 
-def write(
-    profile: Profile,
-    run: str,
-    results: Path,
-    card: dict[str, Any],
-    rows: Sequence[Row],
-    table: pd.DataFrame,
-    findings: Sequence[Finding],
-    out: Path,
-    overrides: Sequence[str] = (),
-) -> None:
-    """Write the page. Figures of experiments with several seeds show the first seed, and say so. overrides: the run's, for commands."""
-    seed = profile.seeds[0]
-    details = {row.experiment: row.metrics for row in rows if row.seed == seed}
-    protocols = profile.evaluation.attack.protocols
-    radii = {name: p.radius for name, p in protocols.items() if p.norm == profile.evaluation.attack.standard.norm}
-    sweep = inline.radius_sweep({name: d["sweep"] for name, d in details.items()}, radii, 1 / len(card["classes"]))
-    marks = {m.name: best_marks(table, m) for m in METRICS}
+@dataclass(frozen=True)
+class Site:
+    """What both pages are made from. run: the profile's name with its overrides."""
+
+    profile: Profile
+    run: str
+    results: Path
+    card: dict[str, Any]
+    runs: Sequence[RunResult]
+    findings: Sequence[Finding]
+
+    @property
+    def shown_seed(self) -> int:
+        """The seed of figures and of tables of one seed: the first."""
+        return self.profile.seeds[0]
+
+    @property
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Experiment -> metrics of the shown seed."""
+        return {run.experiment: run.metrics for run in self.runs if run.seed == self.shown_seed}
+
+    def values(self) -> dict[str, Any]:
+        """What both templates read."""
+        return {
+            "run": self.run,
+            "card": self.card,
+            "seeds": self.profile.seeds,
+            "shown_seed": self.shown_seed,
+            "findings": self.findings,
+            "checks_n": self.profile.evaluation.attack.checks.n,
+            "kinds": {name: entry.method for name, entry in self.profile.experiments.items()},
+            "failed_checks": failed(checks_of(self.runs)),
+        }
+
+
+def failed(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [check for check in checks if check["passed"] is False]
+
+
+def write(site: Site, table: pd.DataFrame, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Write the report. Figures of experiments with several seeds show the first seed, and say so. overrides: the run's, for commands."""
+    profile, details = site.profile, site.details
+    protocols, standard = profile.evaluation.attack.protocols, profile.evaluation.attack.standard
+    radii = {name: p.radius for name, p in protocols.items() if p.norm == standard.norm}
+    sweep = inline.radius_sweep({name: d["sweep"] for name, d in details.items()}, radii, 1 / len(site.card["classes"]))
     first = next(iter(details.values()))
+    text = render(
+        "page.html.j2",
+        **site.values(),
+        metrics=TABLE,
+        heads=[header_parts(m, table) for m in TABLE],
+        experiments=experiment_sections(site, table),
+        trilemma=[(header_parts(m, table), m.better, inline.trilemma(table, m)) for m in PANELS if m.name in table],
+        averaged=averaged_weights(site.runs),
+        paper=profile.report.paper,
+        protocol=protocol_note(profile, site.card),
+        released_says=PROTOCOLS[RELEASED].source if RELEASED in protocols else "",
+        ece_bins=profile.evaluation.reliability.bins,
+        side_by_side=side_by_side(profile, site.runs),
+        sweeps=inline.inline(sweep, "sweep", "Accuracy under PGD at growing radii"),
+        commands=[(run, *reproduce(site.run, site.results, run, overrides)) for run in site.runs],
+        extractor=first["frechet_extractor"],
+        sample_table=seed_table("samples", "experiment", details),
+        energy_table=seed_table("energy", "E(x)", details),
+        reliability_table=seed_table("reliability", "experiment", details),
+        ood_missing=first["ood_missing"],
+        eps=standard.radius,
+    )
+    write_text(out, text)
+
+
+def experiment_sections(site: Site, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the template shows of each experiment: its row of the main table, and its section."""
+    profile, seed, details = site.profile, site.shown_seed, site.details
+    marks = {m.name: best_marks(table, m) for m in TABLE}
     settings = differing_settings(profile)
-    experiments = []
+    sections = []
     for i, record in enumerate(table.to_dict("records")):
-        name = record["experiment"]
-        folder, mine = results / name / f"seed{seed}", [row for row in rows if row.experiment == name]
+        name, method = record["experiment"], record["method"]
+        folder, own = site.results / name / f"seed{seed}", [run for run in site.runs if run.experiment == name]
         histograms = energies_of(folder / "energy.npz")
-        curve = tables.read_curve(folder / "finetune_curve.csv")
-        checks = tables.checks_of(mine)
-        experiments.append(
+        curve = read_curve(folder / "finetune_curve.csv")
+        checks = checks_of(own)
+        sections.append(
             {
                 "name": name,
-                "method": record["method"],
-                "source": METHODS[record["method"]].source,
+                "method": method,
+                "source": METHODS[method].source,
                 "note": profile.experiments[name].note,
                 "pretraining": profile.experiments[name].pretraining,
                 "differences": differences(profile, name),
                 "collapse": collapse_cell(pd.Series(record)),
                 "cells": [
-                    {"parts": cell_parts(pd.Series(record), m), "value": record.get(m.name), "mark": marks[m.name][i]} for m in METRICS
+                    {"parts": cell_parts(pd.Series(record), m), "value": record.get(m.name), "mark": marks[m.name][i]} for m in TABLE
                 ],
-                "failed": [check for check in checks if check["passed"] is False],
+                "failed": failed(checks),
                 "checks": [check for check in checks if check["seed"] == seed],
-                "rows": mine,
+                "rows": own,
                 "details": details[name],
                 "settings": settings[name],
-                "events": [(row.seed, event) for row in mine for event in row.metrics.get("events", [])],
+                "events": [(run.seed, event) for run in own for event in run.metrics.get("events", [])],
                 "samples": embed(folder / "samples.png"),
                 "chains": embed(folder / "chains.gif"),
                 "reliability": embed(folder / "reliability.png"),
@@ -141,89 +201,50 @@ def write(
                 "curves": inline.inline(inline.training_curves(curve), f"curves{i}", f"Training curves of {name}"),
             }
         )
-    energy_lines = [[name, *(tables.number(d[key], ".2f") for key in ENERGY_COLUMNS)] for name, d in details.items()]
-    text = render(
-        "page.html.j2",
-        run=run,
-        card=card,
-        seeds=profile.seeds,
-        shown_seed=seed,
-        metrics=METRICS,
-        heads=[header_parts(m, table) for m in METRICS],
-        experiments=experiments,
-        kinds={e["name"]: e["method"] for e in experiments},
-        trilemma=[(header_parts(m, table), m.better, inline.trilemma(table, m)) for m in METRICS if m.name in TRILEMMA and m.name in table],
-        findings=findings,
-        averaged=averaged_weights(rows),
-        paper=profile.report.paper,
-        protocol=tables.protocol(profile, card),
-        released_says=PROTOCOLS[RELEASED].source if RELEASED in protocols else "",
-        ece_bins=profile.evaluation.reliability.bins,
-        side_by_side=tables.side_by_side(profile, rows),
-        failed_checks=[check for check in tables.checks_of(rows) if check["passed"] is False],
-        checks_n=profile.evaluation.attack.checks.n,
-        sweeps=inline.inline(sweep, "sweep", "Accuracy under PGD at growing radii"),
-        commands=[(row, *reproduce(run, results, row, overrides)) for row in rows],
-        extractor=first["frechet_extractor"],
-        sample_table=tables.sample_table(details),
-        energy_table=[["E(x)", *ENERGY_COLUMNS.values()], *energy_lines],
-        reliability_table=tables.reliability_table(details),
-        ood_missing=first["ood_missing"],
-        eps=profile.evaluation.attack.standard.radius,
-    )
-    write_text(out, text)
+    return sections
 
 
-def write_audit(
-    profile: Profile, run: str, results: Path, card: dict[str, Any], rows: Sequence[Row], findings: Sequence[Finding], out: Path
-) -> None:
+def write_audit(site: Site, out: Path) -> None:
     """Write the audit page: claims with their verdicts, integrity checks, and models compared pair by pair."""
     checks: dict[str, dict[tuple[str, int], Any]] = {}
     says: dict[str, str] = {}
-    for check in tables.checks_of(rows):
+    for check in checks_of(site.runs):
         name = check["name"] + (f" [{check['protocol']}]" if check["protocol"] else "")
         checks.setdefault(name, {})[check["experiment"], check["seed"]] = check
-        if name not in says or check["passed"]:  # one that was not asked, or failed, says why, not what it measures
+        if name not in says or check["passed"]:  # one that was skipped, or failed, states why, not what it measures
             says[name] = "warnings, each once" if check["name"] == "AutoAttack's own checks" else check["says"]
-    seed = profile.seeds[0]
-    pairs = {"PGD-20, all test examples": tables.pairwise(profile, results, seed, "pgd20")}
-    if profile.evaluation.attack.standard.n:
-        pairs["AutoAttack standard"] = tables.pairwise(profile, results, seed, "autoattack")
+    columns = {"PGD-20, all test examples": "pgd20"}
+    if site.profile.evaluation.attack.standard.n:
+        columns["AutoAttack standard"] = "autoattack"
+    pairs = {title: pairwise(site.profile, site.results, site.shown_seed, column) for title, column in columns.items()}
     text = render(
         "audit.html.j2",
-        run=run,
-        card=card,
-        seeds=profile.seeds,
-        shown_seed=seed,
-        findings=findings,
-        what_was_read=tables.WHAT_WAS_READ,
+        **site.values(),
+        what_was_read=WHAT_WAS_READ,
         checks=checks,
         says=says,
-        checks_n=profile.evaluation.attack.checks.n,
-        rows=rows,
-        kinds={name: entry.method for name, entry in profile.experiments.items()},
-        failed_checks=[check for check in tables.checks_of(rows) if check["passed"] is False],
+        rows=site.runs,
         pairs={title: lines for title, lines in pairs.items() if lines},
     )
     write_text(out, text)
 
 
 def best_marks(table: pd.DataFrame, metric: Metric) -> list[str]:
-    """Per row "best", "tied" or "". A value is best only where its interval does not meet any other's.
+    """Per row "best", "tied" or "". A value is best only where its interval overlaps no other.
 
-    tied: the best value and those whose intervals meet its own. Nothing is marked where a value has no interval, since nothing
-    says how much of the lead is chance; nor where all are tied.
+    tied: the best value and those whose intervals overlap its own. Nothing is marked where a value has no interval, since then
+    how much of the lead is chance is unknown; nor where all are tied.
     """
     none = [""] * len(table)
-    if f"{metric.name}_low" not in table or metric.name == "train_seconds":
+    if f"{metric.name}_low" not in table or metric.unit == "seconds":  # times also depend on what else the machine does
         return none
-    found = table[[metric.name, f"{metric.name}_low", f"{metric.name}_high"]]
-    measured = found.dropna(subset=[metric.name])
+    columns = table[[metric.name, f"{metric.name}_low", f"{metric.name}_high"]]
+    measured = columns.dropna(subset=[metric.name])
     if len(measured) < 2 or measured.isna().any().any():
         return none
     best = measured[metric.name].idxmax() if metric.better == "higher" else measured[metric.name].idxmin()
-    low, high = found.loc[best, f"{metric.name}_low"], found.loc[best, f"{metric.name}_high"]
-    meet = (found[f"{metric.name}_low"] <= high) & (found[f"{metric.name}_high"] >= low)
+    low, high = columns.loc[best, f"{metric.name}_low"], columns.loc[best, f"{metric.name}_high"]
+    meet = (columns[f"{metric.name}_low"] <= high) & (columns[f"{metric.name}_high"] >= low)
     if meet.sum() == len(measured):
         return none
     return [("best" if meet.sum() == 1 else "tied") if m else "" for m in meet]
@@ -235,19 +256,19 @@ def differing_settings(profile: Profile) -> dict[str, dict[str, Any]]:
         name: flat({key: value for key, value in profile.resolved(name).items() if key in ("model", "pretraining", "training")})
         for name in profile.experiments
     }
-    keys = dict.fromkeys(key for found in everything.values() for key in found)
-    varied = [key for key in keys if len({repr(found[key]) for found in everything.values() if key in found}) > 1]
-    return {name: {key: found[key] for key in varied if key in found} for name, found in everything.items()}
+    keys = dict.fromkeys(key for settings in everything.values() for key in settings)
+    varied = [key for key in keys if len({repr(settings[key]) for settings in everything.values() if key in settings}) > 1]
+    return {name: {key: settings[key] for key in varied if key in settings} for name, settings in everything.items()}
 
 
-def reproduce(run: str, results: Path, row: Row, overrides: Sequence[str]) -> tuple[str, str]:
-    """The commands that make a row's results again, and what they leave open."""
-    folder = results / row.experiment / f"seed{row.seed}"
+def reproduce(run: str, results: Path, result: RunResult, overrides: Sequence[str]) -> tuple[str, str]:
+    """The commands that reproduce a run's results, and notes on what they cannot settle."""
+    folder = results / result.experiment / f"seed{result.seed}"
     commits = {stage: read_json(folder / f"{stage}.json").get("git_commit", "unknown") for stage in STAGES}
-    # a stage that ran at another commit than its training ran later; Snakemake kept the training, so its code was the same there
-    chosen = next((c for c in reversed(commits.values()) if c != row.git_commit), row.git_commit)
+    # a stage that ran at another commit than its training ran later; Snakemake kept the training, so its code had not changed
+    chosen = next((c for c in reversed(commits.values()) if c != result.git_commit), result.git_commit)
     config = [f"profile={run.split('+')[0]}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
-    targets = [f"results/{run}/{row.experiment}/seed{row.seed}/{stage}.json" for stage in STAGES]
+    targets = [f"results/{run}/{result.experiment}/seed{result.seed}/{stage}.json" for stage in STAGES]
     lines = [shlex.join(["snakemake", "--cores", "all", "--config", *config, "--", *targets])]
     notes = []
     if len(set(commits.values())) > 1:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from ebjdat.errors import printable
 from ebjdat.files import write_json
-from ebjdat.report import claims, page, tables
+from ebjdat.report import claims, page
+from ebjdat.report.collect import checks_of, collect, read_card
+from ebjdat.report.format import side_by_side, write_audit_markdown, write_markdown
+from ebjdat.report.summary import aggregate, headline, write_csv, write_summary
 from ebjdat.stages.context import Context
 from ebjdat.tracking.runs import Subject
 
-# What each experiment's run in MLflow shows.
+# Files shown with each experiment's run in MLflow.
 FIGURES = ("samples.png", "chains.gif", "energy.png", "reliability.png", "finetune_curve.csv")
 
 
@@ -27,24 +30,26 @@ class Outputs:
 
 
 def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
-    card = tables.read_card(card_path)
-    rows = tables.collect(context.profile, results, card["data_hash"])
-    tables.write_summary(rows, out.summary)
-    write_json(out.metrics, tables.headline(rows))
-    table = tables.aggregate(context.profile, rows)
-    tables.write_csv(table, out.table_csv)
-    tables.write_markdown(table, rows, context.profile, card, out.table_markdown)
-    findings = claims.judge(claims.Evidence(context.profile, rows, results))
-    page.write(context.profile, context.run, results, card, rows, table, findings, out.html, context.overrides)
-    page.write_audit(context.profile, context.run, results, card, rows, findings, out.audit_html)
-    tables.write_audit_markdown(findings, tables.side_by_side(context.profile, rows), tables.checks_of(rows), out.audit_markdown)
+    profile = context.profile
+    card = read_card(card_path)
+    runs = collect(profile, results, card["data_hash"])
+    table = aggregate(profile, runs)
+    write_summary(runs, out.summary)
+    write_json(out.metrics, headline(runs))
+    write_csv(table, out.table_csv)
+    write_markdown(table, runs, profile, card, out.table_markdown)
+    findings = claims.judge(claims.Evidence(profile, runs, results))
+    site = page.Site(profile, context.run, results, card, runs, findings)
+    page.write(site, table, out.html, context.overrides)
+    page.write_audit(site, out.audit_html)
+    write_audit_markdown(findings, side_by_side(profile, runs), checks_of(runs), out.audit_markdown)
     print(printable(out.table_markdown.read_text(encoding="utf-8"), keep="\n"))
     subject = Subject(context.run, "report", 0, "report", kind="report")
     with context.track(subject, {}, {"data_hash": card["data_hash"]}, out.html) as tracker:
-        for row in rows:
-            hashes, place = {"params_hash": row.params_hash, "data_hash": row.data_hash}, f"{row.experiment}/seed{row.seed}"
+        for result in runs:
+            hashes, place = {"params_hash": result.params_hash, "data_hash": result.data_hash}, f"{result.experiment}/seed{result.seed}"
             files = [results / place / file for file in FIGURES]
             weights = Path("checkpoints") / context.run / f"{place}.safetensors"
-            tracker.result(row.experiment, row.seed, hashes, row.metrics, files, weights)
+            tracker.result(result.experiment, result.seed, hashes, result.metrics, files, weights)
         for path in (out.html, out.audit_html, out.table_csv, out.summary):
             tracker.artifact(path)
