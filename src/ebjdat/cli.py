@@ -74,11 +74,11 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 @friendly
 def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     """Check a profile; list everything that is wrong with it, and whether the files that it names are there."""
-    from ebjdat.settings import load, lost_files, named_files, too_few_classes
+    from ebjdat.settings import load, missing_files, named_files, too_few_classes
 
     profile = load(params, override)
-    problems, named = lost_files(profile), list(named_files(profile))
-    images = [Path(file.path) for file in named if file.key == "data.path" and file.here]
+    problems, named = missing_files(profile), list(named_files(profile))
+    images = [Path(file.path) for file in named if file.key == "data.path" and file.exists]
     folders = [item for path in images for item in path.glob("train/*") if item.is_dir()]
     if folders and (problem := too_few_classes(profile.evaluation.attack, len(folders))):  # an archive is counted by `prepare`
         problems.append(f"evaluation.attack: {problem}")
@@ -87,7 +87,7 @@ def check(params: ParamsFile, override: Overrides = NO_OVERRIDES) -> None:
     seeds = f"{len(profile.experiments)} experiments x {len(profile.seeds)} seeds"
     typer.echo(printable(f"{params}: fine; {seeds} on {profile.data.name}"))
     for file in named:
-        typer.secho(printable(file), fg=None if file.here else "yellow", err=not file.here)
+        typer.secho(printable(file), fg=None if file.exists else "yellow", err=not file.exists)
     generate = profile.evaluation.generate
     if generate.extractor == "inception" and generate.inception_weights is None:
         from ebjdat.evaluation.frechet import kept_weights

@@ -28,8 +28,8 @@ SETTINGS = tuple(f"ebjdat.settings.{name}" for name in ("types", "data", "traini
 WITHOUT_EFFECT = frozenset(
     {
         *("ebjdat.registry", "ebjdat.yamlfile", "ebjdat.errors", "ebjdat.progress", "ebjdat.tracking", "ebjdat.checkout"),
-        *("ebjdat.jobs", "ebjdat.layout", "ebjdat.codehash"),
-        *("ebjdat.settings.profile", "ebjdat.settings.loading", "ebjdat.settings.types:ParamsError"),
+        *("ebjdat.jobs", "ebjdat.layout", "ebjdat.codehash", "ebjdat.settings.types:ParamsError"),
+        *("ebjdat.settings.profile", "ebjdat.settings.problems", "ebjdat.settings.loading", "ebjdat.settings.strategies"),
         *("ebjdat.settings.evaluation:too_few_classes", "ebjdat.pixels:parse_budget"),
     }
 )

@@ -97,7 +97,7 @@ def differences(profile: Profile, experiment: str) -> str:
     parts = [f"on {BASES[base].source}"] if base and len(method.bases) > 1 else []
     form = form_of(entry.method, entry.form)
     parts += [f"{form} form"] if form else []
-    parts += [f"{name} = {value}" for name, value in flat(entry.training).items()]
+    parts += [f"{name} = {value}" for name, value in flat(entry.own).items()]
     return ", ".join(parts)
 
 

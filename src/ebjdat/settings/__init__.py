@@ -1,11 +1,11 @@
-"""Typed, validated settings of a profile (`params/<profile>.yaml`).
+"""Typed, validated settings of a profile (`params/<profile>.yaml`); other rooms import them from here.
 
-`load` reports every problem at once, each with file, key path and what is allowed, before anything runs. What it returns
-is immutable. All perturbation budgets and attack steps are distances in [0, 1] pixels; chain steps and image noise are in
-the internal range [-1, 1], as the JEM family states them.
+`load` reports every problem at once, each with file, key path and what is allowed, before anything runs. It returns an immutable
+Profile, whose experiments hold everything that they inherit. Perturbation budgets and attack steps are distances in [0, 1]
+pixels; chain steps and image noise are in the internal range [-1, 1], as in the JEM family's papers.
 
-types: constrained types and helpers. data, training, evaluation: a profile's sections. profile: experiments and their resolution.
-loading: files, overrides, problems, names.
+types: constrained types, helpers on raw mappings. data, training, evaluation: the sections. profile: experiments and what they
+inherit. problems: what validation reports. loading: files, overrides, names. strategies: what `ebjdat methods` lists.
 """
 
 from ebjdat.settings.data import DataSettings
@@ -25,7 +25,7 @@ from ebjdat.settings.evaluation import (
 from ebjdat.settings.loading import (
     join_overrides,
     load,
-    lost_files,
+    missing_files,
     named_files,
     read_layers,
     require_files,
@@ -33,7 +33,8 @@ from ebjdat.settings.loading import (
     split_overrides,
     usual_protocols,
 )
-from ebjdat.settings.profile import Profile, ReportSettings, base_of, catalogue, form_of, form_values, section_names
+from ebjdat.settings.profile import Experiment, Profile, ReportSettings, base_of, form_of, form_values, section_names
+from ebjdat.settings.strategies import catalogue
 from ebjdat.settings.training import (
     AdversarySettings,
     AugmentSettings,
@@ -59,6 +60,7 @@ __all__ = [
     "ChainSettings",
     "DataSettings",
     "EnsembleSettings",
+    "Experiment",
     "GenerateSettings",
     "HealingSettings",
     "ModelSettings",
@@ -81,8 +83,8 @@ __all__ = [
     "form_values",
     "join_overrides",
     "load",
-    "lost_files",
     "merge",
+    "missing_files",
     "named_files",
     "nearest",
     "prefix_of",

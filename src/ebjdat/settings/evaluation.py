@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ebjdat import registry
 from ebjdat.pixels import unit_distance
+from ebjdat.settings.data import data_in, within_test_split
 from ebjdat.settings.types import (
     Batch,
     Count,
@@ -31,13 +32,14 @@ from ebjdat.settings.types import (
     nearest,
 )
 
-STANDARD = "standard"  # the protocol whose figures stand first
-BINARY = "standard_binary"  # what stands for it where there are two or three classes
+STANDARD = "standard"  # the protocol whose figures are reported first
+BINARY = "standard_binary"  # its substitute for two or three classes
 RELEASED = "released"  # the paper's own evaluation
+AUTO = "auto"  # the OOD sets that suit the data and are available
 
 
 def prefix_of(protocol: str) -> str:
-    """What the names of a protocol's results begin with: nothing for the standard one."""
+    """Prefix of the names of a protocol's results; the standard one has none."""
     return "" if protocol == STANDARD else f"{protocol}_"
 
 
@@ -50,25 +52,26 @@ class PGDSettings(Settings):
 
 
 class EnsembleSettings(Settings):
-    """One attack of an ensemble. Each reads what registry.ATTACKS says of it."""
+    """One attack of an ensemble; registry.ATTACKS lists what each reads."""
 
     steps: Steps = 100
-    targets: Count = 9  # classes aimed at, in the order of the logits; never more than there are
+    targets: Count = 9  # target classes, by descending logit; at most all others
     queries: Count = 5000
-    range: Literal["unit", "internal"] = "unit"  # pixels FAB works in; its box is [0, 1] of them, internal: the brighter half
+    range: Literal["unit", "internal"] = "unit"  # pixels of FAB, which clips to [0, 1]; internal: the brighter half
 
 
 class ProtocolSettings(Settings):
-    """How robustness is measured: data that name one column of the report."""
+    """How robustness is measured; one column of the report."""
 
-    like: Annotated[str, known(registry.PROTOCOLS)] | None = None  # the row it stands on; None: the one of its own name
+    like: Annotated[str, known(registry.PROTOCOLS)] | None = None  # the preset it starts from; None: that of its own name
     norm: Norm = "Linf"
     eps: Epsilon
-    range: Literal["unit", "internal"] = "unit"  # pixels that eps and step sizes are stated in; internal: half as far, as released
-    noise: NotNegative = 0.0  # on the images before they are classified or attacked; internal range, standard deviation
-    # instead, for experiments on this row of the JEM family
+    range: Literal["unit", "internal"] = "unit"  # unit of eps and step sizes; internal: half as far in [0, 1] pixels
+    noise: NotNegative = 0.0  # standard deviation, internal range; added to images before they are classified or attacked
+    # base -> noise, in place of `noise`
     noise_on: dict[Annotated[str, known(registry.BASES)], NotNegative] = Field(default_factory=dict)
-    n: CountOrZero  # the first n test examples meet the ensemble; 0: none. PGD meets the whole split
+    # the ensemble attacks the first n test examples; 0: none. PGD attacks the whole split
+    n: Annotated[CountOrZero, AfterValidator(within_test_split)]
     pgd: PGDSettings
     attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
 
@@ -83,29 +86,34 @@ class ProtocolSettings(Settings):
         return self.pgd.step_size if self.range == "unit" else unit_distance(self.pgd.step_size)
 
     def on(self, base: str | None) -> ProtocolSettings:
-        """The protocol as an experiment on this base meets it: with one noise. None: a network that stands on none."""
+        """The protocol for experiments on this base, with its one noise. None: any other network."""
         return self.model_copy(update={"noise": self.noise_on.get(base or "", self.noise), "noise_on": {}})
+
+    def keeps(self, preset: Mapping[str, Any]) -> bool:
+        """Whether only what a preset leaves open (eps, n, the step size of PGD) is this protocol's own."""
+        own = self.model_dump(exclude={"like", "eps", "n"})
+        del own["pgd"]["step_size"]
+        attacks = {name: EnsembleSettings.model_validate(values).model_dump() for name, values in preset["attacks"].items()}
+        return own == {"noise_on": {}, **preset, "pgd": {"restarts": 1, **preset["pgd"]}, "attacks": attacks}
 
     @model_validator(mode="after")
     def sensible(self) -> Self:
         if self.pgd.step_size > 2 * self.eps:
             raise ValueError(f"pgd.step_size {self.pgd.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
         for name, attack in self.attacks.items():
-            usual = EnsembleSettings()
+            reads = registry.ATTACKS[name].reads
             unread = [
-                k
-                for k in EnsembleSettings.model_fields
-                if k not in registry.ATTACKS[name].reads and getattr(attack, k) != getattr(usual, k)
+                key for key, field in EnsembleSettings.model_fields.items() if key not in reads and getattr(attack, key) != field.default
             ]
             if unread:
-                raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(registry.ATTACKS[name].reads)}")
+                raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(reads)}")
         return self
 
 
 def too_few_classes(settings: AttackSettings, classes: int) -> str | None:
-    """Which protocols' ensembles cannot be run on so few classes, and what works; None where all can."""
+    """Which protocols' ensembles need more classes, and what works; None if all can run."""
     wrong = [
-        f"protocol {name!r}: {attack} needs at least {registry.FEWEST_CLASSES[attack]} classes, here are {classes}; set its n to 0"
+        f"protocol {name!r}: {attack} needs at least {registry.FEWEST_CLASSES[attack]} classes, the data have {classes}; set its n to 0"
         for name, protocol in settings.protocols.items()
         for attack in (protocol.attacks if protocol.n else ())
         if classes < registry.FEWEST_CLASSES.get(attack, 0)
@@ -114,39 +122,38 @@ def too_few_classes(settings: AttackSettings, classes: int) -> str | None:
         return None
     eps, step = settings.standard.radius, settings.standard.pgd_step
     works = f"protocols.{BINARY}={{eps: {eps:.6g}, pgd: {{step_size: {step:.6g}}}, n: {settings.standard.n or 1000}}}"
-    return f"{'; '.join(wrong)}; in their place works {works} (APGD-CE, FAB, Square)"
+    return f"{'; '.join(wrong)}; use {works} instead (APGD-CE, FAB, Square)"
 
 
-def with_rows(protocols: Any) -> Any:
-    """Protocols as they stand in a profile, each merged over the row that it stands on; null leaves a protocol or an attack out."""
+def over_presets(protocols: Any) -> Any:
+    """A profile's protocols, each merged over its preset in registry.PROTOCOLS; null leaves out a protocol or an attack."""
     if not isinstance(protocols, Mapping):
         return protocols
-    merged: dict[Any, Any] = {}
-    for name, entry in protocols.items():
-        like = mapping(entry).get("like")
-        row = registry.PROTOCOLS.get(str(like or name))
-        if entry is None:
-            continue
-        if not isinstance(entry, Mapping):
-            merged[name] = entry
-        elif row is None and like:
-            raise ValueError(f"protocol {name!r}: `like` {like!r} is unknown; {nearest(str(like), list(registry.PROTOCOLS))}")
-        elif row is None:
-            raise ValueError(f"protocol {name!r} needs `like`, the row that it stands on; allowed: {', '.join(registry.PROTOCOLS)}")
-        else:
-            whole = merge(row.defaults, entry)
-            attacks = whole["attacks"]
-            for attack in mapping(attacks):
-                if attack not in registry.ATTACKS:
-                    raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown; {nearest(str(attack), list(registry.ATTACKS))}")
-            merged[name] = (
-                {**whole, "attacks": {k: v for k, v in attacks.items() if v is not None}} if isinstance(attacks, Mapping) else whole
-            )
+    merged = {name: _over_preset(name, entry, registry.PROTOCOLS) for name, entry in protocols.items() if entry is not None}
+    for name, protocol in merged.items():
+        attacks = mapping(mapping(protocol).get("attacks"))
+        for attack in attacks:
+            if attack not in registry.ATTACKS:
+                raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown; {nearest(str(attack), list(registry.ATTACKS))}")
+        if attacks:
+            merged[name] = {**protocol, "attacks": {attack: values for attack, values in attacks.items() if values is not None}}
     return merged
 
 
+def _over_preset(name: Any, entry: Any, presets: Mapping[str, registry.Preset]) -> Any:
+    """A protocol merged over the preset that it is `like`, or that has its name."""
+    if not isinstance(entry, Mapping):
+        return entry
+    like = entry.get("like")
+    if str(like or name) in presets:
+        return merge(presets[str(like or name)].defaults, entry)
+    if like:
+        raise ValueError(f"protocol {name!r}: `like` {like!r} is unknown; {nearest(str(like), list(presets))}")
+    raise ValueError(f"protocol {name!r} needs `like`, the preset it starts from; allowed: {', '.join(presets)}")
+
+
 class CheckSettings(Settings):
-    """Integrity checks of an evaluation: how many examples they take, and how hard they try."""
+    """Integrity checks of an evaluation: their number of examples and their effort."""
 
     n: Count = 100  # the first n test examples
     sweep: tuple[Positive, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # radii of the sweep, in units of the standard protocol's
@@ -155,15 +162,17 @@ class CheckSettings(Settings):
 
 
 class ReferenceSettings(Settings):
+    """A run of the same profile."""
+
     experiment: str = "classifier"
     seed: RandomSeed = 0
 
 
 class AttackSettings(Settings):
-    protocols: Annotated[dict[ProtocolName, ProtocolSettings], BeforeValidator(with_rows)]
+    protocols: Annotated[dict[ProtocolName, ProtocolSettings], BeforeValidator(over_presets)]
     checks: CheckSettings = CheckSettings()
-    transfer: ReferenceSettings | None = ReferenceSettings()  # whose adversarial examples are tried on every other model
-    search: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the ensemble's search; fp32 decides every verdict
+    transfer: ReferenceSettings | None = ReferenceSettings()  # its adversarial examples are transferred to every other model
+    search: Literal["fp32", "bf16"] = "fp32"  # precision of the ensemble's search; every verdict is decided in fp32
     seed: RandomSeed = 0
     batch_size: Batch = 250
 
@@ -172,51 +181,39 @@ class AttackSettings(Settings):
         return self.protocols[STANDARD]
 
     def on(self, base: str | None) -> AttackSettings:
-        """The settings with every protocol as an experiment on this base meets it."""
+        """The settings for experiments on this base (see ProtocolSettings.on)."""
         return self.model_copy(update={"protocols": {name: protocol.on(base) for name, protocol in self.protocols.items()}})
 
     @model_validator(mode="after")
     def has_standard(self) -> Self:
         if STANDARD not in self.protocols:
-            raise ValueError(f"protocols: {STANDARD!r} is missing; every result is reported under it")
-        for name in registry.PROTOCOLS:
-            row, found = registry.PROTOCOLS[name].defaults, self.protocols.get(name)
-            kept = {k: EnsembleSettings.model_validate(attack) for k, attack in row["attacks"].items()}
-            meant = (row["norm"], row["range"], row["noise"], row.get("noise_on", {}), row["pgd"]["steps"], 1, kept)
-            is_so = found and (found.norm, found.range, found.noise, found.noise_on, found.pgd.steps, found.pgd.restarts, found.attacks)
-            if found and is_so != meant:
+            raise ValueError(f"protocols: {STANDARD!r} is missing; it is always reported")
+        for name, preset in registry.PROTOCOLS.items():
+            if name in self.protocols and not self.protocols[name].keeps(preset.defaults):
                 raise ValueError(
-                    f"protocols.{name}: norm, range, noise, noise_on, pgd.steps, pgd.restarts and attacks are what its name means; "
+                    f"protocols.{name}: its name fixes norm, range, noise, noise_on, pgd.steps, pgd.restarts and attacks; "
                     f"add a protocol `like: {name}`"
                 )
         if "ema" in self.protocols:
-            raise ValueError("protocols: results of averaged weights are named ema_...; use another name")
+            raise ValueError("protocols: prefix ema_ is reserved for averaged weights; use another name")
         return self
 
 
 class SampleProtocolSettings(Settings):
-    """Which samples are measured, and against which images; the name is part of the results' names."""
+    """Which samples are measured, against which images. Its name is part of the results' names."""
 
-    like: Annotated[str, known(registry.SAMPLE_PROTOCOLS)] | None = None  # the row it stands on; None: the one of its own name
-    source: Literal["fresh", "conditional", "buffer"]  # chains down E(x); chains down E(x, y); the training's replay buffer
+    like: Annotated[str, known(registry.SAMPLE_PROTOCOLS)] | None = None  # the preset it starts from; None: that of its own name
+    source: Literal["fresh", "conditional", "buffer"]  # chains of E(x); chains of E(x, y); the training's replay buffer
     select: Annotated[float, Number, Field(gt=0, le=1)] = 1.0  # most confident fraction of each predicted class; 1: no selection
-    against: Literal["train", "all"] = "train"  # all: validation and test images too
+    against: Literal["train", "all"] = "train"  # all: also validation and test images
 
 
-def with_sample_rows(protocols: Any) -> Any:
-    """Every row of registry.SAMPLE_PROTOCOLS, then a profile's own protocols, each over its row; a null protocol is left out."""
+def over_sample_presets(protocols: Any) -> Any:
+    """All of registry.SAMPLE_PROTOCOLS and a profile's own protocols, each merged over its preset; null leaves out a protocol."""
     if not isinstance(protocols, Mapping):
         return protocols
-    merged: dict[Any, Any] = {name: dict(row.defaults) for name, row in registry.SAMPLE_PROTOCOLS.items()}
-    for name, entry in protocols.items():
-        row = registry.SAMPLE_PROTOCOLS.get(str(mapping(entry).get("like") or name))
-        if entry is None:
-            merged.pop(name, None)
-        elif isinstance(entry, Mapping) and row is None:
-            raise ValueError(f"protocol {name!r} needs `like`, the row that it stands on; allowed: {', '.join(registry.SAMPLE_PROTOCOLS)}")
-        else:
-            merged[name] = merge(row.defaults, entry) if row and isinstance(entry, Mapping) else entry
-    return merged
+    every = {**{name: {} for name in registry.SAMPLE_PROTOCOLS}, **protocols}
+    return {name: _over_preset(name, entry, registry.SAMPLE_PROTOCOLS) for name, entry in every.items() if entry is not None}
 
 
 class GenerateSettings(Settings):
@@ -228,28 +225,32 @@ class GenerateSettings(Settings):
     grid: Few = 10  # images per class in the grid
     seed: RandomSeed = 0
     batch_size: Batch = 250
-    protocols: Annotated[dict[ProtocolName, SampleProtocolSettings], BeforeValidator(with_sample_rows)] = Field(
+    protocols: Annotated[dict[ProtocolName, SampleProtocolSettings], BeforeValidator(over_sample_presets)] = Field(
         default={}, validate_default=True
     )
 
+    @field_validator("extractor")
+    @classmethod
+    def inception_reads_colour(cls, extractor: str, info: ValidationInfo) -> str:
+        if extractor == "inception" and (data := data_in(info)) and data.record.shape and data.record.shape[0] == 1:
+            raise ValueError(f"Inception is for natural images in colour; allowed for {data.source!r}: reference")
+        return extractor
+
     @model_validator(mode="after")
-    def names_mean_what_they_say(self) -> Self:
+    def presets_unchanged(self) -> Self:
         if STANDARD not in self.protocols:
-            raise ValueError(f"protocols: {STANDARD!r} cannot be left out; every result is reported under it")
+            raise ValueError(f"protocols: {STANDARD!r} is missing; it is always reported")
         if "ema" in self.protocols:
-            raise ValueError("protocols: results of averaged weights are named ema_...; use another name")
+            raise ValueError("protocols: prefix ema_ is reserved for averaged weights; use another name")
         for name, row in registry.SAMPLE_PROTOCOLS.items():
             if name in self.protocols and self.protocols[name].model_dump(exclude={"like"}) != row.defaults:
-                raise ValueError(f"protocols.{name}: its values are what its name means; add a protocol `like: {name}`")
+                raise ValueError(f"protocols.{name}: its name fixes its values; add a protocol `like: {name}`")
         return self
 
 
 class EnergySettings(Settings):
-    n: TwoOrMore | None = None  # first n test images; None: all
+    n: Annotated[TwoOrMore | None, AfterValidator(within_test_split)] = None  # first n test images; None: all
     batch_size: Batch = 250
-
-
-AUTO = "auto"  # the OOD sets that suit the data and are there
 
 
 def one_or_more(value: Any) -> Any:
@@ -259,12 +260,26 @@ def one_or_more(value: Any) -> Any:
 class ReliabilitySettings(Settings):
     """Calibration, and detection of out-of-distribution and of adversarial images."""
 
-    n: TwoOrMore | None = None  # first n test images; None: all
+    n: Annotated[TwoOrMore | None, AfterValidator(within_test_split)] = None  # first n test images; None: all
     bins: Annotated[int, Number, Field(ge=1, le=10_000)] = 15  # of the calibration error, equally wide
     ood: Annotated[tuple[Annotated[str, known({AUTO: None, **registry.OOD_SETS})], ...], BeforeValidator(one_or_more)] = (AUTO,)
     ood_path: FilePath | None = None  # set folder: a folder or archive of class folders, as data.path
     seed: RandomSeed = 0
     batch_size: Batch = 250
+
+    @field_validator("ood")
+    @classmethod
+    def ood_differs_from_data(cls, ood: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if (data := data_in(info)) and "path" not in data.record.reads and data.source in ood:
+            raise ValueError(f"{data.source!r} is the training data; name another set")
+        return ood
+
+    @field_validator("ood_path")
+    @classmethod
+    def ood_path_differs_from_data(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path and (data := data_in(info)) and path == data.path:
+            raise ValueError("is data.path, the training data; name another set")
+        return path
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

@@ -1,30 +1,42 @@
-"""A profile: experiments, the pretrainings they start from, and what their settings are after all merging."""
+"""A profile: experiments, the pretrainings they start from, and the settings that each of them ends up with.
+
+`inherited` merges, `ProfileFile` validates, `resolve` assembles: each happens once per profile, and in this order (see loading.load).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ebjdat import registry
 from ebjdat.files import digest
 from ebjdat.settings.data import DataSettings
 from ebjdat.settings.evaluation import AttackSettings, Evaluation
-from ebjdat.settings.training import ChainSettings, ModelSettings, OptimizerSettings, ScheduleSettings, TrainingSettings, UpdateSettings
-from ebjdat.settings.types import EntryName, Epochs, Few, Positive, RandomSeed, Settings, flat, known, merge
+from ebjdat.settings.training import ModelSettings, TrainingSettings
+from ebjdat.settings.types import EntryName, Epochs, Few, Positive, RandomSeed, Settings, known, mapping, merge
+
+RESERVED = "pretraining"  # results/<profile>/pretraining holds the shared pretrainings
+Base = Annotated[str, known(registry.BASES)]
+Form = Annotated[str, known(registry.FORMS)]
+
+
+def not_reserved(name: str) -> str:
+    if name == RESERVED:
+        raise ValueError("this name is reserved for the folder of pretrainings; use another")
+    return name
 
 
 class MethodSettings(Settings):
-    """A method, the rows of settings it stands on, and what differs from them."""
-
     method: Annotated[str, known(registry.METHODS)] = "classifier"
-    base: Annotated[str, known(registry.BASES)] | None = None  # None: the method's first
-    form: Annotated[str, known(registry.FORMS)] | None = None  # None: the method's first
-    training: dict[str, Any] = Field(default_factory=dict)  # overrides
+    base: Base | None = None  # None: the method's first
+    form: Form | None = None  # None: the method's first
+    training: TrainingSettings  # in the file: what differs from the inherited settings
 
     @model_validator(mode="after")
-    def rows_of_the_method(self) -> Self:
+    def presets_of_the_method(self) -> Self:
         method = registry.METHODS[self.method]
         for name, value, allowed in (("base", self.base, method.bases), ("form", self.form, method.forms)):
             if value is not None and value not in allowed:
@@ -32,21 +44,21 @@ class MethodSettings(Settings):
         return self
 
 
-class Pretraining(MethodSettings):
-    """A training that several experiments may start from; epochs 0 is the fresh, seeded initialisation."""
+class PretrainingSettings(MethodSettings):
+    """A training that several experiments may start from; 0 epochs is the seeded random initialisation."""
 
     epochs: Epochs
-    model: dict[str, Any] = Field(default_factory=dict)  # of the profile's network, for every experiment that starts here
+    model: ModelSettings  # in the file: what differs from the profile's network
 
 
-class Experiment(MethodSettings):
+class ExperimentSettings(MethodSettings):
     method: Annotated[str, known(registry.METHODS)]
     pretraining: str
     note: str | None = None  # shown in the report
 
 
 class Runtime(Settings):
-    """How it is run; nothing here changes a result beyond the arithmetic of the machine."""
+    """How jobs run; changes results at most by the machine's arithmetic."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Few = 1
@@ -54,161 +66,205 @@ class Runtime(Settings):
 
 
 class ReportSettings(Settings):
-    paper: Literal["cifar10", "cifar100", "imagenet_subset"] | None = None  # whose numbers stand beside ours
+    paper: Literal["cifar10", "cifar100", "imagenet_subset"] | None = None  # whose published numbers the tables show beside ours
 
 
-class Profile(Settings):
+class ProfileFile(Settings):
+    """The schema of a profile's file, with overrides and inheritance applied.
+
+    Validated with a dict as context, it leaves its valid `data` and `evaluation` there; later sections are checked against `data`.
+    """
+
     data: DataSettings
     model: ModelSettings
     training: TrainingSettings
-    # this profile's values of the JEM family's rows
-    bases: dict[Annotated[str, known(registry.BASES)], dict[str, Any]] = Field(default_factory=dict)
-    pretraining: dict[EntryName, Pretraining] = Field(min_length=1, max_length=1000)
-    experiments: dict[EntryName, Experiment] = Field(min_length=1, max_length=1000)
+    bases: dict[Base, TrainingSettings] = Field(default_factory=dict)  # in the file: values of the JEM family's presets
+    pretraining: dict[EntryName, PretrainingSettings] = Field(min_length=1, max_length=1000)
+    experiments: dict[Annotated[EntryName, AfterValidator(not_reserved)], ExperimentSettings] = Field(min_length=1, max_length=1000)
     seeds: tuple[RandomSeed, ...] = Field(min_length=1, max_length=1000)
     evaluation: Evaluation
     runtime: Runtime = Runtime()
     report: ReportSettings = ReportSettings()
 
+    @field_validator("data", "evaluation")
+    @classmethod
+    def keep(cls, value: Settings, info: ValidationInfo) -> Settings:
+        if info.context is not None:
+            info.context[info.field_name] = value
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def distinct(cls, seeds: Sequence[int]) -> Sequence[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("duplicate seed; name each once")
+        return seeds
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A pretraining with everything that it inherits."""
+
+    method: str
+    base: str | None
+    form: str | None
+    model: ModelSettings
+    training: TrainingSettings
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment with everything that it inherits.
+
+    pretraining: name of the one it starts from. own: the training settings that it states itself.
+    resolved: all settings that determine its results, except the seed.
+    """
+
+    method: str
+    base: str | None
+    form: str | None
+    pretraining: str
+    note: str | None
+    own: Mapping[str, Any]
+    model: ModelSettings
+    training: TrainingSettings
+    attack: AttackSettings
+    resolved: Mapping[str, Any]
+
+    def params_hash(self, seed: int) -> str:
+        return digest(self.resolved, seed)[:16]
+
+
+@dataclass(frozen=True)
+class Profile:
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings
+    pretraining: dict[str, Pretraining]
+    experiments: dict[str, Experiment]
+    seeds: tuple[int, ...]
+    evaluation: Evaluation
+    runtime: Runtime
+    report: ReportSettings
+
     def pretraining_settings(self, name: str) -> TrainingSettings:
-        entry = self.pretraining[name]
-        return self._training(entry, {"epochs": entry.epochs})
+        return self.pretraining[name].training
 
     def training_settings(self, experiment: str) -> TrainingSettings:
-        return self._training(self.experiments[experiment])
-
-    def _training(self, entry: MethodSettings, *more: Mapping[str, Any]) -> TrainingSettings:
-        layers = training_layers(self.training.model_dump(), self.bases, entry.method, entry.base, entry.form, entry.training)
-        return TrainingSettings.model_validate(merge(*layers, *more))
+        return self.experiments[experiment].training
 
     def model_settings(self, pretraining: str) -> ModelSettings:
-        """The network of a pretraining and of every experiment that starts from it."""
-        return ModelSettings.model_validate(merge(self.model.model_dump(), self.pretraining[pretraining].model))
+        return self.pretraining[pretraining].model
 
     def attack_settings(self, experiment: str) -> AttackSettings:
-        """What the experiment's robustness is measured with."""
-        entry = self.experiments[experiment]
-        return self.evaluation.attack.on(base_of(entry.method, entry.base))
+        return self.experiments[experiment].attack
 
-    def resolved(self, experiment: str) -> dict[str, Any]:
-        """Everything that determines an experiment's results, except its seed, with defaults filled in and overrides applied."""
-        entry = self.experiments[experiment]
-        pretraining = self.pretraining[entry.pretraining]
-        settings = self.pretraining_settings(entry.pretraining)
-        return {
-            "data": self.data.model_dump(exclude={"path", "root", "label"}),
-            "model": self.model_settings(entry.pretraining).model_dump(),
-            "pretraining": {"method": pretraining.method, **settings.model_dump()} if pretraining.epochs else {"epochs": 0},
-            "method": entry.method,
-            "training": self.training_settings(experiment).model_dump(),
-            "evaluation": self.evaluation.model_dump(),
-        }
+    def resolved(self, experiment: str) -> Mapping[str, Any]:
+        return self.experiments[experiment].resolved
 
     def params_hash(self, experiment: str, seed: int) -> str:
-        return digest(self.resolved(experiment), seed)[:16]
+        return self.experiments[experiment].params_hash(seed)
+
+
+def inherited(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw settings with every training and network merged over what it inherits. Malformed parts stay, for validation to refuse."""
+    result = dict(raw)
+    for kind in ("pretraining", "experiments"):
+        if isinstance(raw.get(kind), Mapping):
+            result[kind] = {name: _inherited_entry(raw, kind, entry) for name, entry in raw[kind].items()}
+    if isinstance(raw.get("bases"), Mapping):
+        training = mapping(raw.get("training"))
+        result["bases"] = {
+            base: merge(training, registry.BASES[base].defaults if base in registry.BASES else {}, own) if isinstance(own, Mapping) else own
+            for base, own in raw["bases"].items()
+        }
+    return result
+
+
+def _inherited_entry(raw: Mapping[str, Any], kind: str, entry: Any) -> Any:
+    """A raw pretraining or experiment with its whole training, its base, its form, and (a pretraining) its whole network."""
+    own = entry.get("training", {}) if isinstance(entry, Mapping) else None
+    if not isinstance(own, Mapping):
+        return entry
+    method, base, form = (str(entry.get(key)) for key in ("method", "base", "form"))  # (any value, until it is validated)
+    method = method if method in registry.METHODS else "classifier"
+    row, shape = base_of(method, base if base in registry.BASES else None), form_of(method, form if form in registry.FORMS else None)
+    on_base = mapping(mapping(raw.get("bases")).get(row or ""))
+    result = {**entry, "training": merge(mapping(raw.get("training")), *presets(method, row, shape, on_base), own)}
+    result |= {key: name for key, name in (("base", row), ("form", shape)) if entry.get(key) is None}
+    if kind == "pretraining":
+        if "epochs" in entry:
+            result["training"]["epochs"] = entry["epochs"]
+        if isinstance(entry.get("model", {}), Mapping):
+            result["model"] = merge(mapping(raw.get("model")), entry.get("model", {}))
+    return result
+
+
+def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
+    """The profile of a valid file. raw: its settings before inheritance, where an experiment's own settings are."""
+    pretraining = {name: Pretraining(e.method, e.base, e.form, e.model, e.training) for name, e in file.pretraining.items()}
+    data, evaluation = file.data.model_dump(exclude={"path", "root", "label"}), file.evaluation.model_dump()
+
+    def experiment(name: str, entry: ExperimentSettings) -> Experiment:
+        start = pretraining[entry.pretraining]
+        resolved = {
+            "data": data,
+            "model": start.model.model_dump(),
+            "pretraining": {"method": start.method, **start.training.model_dump()} if start.training.epochs else {"epochs": 0},
+            "method": entry.method,
+            "training": entry.training.model_dump(),
+            "evaluation": evaluation,
+        }
+        own, attack = raw["experiments"][name].get("training", {}), file.evaluation.attack.on(entry.base)
+        names = (entry.method, entry.base, entry.form, entry.pretraining, entry.note)
+        return Experiment(*names, own, start.model, entry.training, attack, resolved)
+
+    return Profile(
+        data=file.data,
+        model=file.model,
+        training=file.training,
+        pretraining=pretraining,
+        experiments={name: experiment(name, entry) for name, entry in file.experiments.items()},
+        seeds=file.seeds,
+        evaluation=file.evaluation,
+        runtime=file.runtime,
+        report=file.report,
+    )
 
 
 def base_of(method: str, base: str | None) -> str | None:
-    """The row of the JEM family that a method stands on: the one that was asked for, or its first, if it has any."""
-    bases = registry.METHODS[method].bases
-    return base or (bases[0] if bases else None)
+    """The base of a method: the given one, or the method's first, if it has any."""
+    return base or next(iter(registry.METHODS[method].bases), None)
 
 
 def form_of(method: str, form: str | None) -> str | None:
-    """The form of a method: the one that was asked for, or its first, if it has any."""
-    forms = registry.METHODS[method].forms
-    return form or (forms[0] if forms else None)
+    """The form of a method: the given one, or the method's first, if it has any."""
+    return form or next(iter(registry.METHODS[method].forms), None)
 
 
 def form_values(form: str, base: str | None) -> dict[str, Any]:
-    """Settings of a form on a row of the JEM family."""
-    row = registry.FORMS[form]
-    return merge(row.defaults, row.on.get(base or "", {}))
+    """Settings of a form on a base."""
+    preset = registry.FORMS[form]
+    return merge(preset.defaults, preset.on.get(base or "", {}))
+
+
+def presets(method: str, base: str | None, form: str | None, on_base: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What lies between a profile's `training` and an experiment's own settings, weakest first.
+
+    The base's published preset, the profile's values for that base (on_base), the method's defaults, the form.
+    """
+    return [
+        *([registry.BASES[base].defaults, on_base] if base else []),
+        registry.METHODS[method].defaults,
+        *([form_values(form, base)] if form else []),
+    ]
 
 
 def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
-    """A workflow job's wildcards and "base", by which rules name the sections of the profile that they read."""
-    entry: MethodSettings | None = None
+    """A workflow job's wildcards and its "base", by which rules name the sections of the profile that they read."""
+    entry: Experiment | Pretraining | None = None
     if "experiment" in job:
         entry = profile.experiments[job["experiment"]]
     elif "pretraining" in job:
         entry = profile.pretraining[job["pretraining"]]
-    return {**job, "base": (entry and base_of(entry.method, entry.base)) or "none"}
-
-
-def training_layers(
-    training: Mapping[str, Any],
-    bases: Mapping[str, Mapping[str, Any]],
-    method: str,
-    base: str | None,
-    form: str | None,
-    own: Mapping[str, Any],
-) -> list[Mapping[str, Any]]:
-    """What a training's settings are merged from, weakest first.
-
-    The profile's `training`, the base's published row, the profile's values for that base, the method's defaults, the form,
-    and the experiment's own settings.
-    """
-    entry = registry.METHODS[method]
-    row = base_of(method, base)
-    shape = form_of(method, form)
-    return [
-        training,
-        *([registry.BASES[row].defaults, bases.get(row, {})] if row else []),
-        entry.defaults,
-        *([form_values(shape, row)] if shape else []),
-        own,
-    ]
-
-
-ROWS: Mapping[str, Mapping[str, registry.Preset]] = {"base": registry.BASES, "form": registry.FORMS}
-
-# Chain settings that only samplers read, and those of the profile's training.chain that no training would ever see: every row
-# of BASES either sets them itself or has a sampler that does not read them.
-READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
-NEVER_USED = frozenset(
-    key
-    for key in ("sampler", "start", "mode", *READ_BY_SAMPLERS)
-    if all(
-        key in row.defaults["chain"] or (key in READ_BY_SAMPLERS and key not in registry.SAMPLERS[row.defaults["chain"]["sampler"]].reads)
-        for row in registry.BASES.values()
-    )
-)
-
-
-def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
-    """Every strategy by kind and name: its source, its implementation, and its defaults (what a profile may override)."""
-
-    def entries(names: Mapping[str, registry.Entry], section: type[BaseModel] | None = None) -> dict[str, dict[str, Any]]:
-        defaults = section.model_construct().model_dump() if section else {}
-        return {
-            name: {"source": e.source, "implementation": e.target, "defaults": {key: defaults[key] for key in e.reads}}
-            for name, e in names.items()
-        }
-
-    methods = {
-        name: {
-            "source": m.source,
-            "implementation": m.target,
-            "samples": list(m.samples),
-            "selection": m.selection,
-            "bases": list(m.bases),
-            "forms": list(m.forms),
-            "defaults": merge({}, *training_layers({}, {}, name, None, None, {})),
-        }
-        for name, m in registry.METHODS.items()
-    }
-    rows = {
-        kind: {name: {"source": row.source, "on": flat(row.on), "defaults": dict(row.defaults)} for name, row in names.items()}
-        for kind, names in (("bases", registry.BASES), ("forms", registry.FORMS))
-    }
-    return {
-        "methods": methods,
-        **rows,
-        "samplers": entries(registry.SAMPLERS, ChainSettings),
-        "starts": entries(registry.STARTS),
-        "scores": entries(registry.SCORES),
-        "updates": entries(registry.UPDATES, UpdateSettings),
-        "optimizers": entries(registry.OPTIMIZERS, OptimizerSettings),
-        "schedules": entries(registry.SCHEDULES, ScheduleSettings),
-    }
+    return {**job, "base": (entry and entry.base) or "none"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ebjdat import registry
+from ebjdat.settings.data import data_in
 from ebjdat.settings.types import (
     Batch,
     Count,
@@ -63,15 +64,15 @@ class ScheduleSettings(Settings):
 class ChainSettings(Settings):
     sampler: Annotated[str, known(registry.SAMPLERS)] = "pyld"
     start: Annotated[str, known(registry.STARTS)] = "class_gaussians"
-    conditional: StrictBool = False  # walk down E(x, y) of the chain's class instead of E(x)
-    steps: Steps = 10  # full gradients per draw
+    conditional: StrictBool = False  # descend E(x, y) of the chain's class instead of E(x)
+    steps: Steps = 10  # full gradients per chain update
     inner_steps: Steps = 5  # pyld: steps through the stem per full gradient
     step_size: Positive = 0.2  # internal range
     noise: NotNegative = 0.0  # internal range, standard deviation per full gradient
     clamp: Positive | None = 1.0  # clipped_sgld, pyld: gradients are clamped to [-clamp, clamp]
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while sampling
     buffer: Count = 10_000  # images in the replay buffer
-    reinit: Fraction01 = 0.05  # chance that a chain starts afresh
+    reinit: Fraction01 = 0.05  # probability that a chain restarts
 
 
 class AdversarySettings(Settings):
@@ -80,8 +81,10 @@ class AdversarySettings(Settings):
     eps: Epsilon
     steps: Steps = 10
     step_size: Epsilon
-    range: Literal["unit", "internal"] = "unit"  # pixels that eps and step_size are stated in; internal: half as far, as released
-    start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the ball; or 0.001 N(0, 1) in [0, 1] pixels (TRADES); or at x
+    range: Literal["unit", "internal"] = (
+        "unit"  # unit of eps and step_size; internal: half as far in [0, 1] pixels, as in the released code
+    )
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the eps-ball; 0.001 N(0, 1) in [0, 1] pixels (TRADES); at x
     project: StrictBool = True  # back into the eps-ball after each step; the released code does not
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
 
@@ -98,7 +101,7 @@ class WeightSettings(Settings):
     w1: NotNegative = 1.0  # log p(x)
     w2: Signed = 1.0  # energy alignment; negative raises E(adversarial) over E(clean), as the released code does
     w3: NotNegative = 1.0  # cross-entropies
-    # clean images of the energy alignment: those that the neighbours are of, or those of the p(x) term, as the released code does
+    # clean images of the energy alignment: those the adversarial neighbours start from, or (as in the released code) those of the p(x) term
     align: Literal["paired", "density"] = "paired"
     beta: NotNegative = 6.0  # trades: weight of the KL term
     energy_l2: NotNegative = 0.0  # mean squared energy of images and chains
@@ -107,9 +110,16 @@ class WeightSettings(Settings):
 class AugmentSettings(Settings):
     pad: Annotated[int, Number, Field(ge=0, le=1000)] = 4  # reflect-pad, then crop at random
     flip: StrictBool = False
-    noise: NotNegative = 0.03  # on the images of the p(x) term, internal range, standard deviation
-    labelled_noise: NotNegative = 0.0  # the same on those of the p(y|x) terms; neighbours are of the noisy ones
-    density: Literal["augmented", "plain"] = "augmented"  # images of the p(x) term; plain: neither cropped nor flipped (SADA-JEM)
+    noise: NotNegative = 0.03  # standard deviation on images of the p(x) term, internal range
+    labelled_noise: NotNegative = 0.0  # the same on images of the p(y|x) terms; adversaries start from the noisy ones
+    density: Literal["augmented", "plain"] = "augmented"  # images of the p(x) term; plain: not cropped or flipped (SADA-JEM)
+
+    @field_validator("flip")
+    @classmethod
+    def flip_keeps_labels(cls, flip: bool, info: ValidationInfo) -> bool:
+        if flip and (data := data_in(info)) and not data.record.flip:
+            raise ValueError(f"a mirrored image of {data.source!r} may lose its label; allowed: false")
+        return flip
 
     @property
     def changes(self) -> bool:
@@ -118,8 +128,8 @@ class AugmentSettings(Settings):
 
 
 class SelectionSettings(Settings):
-    score: Literal["clean", "robust", "clean_and_robust"] | None = None  # None: the method's own
-    after: Fraction01 = 0.0  # checkpoints compete after this fraction of the epochs
+    score: Literal["clean", "robust", "clean_and_robust"] | None = None  # None: the method's default
+    after: Fraction01 = 0.0  # fraction of the epochs before checkpoints are compared
 
 
 class UpdateSettings(Settings):
@@ -129,9 +139,9 @@ class UpdateSettings(Settings):
 
 
 class Rung(Settings):
-    """One change that a diverged training is continued with.
+    """One change with which a diverged training continues.
 
-    by: lr and steps are multiplied by it (steps are rounded up), energy_l2 becomes at least it; a new noise seed needs none.
+    by: factor of lr and steps (rounded up), lower bound of energy_l2; a new noise seed takes none.
     """
 
     change: Literal["seed", "lr", "steps", "energy_l2"]
@@ -142,9 +152,9 @@ class Rung(Settings):
         if (self.change == "seed") != (self.by is None):
             raise ValueError("'seed' takes no `by`" if self.change == "seed" else f"{self.change!r} needs `by`")
         if self.change == "lr" and self.by is not None and self.by >= 1:
-            raise ValueError(f"`by` is {self.by}: a lower rate is meant, so less than 1 is allowed")
+            raise ValueError(f"`by` is {self.by}: the rate must become lower; less than 1 is allowed")
         if self.change == "steps" and self.by is not None and self.by <= 1:
-            raise ValueError(f"`by` is {self.by}: more chain steps are meant, so more than 1 is allowed")
+            raise ValueError(f"`by` is {self.by}: chains must become longer; more than 1 is allowed")
         return self
 
 
@@ -158,46 +168,46 @@ LADDER = (
 
 
 class HealingSettings(Settings):
-    """When a training counts as diverged, and what is changed then, one rung per recovery; changes add up."""
+    """When a training counts as diverged, and what changes then: one rung per recovery; changes accumulate."""
 
-    mode: Literal["heal", "record"] = "heal"  # record: note the first collapse and go on, as an ablation wants it
+    mode: Literal["heal", "record"] = "heal"  # record: note the first collapse and continue, for ablations
     every: Annotated[int, Number, Field(ge=1, le=100)] = 50  # steps between checks
     energy: Positive = 1e5  # bound of |mean energy| of images and chains
     gap: Positive = 1e3  # bound of |mean E(clean) - mean E(chains)| and |mean E(clean) - mean E(adversarial)|
-    cross_entropy: Positive = 3.0  # bound on clean images, in units of log K, the cross-entropy of a guess
-    saturation: Fraction01 = 0.9  # bound of the share of chain pixels at the range's ends, over that of images
-    contrast: NotNegative = 0.1  # least spread of pixels within a chain, as a fraction of images'
-    diversity: NotNegative = 0.1  # least spread of a pixel across chains, as a fraction of images'
+    cross_entropy: Positive = 3.0  # bound on clean images, in units of log K, the cross-entropy of guessing
+    saturation: Fraction01 = 0.9  # bound of the fraction of chain pixels at the range's ends, beyond that of images
+    contrast: NotNegative = 0.1  # least standard deviation of pixels within a chain, relative to images
+    diversity: NotNegative = 0.1  # least standard deviation of a pixel across chains, relative to images
     ladder: tuple[Rung, ...] = LADDER
 
 
 class ComputeSettings(Settings):
-    """How a training step is computed. All of it changes results, some only by rounding, so it counts among what determines them."""
+    """How a training step is computed. Every setting changes results, some only by rounding."""
 
-    # fp32: as it says, also on a GPU; tf32: its products in TF32 there; bf16: layers by autocast, with weights, logits, energies,
-    # losses and images in fp32
+    # fp32: true fp32 on a GPU too; tf32: matrix products in TF32 on a GPU; bf16: layers by autocast, while weights, logits,
+    # energies, losses and images stay fp32
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    # slices of a batch, one after another, for less memory; batch norm has statistics of each slice, and counts each
+    # sequential slices of a batch, to save memory; batch norm takes its statistics from each slice, and updates with each
     accumulate: Count = 1
-    recompute: StrictBool = False  # activation checkpointing in the loss: less memory for a third more of its time
-    compile: StrictBool = False  # torch.compile; where it fails, the step runs without
+    recompute: StrictBool = False  # activation checkpointing in the loss: less memory, a third more time
+    compile: StrictBool = False  # torch.compile; where it fails, the step runs uncompiled
 
     @model_validator(mode="after")
     def one_of_two(self) -> Self:
         if self.recompute and self.compile:
-            raise ValueError("torch cannot compile recomputed blocks whose statistics count once; recompute or compile is allowed")
+            raise ValueError("torch cannot compile recomputed batch-norm blocks; set only one of recompute and compile")
         return self
 
 
 class TrainingSettings(Settings):
     epochs: Epochs  # over the labelled images
     batch_size: Batch
-    density_batch: Literal["labelled", "own"] = "labelled"  # images of the p(x) term: the labelled ones, or of a shuffle of their own
-    density_batch_size: Batch | None = None  # own: how many, and how many chains; None: batch_size
+    density_batch: Literal["labelled", "own"] = "labelled"  # images of the p(x) term: the labelled ones, or from their own shuffle
+    density_batch_size: Batch | None = None  # own: their number, which is that of chains; None: batch_size
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     update: UpdateSettings = UpdateSettings()
-    ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = None  # decay of averaged weights, evaluated beside the raw ones
+    ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = None  # decay of averaged weights, which are evaluated besides the raw ones
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
@@ -206,28 +216,36 @@ class TrainingSettings(Settings):
     healing: HealingSettings = HealingSettings()
     compute: ComputeSettings = ComputeSettings()
 
+    @field_validator("batch_size", "density_batch_size")
+    @classmethod
+    def within_training_split(cls, batch: int | None, info: ValidationInfo) -> int | None:
+        size = data.training_size() if (data := data_in(info)) else None
+        if batch and size is not None and batch > size:
+            raise ValueError(f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}")
+        return batch
+
     @property
     def own_density(self) -> int | None:
-        """Images of the p(x) term in a step, where they are drawn for themselves."""
+        """Images of the p(x) term per step where they have their own shuffle, else None."""
         return (self.density_batch_size or self.batch_size) if self.density_batch == "own" else None
 
     @property
     def chains(self) -> int:
-        """Chains that a step moves: one per image of the p(x) term."""
+        """Chains that a step updates: one per image of the p(x) term."""
         return self.own_density or self.batch_size
 
     @model_validator(mode="after")
     def slices_are_equal(self) -> Self:
         if self.density_batch_size and self.density_batch != "own":
-            raise ValueError("density_batch_size is for density_batch 'own'; the labelled images are batch_size many")
+            raise ValueError("density_batch_size is for density_batch 'own'; for 'labelled' set batch_size")
         for name, size in (("batch_size", self.batch_size), ("density_batch_size", self.chains)):
             if size % self.compute.accumulate:
-                raise ValueError(f"{name} {size} is no multiple of compute.accumulate {self.compute.accumulate}")
+                raise ValueError(f"{name} {size} is not a multiple of compute.accumulate {self.compute.accumulate}")
         return self
 
     @model_validator(mode="after")
     def milestones_within(self) -> Self:
         late = [m for m in self.schedule.milestones if self.epochs and m >= self.epochs]
         if self.schedule.name == "multistep" and late:
-            raise ValueError(f"schedule.milestones {late} lie at or after the last epoch ({self.epochs})")
+            raise ValueError(f"schedule.milestones {late} are at or after the last epoch ({self.epochs})")
         return self

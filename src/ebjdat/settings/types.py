@@ -1,4 +1,4 @@
-"""Constrained types of settings, and helpers on their raw mappings."""
+"""Constrained types that settings are made of, and helpers on raw nested mappings."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from ebjdat import yamlfile
 from ebjdat.errors import UserError
 from ebjdat.pixels import Budget
 
-NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
-PROTOCOL_PATTERN = r"^[a-z][a-z0-9_]*$"  # part of metric names
-LONGEST = 100  # characters of a name: of folders, with more added to it (a file system takes 255 bytes), and in MLflow
-
-MOST_PROBLEMS = 50  # that are listed; one slip in a profile's common part may make many
+LONGEST_NAME = 100  # characters of a name; it becomes part of folder names (at most 255 bytes) and of MLflow names
+MOST_LISTED = 50  # problems or allowed names that a message lists
 
 
 class ParamsError(UserError):
-    """Everything that is wrong with a profile, one problem per line."""
+    """Everything that is wrong with the settings, one problem per line."""
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """Sentence that names the nearest allowed name, if one is near, and all of them."""
+    """The allowed names, after the one that `name` is probably a misspelling of, if any."""
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(sorted(allowed)[:MOST_PROBLEMS])}"
+    return (f"did you mean {close[0]!r}? " if close else "") + f"allowed: {', '.join(sorted(allowed)[:MOST_LISTED])}"
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: on one line, ASCII, at most 80 characters."""
+    """A value as messages quote it: on one line, ASCII, at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -51,7 +48,7 @@ def refuse_non_number(value: Any) -> Any:
 
 
 def read_switch(value: Any) -> Any:
-    """YAML's yes, no, on and off; in quotes they are text."""
+    """YAML's yes, no, on and off are switches too, unless they are quoted."""
     if isinstance(value, yamlfile.Word):
         return value.truth
     if not isinstance(value, bool):
@@ -69,7 +66,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-# Upper bounds refuse what cannot be meant before it runs out of memory or time; no honest profile meets them.
+# Upper bounds refuse absurd values before they exhaust memory or time; no sensible profile comes near them.
 MOST = 10**8  # images, iterations
 LARGEST = 1e30  # real numbers; single precision ends at 3e38
 Number = BeforeValidator(refuse_non_number)
@@ -78,29 +75,20 @@ Count = Annotated[int, Number, Field(ge=1, le=MOST)]
 TwoOrMore = Annotated[int, Number, Field(ge=2, le=MOST)]  # a spread needs two
 CountOrZero = Annotated[int, Number, Field(ge=0, le=MOST)]
 Few = Annotated[int, Number, Field(ge=1, le=1000)]  # layers, threads, restarts
-Steps = Annotated[int, Number, Field(ge=1, le=100_000)]  # gradients, one after another
+Steps = Annotated[int, Number, Field(ge=1, le=100_000)]  # sequential gradients
 Batch = Annotated[int, Number, Field(ge=1, le=1_000_000)]  # images at once
 Epochs = Annotated[int, Number, Field(ge=0, le=100_000)]
-RandomSeed = Annotated[int, Number, Field(ge=0, lt=2**32)]  # scikit-learn takes no larger ones
+RandomSeed = Annotated[int, Number, Field(ge=0, lt=2**32)]  # scikit-learn's limit
 Positive = Annotated[float, Number, Field(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Number, Field(ge=0, le=LARGEST)]
 Signed = Annotated[float, Number, Field(ge=-LARGEST, le=LARGEST)]
-Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(one_printable_line)]
-FilePath = Line
-Label = Annotated[str, Field(min_length=1, max_length=LONGEST), AfterValidator(one_printable_line)]
+FilePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(one_printable_line)]
+Label = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(one_printable_line)]
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
-EntryName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST)]
-ProtocolName = Annotated[str, Field(pattern=PROTOCOL_PATTERN, max_length=LONGEST)]
+EntryName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)]
+ProtocolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=LONGEST_NAME)]  # part of metric names
 Norm = Literal["Linf", "L2"]
-
-
-def section(raw: Mapping[str, Any], path: str) -> Any:
-    """What stands at "a.b.c" of raw settings; None where nothing does."""
-    value: Any = raw
-    for key in path.split("."):
-        value = mapping(value).get(key)
-    return value
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,5 +112,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def section(raw: Mapping[str, Any], path: str) -> Any:
+    """The value at "a.b.c" of raw settings, or None."""
+    value: Any = raw
+    for key in path.split("."):
+        value = mapping(value).get(key)
+    return value
+
+
 def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,198 @@
+"""Everything that is wrong with a profile's settings, as (key path, what is wrong and what is allowed)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ebjdat import registry
+from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
+from ebjdat.settings.profile import ProfileFile
+from ebjdat.settings.training import ChainSettings
+from ebjdat.settings.types import mapping, merge, nearest, section, shown
+
+Where = tuple[str | int, ...]
+Problem = tuple[Where, str]
+Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (a file's name, or an override, its raw settings), weakest first
+
+# Chain settings that some samplers ignore.
+READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
+# Keys of the profile's training.chain that no training would use: every base sets them, or has a sampler that ignores them.
+NEVER_USED = frozenset(
+    key
+    for key in ("sampler", "start", "mode", *READ_BY_SAMPLERS)
+    if all(
+        key in base.defaults["chain"] or (key in READ_BY_SAMPLERS and key not in registry.SAMPLERS[base.defaults["chain"]["sampler"]].reads)
+        for base in registry.BASES.values()
+    )
+)
+
+
+def of_profile(
+    raw: Mapping[str, Any], whole: Mapping[str, Any], error: ValidationError | None, evaluation: Evaluation | None
+) -> Iterator[Problem]:
+    """What validation refused, and what only several sections together can show.
+
+    raw: before inheritance. whole: after it. evaluation: where that section is valid.
+    """
+    if error:
+        yield from _stated_in(raw, of_validation(ProfileFile, error))
+    yield from _chains(raw, whole)
+    yield from _pretrainings(raw)
+    if evaluation:
+        if evaluation.attack.transfer is not None:
+            yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
+        if evaluation.generate.extractor != "inception":
+            yield from _missing_run(raw, ("evaluation", "generate", "reference"), evaluation.generate.reference)
+
+
+def of_validation(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
+    """pydantic's errors in words that suit YAML."""
+    for one in error.errors(include_url=False):
+        where = tuple(part for part in one["loc"] if part != "[key]")
+        if one["type"] == "extra_forbidden":
+            yield where, f"unknown key; {nearest(str(where[-1]), _fields_at(model, where[:-1]))}"
+        elif one["type"] == "missing":
+            yield where, "is missing"
+        elif one["type"] == "value_error":
+            yield where, str(one["ctx"]["error"])
+        elif one["type"] != "too_short" or not one["input"]:  # pydantic counts valid items only; each invalid one is reported itself
+            message = re.sub(" or instance of \\w+", "", one["msg"]).replace("tuple", "list").replace("dictionary", "mapping")
+            yield where, f"{message[0].lower()}{message[1:]}, found {shown(one['input'])}"
+
+
+def _stated_in(raw: Mapping[str, Any], problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Problems, without those that an experiment, pretraining or base only inherits from a place where they are reported too."""
+    problems = list(problems)
+    reported = {where for where, _ in problems}
+    for where, what in problems:
+        sources: list[Where] = []
+        if where[0] == "bases" and len(where) > 1:
+            sources = [("training", *where[2:])]
+        elif where[0] in ("pretraining", "experiments") and len(where) > 2 and where[2] in ("training", "model"):
+            sources = [where[2:], *(("bases", base, *where[3:]) for base in registry.BASES), (*where[:2], *where[3:])]
+        own = _stated(raw, where)
+        same = isinstance(own, Mapping) and any((source, what) in problems for source in sources)
+        if not same and (own is not None or not any(_covers(reported, source, where) for source in sources)):
+            yield where, what
+
+
+def _covers(reported: Set[Where], source: Where, where: Where) -> bool:
+    """Whether a problem is reported at `source` or above it (but not above `where`)."""
+    return any(source[:n] in reported for n in range(1, len(source) + 1) if source[:n] != where[:n])
+
+
+def _stated(raw: Any, where: Where) -> Any:
+    """What raw settings state at `where`, or the list or plain value above it; None if nothing."""
+    for part in where:
+        if not isinstance(raw, Mapping):
+            break
+        if part not in raw:
+            return None
+        raw = raw[part]
+    return ... if raw is None else raw
+
+
+def without_effect(layers: Layers) -> Iterator[Problem]:
+    """Empty mappings laid over settings, which could mean "change nothing" or "remove everything"."""
+
+    def inside(below: Mapping[str, Any], over: Mapping[str, Any], where: Where) -> Iterator[Problem]:
+        if below and not over:
+            yield where, "an empty mapping over settings neither changes nor removes any; leave it out, or name what is to change"
+        for key in over.keys() & below.keys():
+            if isinstance(over[key], Mapping) and isinstance(below[key], Mapping):
+                yield from inside(below[key], over[key], (*where, key))
+
+    below: Mapping[str, Any] = {}
+    for _, content in layers:
+        yield from inside(below, content, ())
+        below = merge(below, content)
+
+
+def _entries(raw: Mapping[str, Any], kind: str) -> dict[str, Mapping[str, Any]]:
+    return {name: entry for name, entry in mapping(raw.get(kind)).items() if isinstance(entry, Mapping)}
+
+
+def _chains(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Chain settings that nothing reads."""
+    for kind in ("pretraining", "experiments"):
+        for name, entry in _entries(raw, kind).items():
+            sampler = str(section(whole[kind][name], "training.chain.sampler") or ChainSettings().sampler)
+            reads = registry.SAMPLERS[sampler].reads if sampler in registry.SAMPLERS else tuple(READ_BY_SAMPLERS)
+            for key in sorted(READ_BY_SAMPLERS & set(mapping(section(entry, "training.chain"))) - set(reads)):
+                yield (kind, name, "training", "chain", key), f"is not read by sampler {sampler!r}; it reads {', '.join(reads)}"
+    for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
+        yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
+
+
+def _pretrainings(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """References to a pretraining that does not exist, and pretrainings that are the same."""
+    pretrainings = _entries(raw, "pretraining")
+    for name, entry in _entries(raw, "experiments").items():
+        start = entry.get("pretraining")
+        if isinstance(start, str) and start not in pretrainings:
+            yield ("experiments", name, "pretraining"), f"{start!r} is not under `pretraining`; {nearest(start, list(pretrainings))}"
+    first: dict[str, str] = {}
+    for name, entry in pretrainings.items():
+        if "epochs" in mapping(entry.get("training")):
+            yield ("pretraining", name, "training", "epochs"), f"is one level too deep; set pretraining.{name}.epochs"
+        content = {"method": "classifier", "training": {}, **entry} if entry.get("epochs") != 0 else {"epochs": 0}
+        content = {**content, "model": sorted(merge(mapping(raw.get("model")), mapping(entry.get("model"))).items())}
+        twin = first.setdefault(repr(sorted(content.items())), name)
+        if twin != name:
+            yield ("pretraining", name), f"the same settings as pretraining.{twin}; use that one, so that they share a checkpoint"
+
+
+def _missing_run(raw: Mapping[str, Any], where: Where, reference: ReferenceSettings) -> Iterator[Problem]:
+    experiments, seeds = list(_entries(raw, "experiments")), raw.get("seeds")
+    if reference.experiment not in experiments:
+        what = f"{reference.experiment!r} is not an experiment of this profile; {nearest(reference.experiment, experiments)}"
+        yield (*where, "experiment"), what
+    if isinstance(seeds, list) and reference.seed not in seeds:
+        yield (*where, "seed"), f"{reference.seed} is not one of the profile's seeds {shown(seeds)}"
+
+
+def _fields_at(model: type[BaseModel], where: Where) -> list[str]:
+    """Field names of the settings class at `where` below `model`."""
+    for part in where:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a name in a mapping such as `experiments`: stay at the class of its values
+            continue
+        for candidate in (field.annotation, *_all_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return list(model.model_fields)
+
+
+def _all_args(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        yield argument
+        yield from _all_args(argument)
+
+
+def origin(layers: Layers, where: Where) -> str:
+    """The last layer that states the setting at `where`; if none does, the first that states most of the path to it."""
+    origin, deepest = layers[0][0], 0
+    for name, content in layers:
+        value: Any = content
+        for depth, part in enumerate(where):
+            if not isinstance(value, Mapping):  # a list or plain value, which holds everything below it
+                depth = len(where)
+                break
+            if part not in value:
+                break
+            value = value[part]
+        else:
+            depth = len(where)
+        if depth > deepest or depth == len(where):
+            origin, deepest = name, depth
+    return origin
+
+
+def key_path(where: Where) -> str:
+    """a.b.0, with non-ASCII letters (some only look like those of a key) escaped."""
+    return ascii(".".join(map(str, where)))[1:-1] or "top level"
