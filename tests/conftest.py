@@ -22,15 +22,13 @@ ROOT = Path(__file__).parents[1]
 FIRST = (
     "workflow/test_versions",
     "workflow/test_two_tools",
-    "test_servers",
     "workflow/test_box",
-    "test_step",
+    "training/test_step",
     "test_stages",
-    "stages/test_attack",
-    "test_training",
-    "test_tracking",
-    "test_healing",
-    "test_robust",
+    "stages/test_",
+    "training/test_",
+    "evaluation/test_",
+    "tracking/test_",
     "browser/",
 )
 

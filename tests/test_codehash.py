@@ -66,7 +66,7 @@ def of(before: Digests, *stages: str) -> set[tuple[str, str]]:
 
 
 NOTHING = {
-    "a docstring": ("ebjdat.training.loop", '"""The best checkpoint', '"""The very best checkpoint'),
+    "a docstring": ("ebjdat.training.state", '"""The best checkpoint', '"""The very best checkpoint'),
     "a comment": ("ebjdat.samplers.starts", "# added to the diagonal", "# is added to the diagonal"),
     "a message": ("ebjdat.errors", "def brief", "import os\n\n\ndef brief"),
     "an annotation": ("ebjdat.objectives.recipes", "def eb_jdat(model: nn.Module,", "def eb_jdat(model: torch.nn.Module,"),
@@ -103,7 +103,7 @@ def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Changed
 @pytest.mark.parametrize(
     ("module", "old", "new", "stages"),
     [
-        ("ebjdat.training.loop", "PLANNED_STEPS = ", "PLANNED_STEPS = 0 + ", ("pretrain", "finetune")),
+        ("ebjdat.training.validation", "BATCH = ", "BATCH = 0 + ", ("pretrain", "finetune")),
         ("ebjdat.models.wrn", "relu(", "relu(0 + ", ("pretrain", "finetune", "attack", "generate", "energy", "reliability")),
         ("ebjdat.evaluation.checks", "POINT = ", "POINT = 0 + ", ("attack",)),
         ("ebjdat.evaluation.autoattack", "TIE = ", "TIE = 0 + ", ("attack",)),

@@ -23,7 +23,7 @@ from ebjdat.evaluation.verdicts import Verdicts
 from ebjdat.files import FileError, arrays_of, parse_json, read_json, read_npz, write_npz
 from ebjdat.settings import ParamsError
 from ebjdat.stages import evaluate
-from ebjdat.training import loop
+from ebjdat.training import state
 
 from .conftest import ROOT
 from .data.conftest import peak_below, refusal
@@ -221,7 +221,7 @@ def test_samples_of_other_data_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", {"epoch": 1}, [1, 2], {"epoch": "x", "ended": False, "events": [1]}])
 def test_a_damaged_training_state_says_what_to_delete(tmp_path: Path, content: Any) -> None:
-    path = tmp_path / loop.END_OF_EPOCH
+    path = tmp_path / state.END_OF_EPOCH
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
     class Learner:
@@ -230,8 +230,8 @@ def test_a_damaged_training_state_says_what_to_delete(tmp_path: Path, content: A
         def load(self, state: Any) -> None:
             self.model.load_state_dict(state["model"])
 
-    with pytest.raises(loop.TrainingError, match=rf"{tmp_path}.*; delete (it|the folder) to start again"):
-        loop.Progress.restore(tmp_path, Learner())  # type: ignore[arg-type]
+    with pytest.raises(state.TrainingError, match=rf"{tmp_path}.*; delete (it|the folder) to start again"):
+        state.TrainingState.restore(tmp_path, Learner())  # type: ignore[arg-type]
 
 
 def test_names_that_no_folder_can_have_are_refused_at_check(tmp_path: Path) -> None:

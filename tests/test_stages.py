@@ -30,7 +30,7 @@ from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import attack, evaluate, train
 from ebjdat.stages.context import BusyError, Context, Task, journal_of
 from ebjdat.training import checkpoint, healing
-from ebjdat.training.loop import TrainingError
+from ebjdat.training.state import TrainingError
 
 from .conftest import ROOT
 

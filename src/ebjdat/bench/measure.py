@@ -26,14 +26,14 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import autocast, frozen_parameters, tensor_cores
-from ebjdat.objectives.sampling import SamplingState
+from ebjdat.objectives.sampling import PLANNED_STEPS, SamplingState
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
 from ebjdat.progress import Bar
 from ebjdat.samplers.buffer import Plan
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import ModelSettings, TrainingSettings
-from ebjdat.training.loop import PLANNED_STEPS, Job, Learner
+from ebjdat.training.state import Job, Learner
 from ebjdat.training.step import Step
 
 PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # draw -> its part's name
@@ -114,7 +114,7 @@ class Plain:
         self.labelled = naive.endless(*data.split("train"), settings.batch_size, augment, augment.labelled_noise, workers)
         self.density = naive.endless(*data.split("train"), settings.chains, augment, augment.noise, workers)
         self.fresh, self.buffer = [], torch.zeros(case.settings.chain.buffer, *case.shape)
-        if "negatives" in registry.METHODS[case.method].samples:
+        if registry.METHODS[case.method].has_chains:
             x = internal_from_unit(unit_from_uint8(torch.from_numpy(data.images)))
             self.fresh = naive.class_distributions(x, torch.from_numpy(data.labels), case.device)
 

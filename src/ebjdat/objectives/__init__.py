@@ -1,1 +1,1 @@
-"""What is minimised: terms, what is drawn for them, and their recipes."""
+"""What is minimised: recipes, their terms, and the samples that they need."""

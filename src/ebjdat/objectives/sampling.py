@@ -1,36 +1,60 @@
-"""What a step draws before its loss: chains x- and adversarial neighbours. No gradients reach the parameters from here."""
+"""What a step samples before its loss: chains x- and adversarial neighbours. No gradients reach the parameters from here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ebjdat import registry
+from ebjdat.data import batches
 from ebjdat.data.batches import Batch
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
 from ebjdat.pixels import INTERNAL, internal_distance
 from ebjdat.samplers.buffer import Chains, ReplayBuffer
-from ebjdat.samplers.chains import run_chain
+from ebjdat.samplers.chains import run_chain, starter
 from ebjdat.samplers.pgd import projected_gradient, random_point
+from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import AdversarySettings, TrainingSettings
 
 GAUSSIAN_START = 0.001  # standard deviation in [0, 1] pixels (TRADES's own code)
+PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What draws need beside the batch: for methods with chains the buffer, and those of its chains that belong to the batch."""
+    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch."""
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
 
 
+def sampling_states(
+    settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
+) -> Iterator[SamplingState]:
+    """What each step of an epoch samples from, from step `first` on; chains are planned some steps ahead.
+
+    The same purpose and step give the same chains, wherever a training was interrupted.
+    """
+    plan = None
+    for step in range(first, steps):
+        if buffer is None:
+            yield SamplingState(settings)
+            continue
+        block, within = divmod(step, PLANNED_STEPS)
+        if plan is None or within == 0:
+            noise, spec = batches.generator(pool.data.device, *purpose, block), settings.chain
+            planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
+            plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
+        yield SamplingState(settings, buffer, buffer.take(plan, within))
+
+
 def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
-    """Persistent chains, one per image of the batch, moved once and put back: (B, C, H, W) in [-1, 1]."""
+    """Persistent chains, one per image of the batch, run once and put back: (B, C, H, W) in [-1, 1]."""
     spec, chains = state.settings.chain, state.chains
     assert state.buffer is not None
     assert chains is not None

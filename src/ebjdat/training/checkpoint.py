@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with weights, the replay buffer, and in its header everything that explains them.
 
-The header also holds a digest of each tensor and of itself, by which every load notices a file that is not as it was
-written. That is against accidents and hand edits: whoever computes the digests again is not found out.
+The header also holds a digest of each tensor and of itself, so every load notices a file that changed since it was written.
+That guards against accidents and hand edits, not against somebody who recomputes the digests.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ebjdat.settings import ModelSettings, Profile, TrainingSettings
 
 HEADER = "ebjdat"
 FORMAT = 2  # 1 had no digests
-MEND = "where a stage made it, delete it and run that stage again"
+REMEDY = "if a stage made it, delete it and rerun that stage"
 LARGEST_HEADER = 32 * 2**20  # bytes; that of 200,000 classes has 10 MB
 TENSORS, DIGEST = "tensors", "digest"  # keys beside the header's own
 
 
 class CheckpointError(UserError):
-    """The checkpoint cannot be used here; says what differs."""
+    """The checkpoint cannot be used here; says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Header:
     params_hash: str  # of the experiment and seed, when it was trained
     git_commit: str
     metrics: dict[str, int | float]
-    code: str = ""  # digest of what the training could execute; "" where it was not noted
+    code: str = ""  # digest of what the training could execute; "" where unknown
     events: tuple[str, ...] = ()  # divergences, and what was changed in `training` after them
     version: str = __version__
     format: int = FORMAT
@@ -66,7 +66,7 @@ class Header:
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Header:
-        """Raises ValueError that names what is missing, of another type, or not allowed."""
+        """Raises ValueError that names what is missing, of the wrong type, or not allowed."""
         try:
             return TypeAdapter(cls).validate_python(plain)
         except ValidationError as error:
@@ -76,8 +76,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """buffer: uint8 (N, C, H, W) and the class each chain started from (N,), for methods with chains.
+    """Weights and what explains them.
 
+    buffer, buffer_labels: uint8 (N, C, H, W) and the class each chain started from (N,), for methods with chains.
     ema: averaged weights of the same epoch, where training kept them.
     """
 
@@ -114,6 +115,7 @@ def header_digest(plain: Mapping[str, Any]) -> str:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint; the same content gives the same bytes."""
     tensors = {f"model.{name}": value.contiguous() for name, value in checkpoint.weights.items()}
     tensors |= {f"ema.{name}": value.contiguous() for name, value in (checkpoint.ema or {}).items()}
     if checkpoint.buffer is not None and checkpoint.buffer_labels is not None:
@@ -125,7 +127,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load(
-    path: Path,
+    path: Path | str,
     *,
     data_hash: str | None = None,
     model: ModelSettings | None = None,
@@ -139,35 +141,32 @@ def load(
     differs and what to do.
     """
     plain, tensors = _read(path)
-    wrong = _problems(plain, tensors)
-    if wrong:
-        raise CheckpointError(f"{path}: not as it was written: {'; '.join(wrong)}; do not trust it, delete it and run its stage again")
+    if problems := _problems(plain, tensors):
+        raise CheckpointError(
+            f"{path}: changed since it was written: {'; '.join(problems)}; do not trust it, delete it and rerun its stage"
+        )
     try:
         header = Header.parse({name: value for name, value in plain.items() if name not in (TENSORS, DIGEST)})
     except ValueError as error:
-        told = f"written by version {brief(plain.get('version'), 40)}, cannot be read by version {__version__}"
-        raise CheckpointError(f"{path}: its header, {told}: {error}; run its stage again") from error
-    expected = {"method": method, "image_shape": image_shape, "classes": classes, "data_hash": data_hash}
-    differs = [_difference(name, getattr(header, name), value) for name, value in expected.items() if value is not None]
-    if model is not None:
-        theirs, ours = header.model.model_dump(), model.model_dump()
-        parts = [f"{k} {theirs[k]} (settings: {ours[k]})" for k in ours if theirs[k] != ours[k]]
-        differs.append(f"holds another network: {', '.join(parts)}" if parts else "")
-    if any(differs):
+        written = f"written by version {brief(plain.get('version'), 40)}"
+        raise CheckpointError(f"{path}: version {__version__} cannot read its header ({written}): {error}; rerun its stage") from error
+    expected = {"method": method, "image_shape": image_shape, "classes": classes, "data_hash": data_hash, "model": model}
+    checked = [_difference(name, getattr(header, name), value) for name, value in expected.items() if value is not None]
+    if differences := list(filter(None, checked)):
         raise CheckpointError(
-            f"{path}: {'; '.join(filter(None, differs))}; train again, or give the checkpoint that belongs to these settings and data"
+            f"{path}: {'; '.join(differences)}; train again, or give the checkpoint that belongs to these settings and data"
         )
     weights, ema = (
         {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)} for part in ("model.", "ema.")
     )
     network = _layout_of(header, len(weights))
-    for found in map(_layout, [weights, ema] if ema else [weights]):
-        if network != found:
-            unfit = sorted(k for k in network.keys() | found.keys() if network.get(k) != found.get(k))
-            raise CheckpointError(f"{path}: tensors do not fit its own header: {few(unfit)}; run its stage again")
+    for layout in map(_layout, [weights, ema] if ema else [weights]):
+        if layout != network:
+            unfit = sorted(k for k in network.keys() | layout.keys() if network.get(k) != layout.get(k))
+            raise CheckpointError(f"{path}: tensors do not fit its own header: {few(unfit)}; rerun its stage")
     buffer, labels = tensors.get("buffer.images"), tensors.get("buffer.labels")
     if not _is_buffer(buffer, labels, header):
-        raise CheckpointError(f"{path}: its replay buffer does not fit its own header; run its stage again")
+        raise CheckpointError(f"{path}: its replay buffer does not fit its own header; rerun its stage")
     return Checkpoint(header, weights, buffer, labels, ema or None)
 
 
@@ -179,18 +178,18 @@ def load_for(profile: Profile, experiment: str, path: Path, data: Prepared) -> C
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """A checkpoint's header as it stands, also of another format, with "problems": what is not as it was written.
+    """A checkpoint's header, also of another format, with "problems": what changed since it was written.
 
-    Its "tensors" are name -> {"dtype", "shape", "sha256"}. Raises CheckpointError where there is no header to be read.
+    Its "tensors" are name -> {"dtype", "shape", "sha256"}. Raises CheckpointError where there is no readable header.
     """
     plain, tensors = _read(path, any_format=True)
     known = plain[TENSORS] if isinstance(plain.get(TENSORS), dict) else {}
-    told = {
+    listed = {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "sha256": known.get(name)}
         for name, value in tensors.items()
     }
-    wrong = _problems(plain, tensors) if plain.get("format") == FORMAT else [_old(plain)]
-    return {**plain, TENSORS: told, "problems": wrong}
+    problems = _problems(plain, tensors) if plain.get("format") == FORMAT else [_other_format(plain)]
+    return {**plain, TENSORS: listed, "problems": problems}
 
 
 def _layout(weights: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -198,7 +197,7 @@ def _layout(weights: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], t
 
 
 def _layout_of(header: Header, most: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of the header's network, without its memory; nothing where it has more layers than there are tensors."""
+    """Shapes and types of the header's network, without allocating it; empty where it has more layers than there are tensors."""
     if header.model.depth > 6 * most + 4:
         return {}
     try:
@@ -209,7 +208,7 @@ def _layout_of(header: Header, most: int) -> dict[str, tuple[tuple[int, ...], to
 
 
 def _is_buffer(images: Tensor | None, labels: Tensor | None, header: Header) -> bool:
-    """Whether these are no replay buffer, or one of images and classes that the header tells of."""
+    """Whether there is no replay buffer, or one with the header's image shape and classes."""
     if images is None or labels is None:
         return images is labels
     return (
@@ -223,81 +222,81 @@ def _is_buffer(images: Tensor | None, labels: Tensor | None, header: Header) -> 
 def _read(path: Path | str, any_format: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint; run the stage that makes it first")
+        raise CheckpointError(f"{path}: no such checkpoint; run the stage that makes it first")
     if not path.is_file():
-        raise CheckpointError(f"{path}: not a plain file; give a checkpoint")
+        raise CheckpointError(f"{path}: not a regular file; give a checkpoint")
     try:
-        _refuse_header_beyond(path)
+        _check_header_length(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()} if text is not None else {}  # noqa: SIM118 (not a mapping)
     except CheckpointError:
         raise
-    except Exception as error:  # SafetensorError, OSError, or what torch says of a type that it does not have
-        raise CheckpointError(f"{path}: not a whole safetensors file ({brief(error, 200)}); {MEND}") from error
+    except Exception as error:  # SafetensorError, OSError, or torch's own at a type that it does not have
+        raise CheckpointError(f"{path}: not a whole safetensors file ({brief(error, 200)}); {REMEDY}") from error
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this package (no {HEADER!r} header)")
     try:
         plain = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({brief(error, 200)}); {MEND}") from error
+        raise CheckpointError(f"{path}: its header is not JSON ({brief(error, 200)}); {REMEDY}") from error
     if not isinstance(plain, dict):
-        raise CheckpointError(f"{path}: its header is no JSON object; {MEND}")
+        raise CheckpointError(f"{path}: its header is not a JSON object; {REMEDY}")
     if plain.get("format") != FORMAT and not any_format:
-        raise CheckpointError(f"{path}: {_old(plain)}")
+        raise CheckpointError(f"{path}: {_other_format(plain)}")
     return plain, tensors
 
 
-def _refuse_header_beyond(path: Path) -> None:
-    """Its length stands in the first 8 bytes of the file, before anything is read."""
+def _check_header_length(path: Path) -> None:
+    """Refuse an impossible length, which is in the first 8 bytes of the file, before anything else is read."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     size = path.stat().st_size
     if length > size - 8:
-        raise CheckpointError(f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); {MEND}")
+        raise CheckpointError(f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); {REMEDY}")
     if length > LARGEST_HEADER:
-        raise CheckpointError(f"{path}: a header of {length:,} bytes; {LARGEST_HEADER:,} are allowed, and ours have thousands")
+        raise CheckpointError(f"{path}: a header of {length:,} bytes; at most {LARGEST_HEADER:,} are allowed")
 
 
-def _old(plain: Mapping[str, Any]) -> str:
-    what = "has no digests, so nothing says that it is as it was written" if "format" not in plain else "is of another version"
+def _other_format(plain: Mapping[str, Any]) -> str:
+    what = "has no digests, so changes go unnoticed" if "format" not in plain else "is of another version"
     return (
         f"checkpoint format {brief(plain.get('format', 1), 40)} {what}; version {__version__} reads format {FORMAT} (written by version "
-        f"{brief(plain.get('version', 'unknown'), 40)}, commit {brief(plain.get('git_commit', 'unknown'), 40)}): run its stage again"
+        f"{brief(plain.get('version', 'unknown'), 40)}, commit {brief(plain.get('git_commit', 'unknown'), 40)}): rerun its stage"
     )
 
 
 def _problems(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """How header and tensors differ from what was written, in words; empty when they do not."""
-    wrong = []
+    problems = []
     written = plain.get(TENSORS)
     if plain.get(DIGEST) != header_digest(plain) or not isinstance(written, dict):
-        wrong.append("the header was changed (its digest does not fit)")
+        problems.append("the header was changed (its digest does not fit)")
     written = written if isinstance(written, dict) else {}
-    changed = sorted(name for name in tensors.keys() & written.keys() if tensor_digest(tensors[name]) != written[name])
-    for names, what in (
-        (changed, "changed"),
-        (sorted(written.keys() - tensors.keys()), "missing"),
-        (sorted(tensors.keys() - written.keys()), "added"),
-    ):
-        if names:
-            wrong.append(f"tensors {what}: {few(names)}")
-    return wrong
+    unlike = {
+        "changed": [name for name in tensors.keys() & written.keys() if tensor_digest(tensors[name]) != written[name]],
+        "missing": written.keys() - tensors.keys(),
+        "added": tensors.keys() - written.keys(),
+    }
+    return problems + [f"tensors {how}: {few(sorted(names))}" for how, names in unlike.items() if names]
 
 
-def _difference(name: str, theirs: Any, ours: Any) -> str:
-    """What a checkpoint is of against what is wanted; "" where they agree."""
-    if isinstance(theirs, tuple):
-        ours = tuple(ours)
-    if theirs == ours:
+def _difference(name: str, actual: Any, expected: Any) -> str:
+    """How a field of the header differs from what is expected, in words; "" where it does not."""
+    if isinstance(actual, tuple):
+        expected = tuple(expected)
+    if actual == expected:
         return ""
-    if name == "data_hash":
-        return f"was trained on data {theirs}, this is data {ours}"
-    if name == "classes":
-        if len(theirs) != len(ours):
-            return f"tells {len(theirs)} classes apart, here are {len(ours)}"
-        other = [f"{a!r} (here: {b!r})" for a, b in zip(theirs, ours, strict=True) if a != b]
-        return f"has other classes: {few(other)}"
-    if name == "image_shape":
-        return f"takes images of shape {theirs}, here they are {ours} (channels, height, width)"
-    return f"{name} {theirs!r}, not {ours!r}"
+    if name == "model":
+        own, wanted = actual.model_dump(), expected.model_dump()
+        return f"holds another network: {', '.join(f'{k} {own[k]} (settings: {wanted[k]})' for k in wanted if own[k] != wanted[k])}"
+    if name == "classes" and len(actual) == len(expected):
+        renamed = [f"{a!r} (expected: {b!r})" for a, b in zip(actual, expected, strict=True) if a != b]
+        return f"has other classes: {few(renamed)}"
+    texts = {
+        "data_hash": f"was trained on data {actual}, this is data {expected}",
+        "classes": f"has {len(actual)} classes, expected {len(expected)}",
+        "image_shape": f"takes images of shape {actual}, expected {expected} (channels, height, width)",
+        "method": f"method {actual!r}, not {expected!r}",
+    }
+    return texts[name]

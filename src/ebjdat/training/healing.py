@@ -1,4 +1,4 @@
-"""When a training has diverged, and what it is continued with.
+"""When a training has diverged, and what changes before it continues.
 
 `vitals` measures one step, `symptoms` says what is wrong with it, `adjusted` gives the settings after some rungs of the
 ladder. All three are pure; the loop goes back to the last healthy state and calls them. The family's authors do the same by
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
+from ebjdat.objectives.terms import Terms
 from ebjdat.pixels import INTERNAL
+from ebjdat.registry import Method
 from ebjdat.settings import HealingSettings, Rung, TrainingSettings, merge
 
 AT_END = 1e-3  # a pixel this near to an end of the range, or beyond it, counts as saturated
@@ -25,10 +27,10 @@ AT_END = 1e-3  # a pixel this near to an end of the range, or beyond it, counts 
 
 @dataclass(frozen=True)
 class Event:
-    """A divergence: where it was seen, by what, and what was done.
+    """A divergence: where a check found it, by what, and what was done.
 
     epoch, step: counted from 1, of the training as it then was. healed: whether training went back to a healthy state and
-    on with a change.
+    continued with a change.
     """
 
     epoch: int
@@ -41,33 +43,41 @@ class Event:
         return f"epoch {self.epoch}, step {self.step}: {'; '.join(self.symptoms)}; {self.action}"
 
 
-def vitals(terms: Mapping[str, Tensor], sums: Mapping[str, Tensor], batch: Batch, chains: Tensor | None, after: Tensor) -> dict[str, float]:
-    """Measurements of one step, read from the device at once.
+class Diverged(Exception):  # noqa: N818 (not an error: the loop heals it)
+    """A check found symptoms that training must not continue with."""
+
+    def __init__(self, step: int, symptoms: tuple[str, ...]) -> None:
+        super().__init__("; ".join(symptoms))
+        self.step = step
+        self.symptoms = symptoms
+
+
+def vitals(terms: Terms, sums: Mapping[str, Tensor], batch: Batch, chains: Tensor | None, after: Tensor) -> dict[str, float]:
+    """Measurements of one step, read from the device at once. Keys are named as HealingSettings' bounds.
 
     terms: of this step. sums: of the epoch so far, in which a NaN or infinity of any step stays visible. chains: this
-    step's draws from the replay buffer (B, C, H, W), None for methods without. after: logits of batch.x (B, K) once the
-    weights were updated, so that no state is kept whose weights just broke. Keys are named as HealingSettings' bounds.
+    step's samples from the replay buffer (B, C, H, W), None for methods without. after: logits of batch.x (B, K) after the
+    update, so that no state is kept whose weights just broke.
     """
     later = marginal_energy(after).mean()
-    energies = {name: value for name, value in terms.items() if name.startswith("energy_")}
-    clean = energies.get("energy_clean")
-    seen = [*sums.values(), later, *([] if chains is None else [chains.sum()])]
-    found = {
-        "finite": torch.stack([torch.isfinite(value) for value in seen]).all().float(),
-        "energy": torch.stack([*energies.values(), later]).abs().max(),
+    clean = terms.energies.get("clean")
+    all_values = [*sums.values(), later, *([] if chains is None else [chains.sum()])]
+    measured = {
+        "finite": torch.stack([torch.isfinite(value) for value in all_values]).all().float(),
+        "energy": torch.stack([*terms.energies.values(), later]).abs().max(),
     }
-    gaps = [value - clean for name, value in energies.items() if clean is not None and name != "energy_clean"]
+    gaps = [value - clean for of, value in terms.energies.items() if clean is not None and of != "clean"]
     if gaps:
-        found["gap"] = torch.stack(gaps).abs().max()
-    crossed = [value for name, value in terms.items() if name == "ce_clean"]
-    found["cross_entropy"] = torch.stack([*crossed, F.cross_entropy(after, batch.y)]).max() / math.log(after.shape[1])
+        measured["gap"] = torch.stack(gaps).abs().max()
+    clean_ce = [] if terms.clean_ce is None else [terms.clean_ce]
+    measured["cross_entropy"] = torch.stack([*clean_ce, F.cross_entropy(after, batch.y)]).max() / math.log(after.shape[1])
     if chains is not None:
         images = batch.x_density
-        ours, theirs = _at_ends(chains), _at_ends(batch.x)
-        found["saturation"] = ((ours - theirs) / (1 - theirs).clamp_min(1e-6)).clamp_min(0)
-        found["contrast"] = chains.flatten(1).std(1).mean() / images.flatten(1).std(1).mean().clamp_min(1e-6)
-        found["diversity"] = chains.std(0).mean() / images.std(0).mean().clamp_min(1e-6)
-    return dict(zip(found, torch.stack([value.detach().float() for value in found.values()]).tolist(), strict=True))
+        of_chains, of_images = _at_ends(chains), _at_ends(batch.x)
+        measured["saturation"] = ((of_chains - of_images) / (1 - of_images).clamp_min(1e-6)).clamp_min(0)
+        measured["contrast"] = chains.flatten(1).std(1).mean() / images.flatten(1).std(1).mean().clamp_min(1e-6)
+        measured["diversity"] = chains.std(0).mean() / images.std(0).mean().clamp_min(1e-6)
+    return dict(zip(measured, torch.stack([value.detach().float() for value in measured.values()]).tolist(), strict=True))
 
 
 def _at_ends(x: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ LOWEST = {
 
 
 def symptoms(measured: Mapping[str, float], settings: HealingSettings) -> tuple[str, ...]:
-    """What is wrong, in words; empty when healthy. A value that is not finite is beyond every bound."""
+    """What is wrong, in words; empty when healthy. A value that is not finite exceeds every bound."""
     if not measured["finite"]:
         return ("values that are not finite",)
     wrong = []
@@ -99,10 +109,10 @@ def symptoms(measured: Mapping[str, float], settings: HealingSettings) -> tuple[
     return tuple(wrong)
 
 
-def usable(ladder: Sequence[Rung], samples: Sequence[str]) -> tuple[Rung, ...]:
+def usable(ladder: Sequence[Rung], method: Method) -> tuple[Rung, ...]:
     """The rungs that change something for a method: a noise seed needs samples, steps and the energy penalty need chains."""
-    needed = {"seed": bool(samples), "lr": True, "steps": "negatives" in samples, "energy_l2": "negatives" in samples}
-    return tuple(rung for rung in ladder if needed[rung.change])
+    applies = {"seed": bool(method.samples), "lr": True, "steps": method.has_chains, "energy_l2": method.has_chains}
+    return tuple(rung for rung in ladder if applies[rung.change])
 
 
 def describe(rung: Rung) -> str:

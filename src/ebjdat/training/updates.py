@@ -1,19 +1,22 @@
-"""Optimisers, and how one step uses them: update(model, optimizer, closures, settings) -> the loss's terms.
+"""Optimisers, and how one step uses them: update(model, optimizer, closures, settings) -> Terms.
 
-closures: the loss on each equal slice of the batch; usually there is one. What is minimised is their mean.
+closures: the loss on each equal slice of the batch, usually one. An update minimises their mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ebjdat.models.modes import frozen_statistics
+from ebjdat.objectives.terms import Terms, mean
 from ebjdat.settings import OptimizerSettings, UpdateSettings
 
-Closure = Callable[[], dict[str, Tensor]]
+Closure = Callable[[], Terms]
 
 
 def sgd(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -24,45 +27,60 @@ def adam(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> tor
     return torch.optim.Adam(parameters, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
 
 
-def gradients(optimizer: torch.optim.Optimizer, closures: Sequence[Closure]) -> dict[str, Tensor]:
+def gradients(optimizer: torch.optim.Optimizer, closures: Sequence[Closure]) -> Terms:
     """Leave the gradients of the slices' mean loss with the parameters; returns the terms' means, detached."""
     optimizer.zero_grad(set_to_none=True)
-    total: dict[str, Tensor] = {}
+    parts = []
     for closure in closures:
         terms = closure()
-        (terms["loss"] / len(closures)).backward()
-        for name, value in terms.items():
-            part = value.detach() / len(closures)
-            total[name] = total[name] + part if name in total else part
-    return total
+        (terms.loss / len(closures)).backward()
+        parts.append(replace(terms, loss=terms.loss.detach()))
+    return mean(parts)
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> dict[str, Tensor]:
+def with_gradients(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, and their gradients."""
+    pairs = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [p for p, _ in pairs], [gradient for _, gradient in pairs]
+
+
+@contextlib.contextmanager
+def perturbed(model: nn.Module, weights: Sequence[Tensor], offsets: Iterable[Tensor]) -> Iterator[None]:
+    """While entered, weights + offsets; then the weights as they were, bit for bit.
+
+    Batch norm's running statistics stay as they are, since they describe the weights themselves.
+    """
+    before = [p.detach().clone() for p in weights]
+    with torch.no_grad():
+        for p, offset in zip(weights, offsets, strict=True):
+            p.add_(offset)
+    with frozen_statistics(model):
+        yield
+    with torch.no_grad():
+        for p, old in zip(weights, before, strict=True):
+            p.copy_(old)
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> Terms:
     """One evaluation of the loss, one step."""
     terms = gradients(optimizer, closures)
     optimizer.step()
     return terms
 
 
-def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> dict[str, Tensor]:
+def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> Terms:
     """A step along the gradient at w + e, e the worst perturbation of length rho to first order.
 
     SAM (Foret et al. 2021, arXiv 2010.01412): e = rho g / |g|. Adaptive (Kwon et al. 2021, arXiv 2102.11600):
-    e = rho w^2 g / ||w| g|. Both evaluations are the same closures; the second leaves batch-norm's running statistics alone,
-    since they are to describe w. Returns the terms at w.
+    e = rho w^2 g / ||w| g|. Both evaluations are the same closures. Returns the terms at w.
     """
     terms = gradients(optimizer, closures)
-    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    weights, grads = with_gradients(optimizer)
     with torch.no_grad():
-        scaled = [p.abs() * p.grad if settings.adaptive else p.grad for p in weights]
+        scaled = [p.abs() * g if settings.adaptive else g for p, g in zip(weights, grads, strict=True)]
         length = torch.stack([part.norm() for part in scaled]).norm().clamp_min(1e-12)
-        before = [p.clone() for p in weights]
-        for p, part in zip(weights, scaled, strict=True):
-            p.add_(settings.rho / length * (p.abs() * part if settings.adaptive else part))
-    with frozen_statistics(model):
+        offsets = [settings.rho / length * (p.abs() * part if settings.adaptive else part) for p, part in zip(weights, scaled, strict=True)]
+    with perturbed(model, weights, offsets):
         gradients(optimizer, closures)
-    with torch.no_grad():
-        for p, old in zip(weights, before, strict=True):
-            p.copy_(old)
     optimizer.step()
     return terms

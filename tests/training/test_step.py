@@ -1,16 +1,12 @@
-"""The training step: against a plainly written one, in slices, recomputed, compiled, in bf16; and `ebjdat bench`."""
+"""The training step: against a plainly written one, in slices, recomputed, compiled, in bf16."""
 
 from __future__ import annotations
 
 import copy
-import json
-import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from typer.testing import CliRunner
 
 from ebjdat import registry
 from ebjdat import settings as params
 from ebjdat.bench import naive
-from ebjdat.bench.measure import Case, FlopCount, Ours, matrix_rate, rates, step_flops, timed
-from ebjdat.cli import app
+from ebjdat.bench.measure import Case, Ours
 from ebjdat.data.batches import Batch, generator
-from ebjdat.metrics import describe
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.modes import autocast
@@ -37,10 +30,11 @@ from ebjdat.samplers.chains import starter
 from ebjdat.settings import ModelSettings, TrainingSettings, merge
 from ebjdat.training import step
 from ebjdat.training.step import Step
-
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
+
+
 CIFAR = params.load(ROOT / "params/cifar10.yaml", [])
 
 
@@ -64,7 +58,7 @@ def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[di
     batch, state = next(ours._work())
     buffer = copy.deepcopy(state.buffer)
     samples = one.sample(batch, SamplingState(settings, buffer, state.chains), generator(CPU, "test"))
-    return one.update(batch, samples), model.state_dict()
+    return one.update(batch, samples).scalars(), model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,7 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
     optimizer = torch.optim.SGD(theirs.parameters(), settings.optimizer.lr, 0.9, weight_decay=settings.optimizer.weight_decay)
     loss = naive.step(of.method, theirs, optimizer, (batch.x, batch.x_density, batch.y), held, random, settings)
     terms = ours.step.update(batch, ours.step.sample(batch, state, generator(CPU, "noise")))
-    assert float(terms["loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(terms.loss) == pytest.approx(loss, rel=1e-4)
     if ours.learner.buffer is not None:
         assert (ours.learner.buffer.images - held).abs().max() < 1e-4
     ended = theirs.state_dict()
@@ -113,25 +107,6 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
     for name, value in ours.model.state_dict().items():
         if "running" in name:
             assert torch.allclose(value, ended[name], rtol=tolerance, atol=tolerance / 100), name
-
-
-def test_there_is_no_plainly_written_step_where_slices_of_two_would_change_the_mathematics() -> None:
-    with pytest.raises(naive.NaiveError, match=r"--override training\.adversary\.mode=eval"):
-        naive.check("eb_jdat", case("eb_jdat", {"adversary": {"mode": "train"}}).settings)
-    with pytest.raises(naive.NaiveError, match="sadajem"):
-        naive.check("sadajem", case("sadajem", {}).settings)
-    for changes in (
-        {"update": {"name": "sam"}},
-        {"ema": 0.9},
-        {"weights": {"energy_l2": 0.1}},
-        {"chain": {"start": "uniform"}},
-        {"chain": {"sampler": "sgld"}},
-        {"adversary": {"start": "clean"}},
-        {"adversary": {"score": "kl"}},
-        {"augment": {"density": "plain"}},
-    ):
-        with pytest.raises(naive.NaiveError):
-            naive.check("eb_jdat", case("eb_jdat", changes).settings)
 
 
 @pytest.mark.parametrize("update", ["plain", "sam"])
@@ -186,7 +161,7 @@ def test_bf16_is_for_layers_alone() -> None:
     samples = ours.step.sample(batch, state, ours.noise)
     assert {value.dtype for value in samples.values()} == {torch.float32}
     terms = ours.step.update(batch, samples)
-    assert {value.dtype for value in terms.values()} == {torch.float32}
+    assert {value.dtype for value in terms.scalars().values()} == {torch.float32}
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
     ours.model.eval()
     with torch.no_grad():
@@ -244,7 +219,7 @@ def test_compiled_steps_agree_and_a_network_is_left_as_it_was(tmp_path: Path) ->
     """
     script = """
 import copy, sys
-from tests.test_step import case, taken, Ours, TrainingSettings, merge
+from tests.training.test_step import case, taken, Ours, TrainingSettings, merge
 of = case("classifier", {})
 ours = Ours(of, of.data())
 ends = []
@@ -294,68 +269,3 @@ def test_no_step_waits_for_the_device(experiment: str) -> None:
         torch.ones(2).sum().item()
         torch.ones(2)[torch.tensor([True, False])]
     assert waits.seen == ["_local_scalar_dense", "index"]
-
-
-def test_flops_of_a_step() -> None:
-    """A classifier's step is three forward passes but for the first layer's input gradient; chains and adversaries two each per step."""
-    of = replace(case("classifier", {}), model=ModelSettings(depth=10, width=1), shape=(3, 32, 32))
-    forward = 0.025e9  # per image, WRN-10-1 at 32 pixels; with the stride on second convolutions the first of a group has 4 times as many
-    jem = replace(of, model=ModelSettings(depth=10, width=1, variant="jem"))
-    more = 2 * 9 * (16 * 32 * (32 * 32 - 16 * 16) + 32 * 64 * (16 * 16 - 8 * 8))
-    assert (step_flops(Ours(jem, jem.data())) - step_flops(Ours(of, of.data()))) / 32 == pytest.approx(3 * more, rel=0.01)
-    assert step_flops(Ours(of, of.data())) / 32 == pytest.approx(3 * forward, rel=0.05)
-    whole = replace(of, method="eb_jdat", settings=case("eb_jdat", {"compute": {"recompute": True}}).settings)
-    assert step_flops(Ours(whole, whole.data())) / 32 == pytest.approx((3 * 2 + 5 * 2 + 4 * 3) * forward, rel=0.05)
-
-
-def test_flops_by_hand() -> None:
-    """A convolution, forwards and for its input: 2 x 2 B C K 9 H W; a linear layer: 2 B I O."""
-    x = torch.rand(2, 3, 8, 8, requires_grad=True)
-    w, v = torch.rand(5, 3, 3, 3), torch.rand(4, 7)
-    with FlopCount() as counter:
-        torch.autograd.grad(torch.nn.functional.conv2d(x, w, padding=1).sum(), x)
-        torch.rand(6, 7) @ v.T
-    assert counter.flops == 2 * 2 * 2 * 3 * 5 * 9 * 64 + 2 * 6 * 7 * 4
-
-
-def test_rates_by_hand() -> None:
-    """Two images in 0.5, 1 and 2 s against 4, 4 and 6 s: medians of rates, and of the ratios 8, 4 and 3 of each pair."""
-    found = rates(2, [0.5, 1.0, 2.0], [4.0, 4.0, 6.0], 30.0, 600.0)
-    assert (found["images_per_s"], found["ms_per_step"], found["n"]) == (2.0, 1000.0, 3)
-    assert (found["naive_images_per_s"], found["speedup"]) == (0.5, 4.0)
-    assert found["mfu"] == 0.1
-    assert found["spread"] == {"images_per_s": [1.5, 3.0], "naive_images_per_s": [pytest.approx(5 / 12), 0.5], "speedup": [3.5, 6.0]}
-    alone = rates(2, [0.5, 1.0, 2.0], [], 30.0, 600.0)
-    assert (alone["naive_images_per_s"], alone["speedup"], set(alone["spread"])) == (None, None, {"images_per_s"})
-    assert timed(lambda: time.sleep(0.02), CPU, 5) == pytest.approx(0.02, rel=0.5)
-
-
-def test_the_matrix_rate_is_one() -> None:
-    """Between a hundredth of what one slow core does and a thousand times a fast one."""
-    rate, how = matrix_rate(CPU, "fp32")
-    assert 1e8 < rate < 1e14
-    assert "matrix" in how or "convolution" in how
-
-
-def test_bench_prints_and_saves_one_object(tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    words = ["--params", str(ROOT / "params/digits.yaml"), "--model", "10-1", "--batch", "16", "--repeats", "3"]
-    words += ["--override", "training.adversary.mode=eval", "--against", "naive", "--json", "--out", str(out)]
-    done = CliRunner().invoke(app, ["bench", *words])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found == json.loads(out.read_text())
-    assert all(found[k] > 0 for k in ("images_per_s", "naive_images_per_s", "speedup", "mfu", "peak_memory_bytes"))
-    assert (found["speedup"] > 1) == (found["images_per_s"] > found["naive_images_per_s"])
-    assert set(found["ms"]) == {"data", "chain", "adversarial", "update"}
-    assert 0 < found["outside_network"] < 1
-    assert 0.3 < sum(found["ms"].values()) / found["ms_per_step"] < 5  # each waited for
-    assert {describe(name).stage for name in found} == {"bench", "provenance"}
-    assert found["case"]["batch_size"] == 16
-    assert found["case"]["model"] == "WRN-10-1"
-    assert math.isclose(found["mfu"], found["flops_per_image"] * found["images_per_s"] / found["matrix_rate_flops"], rel_tol=1e-6)
-    assert len(found["spread"]["speedup"]) == 2
-    assert found["case"]["settings"]["adversary"]["mode"] == "eval"
-    refused = CliRunner().invoke(app, ["bench", *words[:2], "--model", "11-1"])
-    assert refused.exit_code == 1
-    assert "6 n + 4" in refused.stderr

@@ -1,0 +1,145 @@
+"""What a step samples: chains in their mode, adversarial neighbours within their budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebjdat.data.batches import DeviceData, epoch_batches
+from ebjdat.data.prepared import Prepared
+from ebjdat.models.wrn import WideResNet, build
+from ebjdat.objectives import sampling
+from ebjdat.objectives.sampling import SamplingState, adversarial, negatives, neighbours, sampling_states
+from ebjdat.pixels import internal_distance
+from ebjdat.samplers.buffer import ReplayBuffer
+from ebjdat.samplers.chains import starter
+from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import AdversarySettings, ModelSettings, TrainingSettings
+from tests.objectives.test_recipes import form
+
+
+@pytest.mark.parametrize("variant", ["wrn", "jem"])
+def test_chains_count_in_running_statistics_for_the_jem_familys_network_alone(
+    variant: str, state: SamplingState, train_data: DeviceData, rng: torch.Generator
+) -> None:
+    """Of five trunk passes in train mode; an adversary in eval mode never counts. Against each pass's own mean, weighted."""
+    network = build(ModelSettings(depth=10, width=1, variant=variant), 1, 10, 0)  # type: ignore[arg-type]
+    network.train()
+    passes: list[Tensor] = []
+    network.blocks[0].norm1.register_forward_hook(lambda module, given, result: passes.append(given[0].detach().mean((0, 2, 3))))
+    batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
+    spec = state.settings.chain.model_copy(update={"steps": 3, "mode": "train"})
+    negatives(network, batch, replace(state, settings=state.settings.model_copy(update={"chain": spec})), rng)
+    expected = torch.zeros(16)
+    for seen in passes:
+        expected = 0.1 * expected + 0.9 * seen
+    assert len(passes) == 3
+    assert network.training
+    found = network.blocks[0].norm1.running_mean.clone()
+    assert torch.allclose(found, expected if variant == "jem" else torch.zeros(16), atol=1e-6)
+    neighbours(network, batch.x, batch.y, form("released")[0].adversary, rng)
+    assert torch.equal(network.blocks[0].norm1.running_mean, found)
+
+
+def test_neighbours_of_both_forms_on_a_real_network(network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
+    """paper: up the joint energy, within 8/255 of [0, 1]; released: down, up to 18/255 of [-1, 1], i.e. 9/255."""
+    network.eval()
+    x, y = train_data.internal(slice(0, 32)), train_data.labels[:32]
+
+    def reach(name: str) -> tuple[torch.Tensor, float]:
+        moved = neighbours(network, x, y, form(name)[0].adversary, rng)
+        with torch.no_grad():
+            rise = network(x)[range(32), y] - network(moved)[range(32), y]
+        return rise, float((moved - x).abs().max()) / 2 * 255
+
+    rise, radius = reach("paper")
+    assert (rise > 0).all()
+    assert radius == pytest.approx(8, abs=1e-3)
+    rise, radius = reach("released")
+    assert (rise < 0).all()
+    assert 8 < radius <= 9 + 1e-3
+    moved = neighbours(network, x, y, form("released_ce")[0].adversary, rng)
+    with torch.no_grad():
+        assert (network(moved).log_softmax(1)[range(32), y] < network(x).log_softmax(1)[range(32), y]).all()
+    assert 8 < float((moved - x).abs().max()) / 2 * 255 <= 9 + 1e-3
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_chains_walk_in_their_mode_to_their_own_class_and_start_afresh_by_chance(
+    mode: str, state: SamplingState, pool: StartPool, network: WideResNet, train_data: DeviceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler is handed, with a buffer of fives: reinit 1 starts every chain anew, 0 none."""
+    seen: list[tuple[bool, Tensor, Tensor]] = []
+    monkeypatch.setattr(sampling, "run_chain", lambda model, x, y, spec, noise: seen.append((model.training, x.clone(), y)) or x)
+    network.train()
+    rng = torch.Generator().manual_seed(0)
+    batch = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0))
+    assert state.buffer is not None
+    for reinit in (0.0, 1.0):
+        state.buffer.images.fill_(5.0)
+        chain = state.settings.chain.model_copy(update={"mode": mode, "reinit": reinit})
+        settings = state.settings.model_copy(update={"chain": chain})
+        (begun,) = sampling_states(settings, state.buffer, pool, ("test",), 0, 1)
+        negatives(network, batch, begun, rng)
+        training, x, y = seen[-1]
+        assert training == (mode == "train")
+        assert (x == 5.0).all() == (reinit == 0.0)
+        assert (x != 5.0).flatten(1).any(1).all() == (reinit == 1.0)
+    means = pool.mean[y]
+    assert float(((x - means) ** 2).mean()) < float(((x - means.roll(1, 0)) ** 2).mean())  # labels are the chains', not the batch's
+    assert not torch.equal(y, batch.y)
+
+
+@pytest.mark.parametrize("start", ["uniform", "gaussian", "clean"])
+def test_where_neighbours_start(start: str, network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
+    """With steps of next to nothing the start is what is left."""
+    spec = AdversarySettings(eps=0.1, step_size=1e-9, steps=1, start=start)  # type: ignore[arg-type]
+    x = train_data.internal(slice(0, 64)) * 0.5  # mid-grey: the range does not bind
+    away = neighbours(network, x, train_data.labels[:64], spec, rng) - x
+    spread = {"uniform": 0.2 / 3**0.5, "gaussian": 0.002, "clean": 0.0}[start]  # internal: twice the [0, 1] distance
+    assert float(away.std()) == pytest.approx(spread, rel=0.05, abs=1e-6)
+
+
+@pytest.fixture
+def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
+    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
+
+
+@pytest.fixture
+def state(pool: StartPool, settings: TrainingSettings) -> SamplingState:
+    rng = torch.Generator().manual_seed(0)
+    start = starter(settings.chain, pool)
+    buffer = ReplayBuffer.fresh(200, 10, start, torch.device("cpu"), rng)
+    return SamplingState(settings, buffer, buffer.take(buffer.plan(1, 64, settings.chain.reinit, start, rng), 0))
+
+
+def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: SamplingState, pool: StartPool) -> None:
+    settings = state.settings.model_copy(update={"density_batch": "own", "density_batch_size": 24})
+    for asked, n in ((settings, 24), (state.settings, 64)):
+        (begun,) = sampling_states(asked, state.buffer, pool, ("test",), 0, 1)
+        assert begun.chains is not None
+        assert len(begun.chains.x) == len(begun.chains.slots) == n
+
+
+def test_draws_leave_the_network_alone_and_respect_the_budget(
+    state: SamplingState, network: WideResNet, train_data: DeviceData, settings: TrainingSettings, rng: torch.Generator
+) -> None:
+    batch = next(epoch_batches(train_data, 64, settings.augment, 0, 0))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    moved = adversarial(network, batch, state, rng)
+    eps = internal_distance(settings.adversary.eps)
+    assert eps == 2 * settings.adversary.eps  # [0, 1] budget in the range [-1, 1]
+    assert 0.5 * eps < (moved - batch.x).abs().max() <= eps + 1e-6
+    assert moved.abs().max() <= 1
+    assert state.buffer is not None
+    old = state.buffer.images.clone()
+    x = negatives(network, batch, state, rng)
+    changed = (state.buffer.images != old).flatten(1).any(1)
+    assert changed.sum() == 64
+    assert sorted(row.sum().item() for row in x) == pytest.approx(sorted(row.sum().item() for row in state.buffer.images[changed]))
+    after = network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if "num_batches" not in k)
+    assert all(p.grad is None for p in network.parameters())

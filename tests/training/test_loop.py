@@ -1,0 +1,94 @@
+"""The loop: the same seed, resumption bit for bit, selection by validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ebjdat.data.batches import Batch, DeviceData
+from ebjdat.data.prepared import Prepared
+from ebjdat.metrics import describe
+from ebjdat.models.wrn import build
+from ebjdat.objectives import sampling
+from ebjdat.settings import ModelSettings, TrainingSettings
+from ebjdat.training import loop
+from ebjdat.training.state import Job, Learner
+from tests.training.conftest import FULL, changed, run, run_with_stops, same
+
+
+def test_the_last_epoch_always_competes(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
+    result = run(digits, changed(settings, epochs=2, selection={"after": 1.0}), tmp_path / "state")
+    assert result.selected.epoch == 2
+    assert result.selected.score == (result.rows[-1]["validation_clean_acc"] + result.rows[-1]["validation_robust_acc"]) / 2 > 0
+
+
+def test_same_seed_same_weights(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
+    first, second = (run(digits, settings, tmp_path / name) for name in ("a", "b"))
+    assert all(torch.equal(first.selected.weights[k], second.selected.weights[k]) for k in first.selected.weights)
+    assert torch.equal(first.selected.buffer, second.selected.buffer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("experiment", FULL.experiments)
+def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str, digits: Prepared, tmp_path: Path) -> None:
+    """Every experiment of the full comparison for one short epoch, twice: the same seed gives the same weights."""
+    method = FULL.experiments[experiment].method
+    settings = changed(FULL.training_settings(experiment), epochs=1, chain={"steps": 2, "buffer": 128}, adversary={"steps": 1})
+    before = build(ModelSettings(depth=10, width=1), 1, 10, 0).state_dict()
+    result, again = (run(digits, settings, tmp_path / name, method) for name in "ab")
+    assert same(result, again)
+    assert not torch.equal(before["stem.weight"], result.selected.weights["stem.weight"])
+    logged = set(result.rows[0])
+    assert {describe(name).stage for name in logged} <= {"curve", "energy"}
+    assert {"loss", "lr", "epoch", "seconds", "validation_clean_acc", "health_energy", "health_cross_entropy"} <= logged
+    assert ("validation_robust_acc" in logged) == (method in ("pgd_at", "trades", "eb_jdat"))
+    chains = method in ("jem", "jempp", "sadajem", "eb_jdat")
+    assert ("energy_generated" in logged) == ("health_diversity" in logged) == (result.selected.buffer is not None) == chains
+    assert (result.selected.ema is not None) == (settings.ema is not None) == ("ema_validation_clean_acc" in logged)
+
+
+def test_an_interrupted_epoch_continues_bit_for_bit(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every single step in turn; also the rows' running means and the buffer are restored, and chains planned.
+
+    With images of the p(x) term of their own, whose passes do not end with the epochs.
+    """
+    monkeypatch.setattr(sampling, "PLANNED_STEPS", 3)
+    settings = changed(settings, epochs=2, ema=0.9, density_batch="own", density_batch_size=40, augment={"labelled_noise": 0.03})
+    sizes, batches = set(), loop.epoch_batches
+
+    def noted(*arguments: Any, **named: Any) -> Iterator[Batch]:
+        for batch in batches(*arguments, **named):
+            sizes.add((len(batch.x), len(batch.x_density)))
+            yield batch
+
+    monkeypatch.setattr(loop, "epoch_batches", noted)
+    whole = run(digits, settings, tmp_path / "whole")
+    result, saves = run_with_stops(digits, settings, tmp_path / "cut")
+    assert saves == 1 + 2 * (4 + 1)  # at the start, after each of 4 steps, and at the end of the epoch
+    assert same(whole, result)
+    assert all(torch.equal(whole.selected.ema[k], result.selected.ema[k]) for k in whole.selected.ema)  # type: ignore[index, union-attr]
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert strip(whole.rows) == strip(result.rows)
+    assert sizes == {(settings.batch_size, 40)}
+
+
+def test_selection_uses_validation_and_a_later_epoch_wins_ties(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.5, 0.7, 0.7, 0.6])
+    weights = []
+
+    def validate(learner: Learner, job: Job, data: DeviceData, row: dict[str, float]) -> float:
+        row["validation_energy"] = -1.0
+        weights.append(learner.model.state_dict()["head.bias"].clone())
+        return next(scores)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    result = run(digits, changed(settings, epochs=5, selection={"after": 0.2}), tmp_path / "state")
+    assert result.selected.epoch == 4  # the first epoch lies before `after`; 3 and 4 tie
+    assert torch.equal(result.selected.weights["head.bias"], weights[3])
