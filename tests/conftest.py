@@ -28,7 +28,7 @@ FIRST = (
     "test_stages",
     "test_any_model",
     "test_training",
-    "test_tracking",
+    "tracking/",
     "test_healing",
     "test_robust",
     "browser/",

@@ -21,8 +21,8 @@ from ebjdat.report import claims, page
 from ebjdat.report.tables import aggregate, collect
 from ebjdat.settings import Profile
 
-from ..mlflow_server import Server
 from ..test_report import CARD, fill
+from ..tracking.server import Server
 from .store import fill_store
 
 PATIENCE = 30  # seconds, for a slow machine; nothing waits that long otherwise

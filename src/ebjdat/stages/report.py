@@ -9,7 +9,7 @@ from ebjdat.errors import printable
 from ebjdat.files import write_json
 from ebjdat.report import claims, page, tables
 from ebjdat.stages.context import Context
-from ebjdat.tracking.runs import Subject
+from ebjdat.tracking.tracker import Subject
 
 # What each experiment's run in MLflow shows.
 FIGURES = ("samples.png", "chains.gif", "energy.png", "reliability.png", "finetune_curve.csv")

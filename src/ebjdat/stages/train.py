@@ -21,7 +21,7 @@ from ebjdat.jobs import STAGES
 from ebjdat.models import wrn
 from ebjdat.settings import ModelSettings
 from ebjdat.stages.context import Context, alone
-from ebjdat.tracking.runs import Subject, Tracker
+from ebjdat.tracking.tracker import Subject, Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.healing import Event
