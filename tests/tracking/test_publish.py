@@ -169,11 +169,10 @@ def test_what_arrives_late_does_not_replace_what_is_newer(store: Mlflow) -> None
 
 
 def test_a_training_that_diverged_and_is_done_again_gets_a_run_of_its_own(store: Mlflow) -> None:
-    about = About({"a": 1}, TAGS)
-    with track(Subject("digits", "eb_jdat", 0, "finetune"), about, Path("results/1.journal.jsonl")) as tracker:
+    with tracked(params={"a": 1}, file="1") as tracker:
         tracker.tag("event_1", "diverged")
         tracker.final({"recoveries": 1})
-    with track(Subject("digits", "eb_jdat", 0, "finetune"), about, Path("results/2.journal.jsonl")) as tracker:
+    with tracked(params={"a": 1}, file="2") as tracker:
         tracker.final({"loss": 1})
     store.sync()
     (run,) = store.runs(CURRENT)
@@ -193,10 +192,7 @@ def test_trials_of_dvc_keep_to_themselves(store: Mlflow, monkeypatch: pytest.Mon
 
 def test_failures_are_marked(store: Mlflow) -> None:
     for error in (KeyboardInterrupt, ValueError):
-        with (
-            pytest.raises(error),
-            track(Subject("digits", error.__name__, 0, "finetune"), About({}, TAGS), Path("results/x.journal.jsonl")),
-        ):
+        with pytest.raises(error), tracked(name=error.__name__):
             raise error
     assert not Path("results").exists()
     store.sync()
@@ -205,11 +201,10 @@ def test_failures_are_marked(store: Mlflow) -> None:
 
 
 def test_a_replaced_file_is_not_sent_as_what_it_was(store: Mlflow) -> None:
-    for name, status in (("same.txt", "kept"), ("other.txt", "kept")):
-        Path(name).write_text(status)
-    with tracked("attack", file="a") as tracker:
-        tracker.artifact(Path("same.txt"))
-        tracker.artifact(Path("other.txt"))
+    with tracked("attack") as tracker:
+        for name in ("same.txt", "other.txt"):
+            Path(name).write_text("kept")
+            tracker.artifact(Path(name))
     Path("other.txt").write_text("a later run's")
     store.sync()
     (run,) = store.runs(CURRENT)
@@ -225,7 +220,7 @@ def test_pictures_over_training(store: Mlflow) -> None:
         tracker.picture("replay_buffer", _png(images), 2)
     store.sync()
     (run,) = store.runs(STAGES)
-    files = [a.path for a in store.client.list_artifacts(run.info.run_id, "images") if a.path.endswith(".png")]
+    files = [path for path in store.artifacts(run, "images") if path.endswith(".png")]
     assert sorted(f.split("+step+")[1][0] for f in files) == ["1", "2"]
     from PIL import Image
 
@@ -250,11 +245,11 @@ def test_results_that_came_back_are_current_again(store: Mlflow) -> None:
     run_stage("finetune", {"x": 1})
     first = Path("results/seed0/finetune.journal.jsonl").read_bytes()
     run_stage("finetune", {"x": 2}, {"training": {"lr": 0.2}})
-    (Path("results") / "first.journal.jsonl").write_bytes(first)
+    Path("results/first.journal.jsonl").write_bytes(first)
     store.sync()
     assert [run.data.metrics["x"] for run in store.runs(CURRENT)] == [2]
     Path("results/seed0/finetune.journal.jsonl").unlink()
-    Publisher(store.uri).publish(journal.finished())
+    store.sync()
     (current,) = store.runs(CURRENT)
     assert (current.data.metrics["x"], current.info.run_name) == (1, "eb_jdat/seed0")
     (child,) = store.runs("tags.kind = 'result-stage' and tags.superseded = 'false'")

@@ -14,9 +14,9 @@ from ebjdat.settings import flat
 from ebjdat.tracking import address as addresses
 from ebjdat.tracking import journal
 from ebjdat.tracking.publish import Outcome, Publisher
-from ebjdat.tracking.tracker import About, Subject, Tracker, numbers, track
+from ebjdat.tracking.tracker import About, Tracker, numbers
 
-from .conftest import ABOUT, STAGES, SUBJECT, TAGS, Mlflow
+from .conftest import ABOUT, STAGES, SUBJECT, TAGS, Mlflow, tracked
 
 ENDLESS = """
 import sys, time
@@ -31,7 +31,7 @@ with track(Subject("digits", "eb_jdat", 0, "finetune"), About({"a": 1}, %r), Pat
 """
 
 
-def test_a_killed_stage_goes_on_in_its_run_with_each_point_once(store: Mlflow) -> None:
+def test_a_killed_stage_continues_in_its_run_with_each_point_once(store: Mlflow) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ENDLESS % TAGS, "3", "60"], stdout=subprocess.PIPE, text=True)
     assert killed.stdout
     assert killed.stdout.readline() == "ready\n"
@@ -57,15 +57,15 @@ def test_a_killed_stage_goes_on_in_its_run_with_each_point_once(store: Mlflow) -
     assert len(store.runs(STAGES)) == 2  # other data: an attempt of its own
 
 
-def test_a_killed_stage_goes_on_only_with_the_same_settings_and_code() -> None:
+def test_a_killed_stage_continues_only_with_the_same_settings_and_code() -> None:
     """The commit may be another one: it also changes with what a stage does not depend on."""
     code = Path("loss.py")
     code.write_text("first")
 
     def attempts(lr: float, commit: str = "abc") -> list[int]:
-        """Begin, and be killed again. Returns how often each attempt so far was gone on with."""
+        """Begin, and be killed again. Returns how often each attempt so far was continued."""
         about = About({"lr": lr}, {**TAGS, "git_commit": commit}, code=[code])
-        Tracker(Subject("digits", "eb_jdat", 0, "finetune"), about).close("KILLED")
+        Tracker(SUBJECT, about).close("KILLED")
         return sorted(sum(event.resumed for event in journal.read(path)) for path in journal.unfinished())
 
     assert attempts(0.1) == [0]
@@ -81,7 +81,7 @@ def full_disk(*arguments: object, **named: object) -> None:
 
 def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path("results/e.journal.jsonl")
-    with pytest.MonkeyPatch.context() as patch, track(Subject("digits", "e", 0, "finetune"), About({}, TAGS), copy) as tracker:
+    with pytest.MonkeyPatch.context() as patch, tracked(file="e") as tracker:
         tracker.metrics({"loss": 1.0}, 1)
         patch.setattr(journal.Writer, "write", full_disk)
         tracker.metrics({"loss": 1.0}, 2)
@@ -92,11 +92,11 @@ def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixtu
     assert events[-1].end == "FINISHED"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.Writer, "__init__", full_disk)
-        with track(Subject("digits", "f", 0, "finetune"), About({}, TAGS), Path("results/f.journal.jsonl")) as tracker:
+        with tracked(file="f") as tracker:
             tracker.metrics({"loss": 1.0}, 1)
     assert Path("results/f.journal.jsonl").read_text() == ""
-    told = Publisher("sqlite:///unused.db").publish([Path("results/f.journal.jsonl")])
-    assert told == Outcome(notes=["results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"])
+    outcome = Publisher("sqlite:///unused.db").publish([Path("results/f.journal.jsonl")])
+    assert outcome == Outcome(notes=["results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"])
 
 
 LIMITED = """
@@ -129,11 +129,10 @@ def test_a_line_that_fits_on_the_disk_in_part_stops_tracking_and_nothing_else(th
 
 def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(store: Mlflow) -> None:
     """Its state was damaged or made on other threads: the points of the killed attempt are not its own."""
-    subject, about = SUBJECT, ABOUT
-    killed = Tracker(subject, about)
+    killed = Tracker(SUBJECT, ABOUT)
     killed.metrics({"loss": 1.0}, 1)
     killed.close("KILLED")
-    with track(subject, about, Path("results/f.journal.jsonl")) as tracker:
+    with tracked(file="f") as tracker:
         tracker.metrics({"loss": 2.0}, 1)
         tracker.metrics({"loss": 3.0}, 2)
     store.sync()
@@ -145,14 +144,13 @@ def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(store: Mlflow) -
 
 
 def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() -> None:
-    """As a training that diverged has it: what goes on from there does not begin anew."""
-    subject, about = SUBJECT, ABOUT
+    """As a training that diverged has it: training that continues from there does not begin anew."""
     points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}]
-    killed = Tracker(subject, about)
+    killed = Tracker(SUBJECT, ABOUT)
     for step, point in enumerate(points):
         killed.metrics(point, step)
     killed.close("KILLED")
-    again = Tracker(subject, about)
+    again = Tracker(SUBJECT, ABOUT)
     for step, point in enumerate([*points, {"loss": 2.0}]):
         again.metrics(point, step)
     again.close("KILLED")
@@ -163,18 +161,17 @@ def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() ->
 def test_journals_of_one_store_are_not_sent_to_another_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("sqlite:///a.db", "sqlite:///b.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(ValueError, match="failed"), track(Subject("digits", "e", 0, "finetune"), About({}, TAGS)):
+        with pytest.raises(ValueError, match="failed"), tracked():
             raise ValueError("failed")
         assert len(journal.unfinished(addresses.store_id())) == 1
     assert len(journal.unfinished()) == 2
 
 
-def test_a_stage_goes_on_beside_a_damaged_journal_of_its_own() -> None:
-    subject, about = SUBJECT, ABOUT
-    Tracker(subject, about).close("KILLED")
+def test_a_stage_continues_beside_a_damaged_journal_of_its_own() -> None:
+    Tracker(SUBJECT, ABOUT).close("KILLED")
     (path,) = journal.unfinished()
     path.write_bytes(path.read_bytes() + b"junk\n")
-    with track(subject, about, Path("results/f.journal.jsonl")) as tracker:
+    with tracked(file="f") as tracker:
         tracker.metrics({"loss": 2.0}, 1)
     assert [event.metrics for event in journal.read(Path("results/f.journal.jsonl")) if event.metrics] == [{"loss": 2.0}]
     assert journal.unfinished() == [path]  # for whoever wants to look at it
