@@ -136,10 +136,10 @@ def test_every_name_that_goes_to_mlflow_is_in_the_vocabulary(written: Path) -> N
     stages, names = set(), set()
     for path in written.rglob("*.journal.jsonl"):
         events = journal.read(path)
-        stages.add(events[0]["begin"]["stage"])
+        assert events[0].begin
+        stages.add(events[0].begin.stage)
         for event in events[1:]:
-            names |= {*event.get("metrics", {}), *event.get("system", {}), *event.get("final", {})}
-            names |= set(event.get("result", {}).get("metrics", {}))
+            names |= {*(event.metrics or {}), *(event.system or {}), *event.final, *(event.result.metrics if event.result else {})}
     assert stages == {"pretrain", "finetune", "attack", "generate", "energy", "reliability", "report"}
     assert {"loss", "clean_acc", "train_seconds", "system/cpu_utilization_percentage"} <= names
     for name in names:

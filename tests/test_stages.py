@@ -245,10 +245,10 @@ def sent(out: train.Outputs, folder: Path) -> Any:
     """A client of the store to which the training's journal was sent."""
     from mlflow import MlflowClient
 
-    from ebjdat.tracking.send import Sender
+    from ebjdat.tracking.publish import Publisher
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    assert Sender(uri).send([journal_of(out.metrics)]).errors == []
+    assert Publisher(uri).publish([journal_of(out.metrics)]).errors == []
     return MlflowClient(uri)
 
 

@@ -350,26 +350,24 @@ def show(
 def sync() -> None:
     """Send every journal of this checkout to MLflow: what a server missed, and results that came from elsewhere."""
     from ebjdat.tracking import background, journal
+    from ebjdat.tracking.address import shown_uri, tracking_uri, unusable
 
     paths = [*journal.unfinished(), *journal.finished()]
     if not paths:
         typer.echo("no journals under state/tracking or results: nothing has run here")
         return
-    if why := background.unusable(background.tracking_uri()):
-        raise TrackingError(f"{background.shown_uri()}: {why}. Every journal is kept; is MLFLOW_TRACKING_URI right?")
+    if why := unusable(tracking_uri()):
+        raise TrackingError(f"{shown_uri()}: {why}. Every journal is kept; is MLFLOW_TRACKING_URI right?")
     try:
-        from ebjdat.tracking.send import Sender
+        from ebjdat.tracking.publish import Publisher
     except ModuleNotFoundError as error:
         raise TrackingError(
             f"nothing can be sent from here: {error.name} is not installed (`make install` does it). Every journal is kept"
         ) from error
 
-    typer.echo(printable(f"{len(paths)} journals -> {background.shown_uri()}"))
-    with background.sending():
-        sender = Sender(background.tracking_uri())
-        outcome = sender.send(paths)
-        if not outcome.errors:
-            outcome.errors += sender.adopt(journal.finished()).errors
+    typer.echo(printable(f"{len(paths)} journals -> {shown_uri()}"))
+    with background.publishing():
+        outcome = Publisher(tracking_uri()).publish(paths)
     for line in outcome.notes:
         typer.secho(printable(line), fg="yellow", err=True)
     background.note(outcome.errors[0] if outcome.errors else None)

@@ -21,8 +21,8 @@ from ebjdat.report import page
 from ebjdat.report.summary import aggregate
 from ebjdat.settings import Profile
 
-from ..mlflow_server import Server
 from ..report.results import fill, site_of
+from ..tracking.server import Server
 from .store import fill_store
 
 PATIENCE = 30  # seconds, for a slow machine; nothing waits that long otherwise

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from ebjdat.tracking import journal
-from ebjdat.tracking.runs import About, Subject, track
-from ebjdat.tracking.send import Sender
+from ebjdat.tracking.publish import Publisher
+from ebjdat.tracking.tracker import About, Subject, track
 
 METRICS = {
     "classifier/seed0": {"clean_acc": 0.986, "pgd20_acc": 0.133},
@@ -30,8 +30,7 @@ def fill_store(uri: str, folder: Path) -> tuple[str, dict[str, str]]:
             with track(Subject("digits", name, 0, "attack"), about, Path(f"results/{title}/attack.journal.jsonl")) as tracker:
                 tracker.final(metrics)
                 tracker.artifact(Path("samples.png"))
-        sender = Sender(uri)
-        outcome = sender.send(journal.finished())
+        outcome = Publisher(uri).publish(journal.finished())
     assert outcome.errors == []
     from mlflow import MlflowClient
 

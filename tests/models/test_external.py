@@ -82,7 +82,8 @@ def test_half_and_double_weights_and_old_files_are_read() -> None:
 )
 def test_of_several_that_differ_one_has_to_be_named(content: Any, routes: tuple[str, str]) -> None:
     torch.save(content, "weights.pt")
-    with pytest.raises(ModelError, match=f"several weights fit somebodys:plain, and differ; what fits: {', '.join(routes)}; choose with --weights-key"):
+    differ = f"several weights fit somebodys:plain, and differ; what fits: {', '.join(routes)}; choose with --weights-key"
+    with pytest.raises(ModelError, match=differ):
         external_model("somebodys:plain", Path("weights.pt"))
     for route, state in zip(routes, (STATE, OTHER), strict=True):
         assert torch.equal(external_model("somebodys:plain", Path("weights.pt"), route).state_dict()["3.bias"], state["3.bias"])

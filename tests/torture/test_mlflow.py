@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ..mlflow_server import Server, free_port
-from ..test_servers import Proxy
+from ..tracking.server import Server, free_port
+from ..tracking.test_servers import Proxy
 from .conftest import Campaign
 from .judge import differences
 from .lanes import Lane, clear_error, finished, outputs, wait_for, warm

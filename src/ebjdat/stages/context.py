@@ -17,7 +17,7 @@ from ebjdat.files import digest, git_commit, lock, write_result
 from ebjdat.jobs import STAGES
 from ebjdat.settings import ParamsError, Profile, base_of, form_of, load, run_name
 from ebjdat.tracking.journal import SUFFIX
-from ebjdat.tracking.runs import About, Subject, Tracker, track
+from ebjdat.tracking.tracker import About, Subject, Tracker, track
 
 if TYPE_CHECKING:  # the report needs no torch, which takes seconds, reads no data, and does not depend on how that is prepared
     import torch

@@ -1,1 +1,1 @@
-"""MLflow behind one small interface: what a stage logs, and where it stands in the UI."""
+"""MLflow behind one small interface: a stage journals what it measures, a publisher brings the journals into MLflow."""

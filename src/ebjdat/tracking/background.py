@@ -1,33 +1,25 @@
-"""The process that sends journals to MLflow beside the stages: one per checkout and store, started by any stage, ends by itself."""
+"""The process that publishes journals beside the stages: one per checkout and store. Any stage starts it; it ends by itself."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import os
-import re
 import subprocess
 import sys
 import time
 from functools import cache
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote
 
-from ebjdat.errors import UserError, in_a_line, message, printable
-from ebjdat.files import digest, lock, read_json, write_json
+from ebjdat.errors import UserError, message
+from ebjdat.files import lock, read_json, write_json
+from ebjdat.tracking.address import shown_uri, store_id, tracking_uri, unusable
 from ebjdat.tracking.journal import UNFINISHED, is_written, unfinished
 
-DEFAULT_STORE = Path("mlflow.db")
 LOG = Path("logs/tracking.log")
 POLL = 1.0  # seconds between two looks at the journals
-LONGEST = 30.0  # seconds between two tries at a store that does not answer
-PATIENCE = 60.0  # how long a store that does not answer is tried after the last stage has ended
-
-
-def is_on() -> bool:
-    """Whether journals are sent from here: MLflow is installed, and EBJDAT_TRACKING is not 0."""
-    return os.environ.get("EBJDAT_TRACKING", "1") != "0" and _is_installed()
+MAX_POLL = 30.0  # seconds between two tries of a store that does not answer
+PATIENCE = 60.0  # seconds that such a store is tried after the last stage has ended
 
 
 @cache
@@ -38,40 +30,34 @@ def _is_installed() -> bool:
         return False
 
 
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, else an SQLite file in the working folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_STORE.resolve()}"
-
-
-def store() -> str:
-    """A short name of the store: journals that are meant for it lie in a folder of that name."""
-    return digest(tracking_uri())[:12]
+def is_on() -> bool:
+    """Whether journals are published from here: MLflow is installed, and EBJDAT_TRACKING is not 0."""
+    return os.environ.get("EBJDAT_TRACKING", "1") != "0" and _is_installed()
 
 
 def _place(name: str) -> Path:
     """A file about this store, e.g. its lock."""
-    return UNFINISHED / f"{store()}.{name}"
+    return UNFINISHED / f"{store_id()}.{name}"
 
 
-def sending() -> contextlib.AbstractContextManager[None]:
-    """Held for one pass over the journals, so that two processes never send the same line."""
+def publishing() -> contextlib.AbstractContextManager[None]:
+    """Held for one pass over the journals, so that two processes never create the same run."""
     return lock(_place("pass"))
 
 
 def start() -> None:
-    """Have a process send what is journalled, unless one does already or nothing is sent from here."""
+    """Start the process, unless it runs already or nothing is published from here."""
     if not is_on():
         return
-    if why := unusable(tracking_uri()):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if why := unusable(tracking_uri()):
             note(why)
-        return
-    with contextlib.suppress(BlockingIOError, OSError):
+            return
         with lock(_place("sender"), wait=False):
             pass
         LOG.parent.mkdir(parents=True, exist_ok=True)
         with LOG.open("ab") as log:
-            subprocess.Popen(  # its own session: Ctrl-C in the terminal and a workflow that ends leave it to finish
+            subprocess.Popen(  # a session of its own: Ctrl-C in the terminal and the end of a workflow do not stop it
                 [sys.executable, "-m", "ebjdat.tracking.background"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -81,20 +67,8 @@ def start() -> None:
             )
 
 
-def warn() -> None:
-    """Say once per stage that the store does not answer."""
-    with contextlib.suppress(OSError, KeyError, UserError):
-        if is_on():
-            trouble = read_json(_place("trouble.json"))
-            told = f"nothing could be sent to {trouble['uri']} since {trouble['since']} ({trouble['error']})"
-            print(
-                message(f"WARNING: {told}. Everything is journalled; the next stage sends it, or `ebjdat sync`"),
-                file=sys.stderr,
-            )
-
-
 def note(error: str | None) -> None:
-    """Leave a word for `warn`, or take it away."""
+    """Leave an error for `warn`; None: remove it."""
     place = _place("trouble.json")
     if error is None:
         place.unlink(missing_ok=True)
@@ -102,131 +76,52 @@ def note(error: str | None) -> None:
         write_json(place, {"uri": shown_uri(), "error": error, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
-def unusable(uri: str) -> str | None:
-    """Why an SQLite store cannot take anything, which MLflow would find out after minutes; None where it can, or is another store."""
-    try:
-        return _unusable(uri)
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
-        return in_a_line(error)
-
-
-def _unusable(uri: str) -> str | None:
-    found = re.match(r"sqlite(?:\+\w+)?://(?:/([^?]*))?(?:\?(.*))?", uri)
-    if found is None:
-        return None
-    name, options = (found[1] or "").removeprefix("file:"), dict(parse_qsl(found[2] or ""))
-    if name in ("", ":memory:") or options.get("mode") == "memory":
-        return "an SQLite store in memory keeps nothing; name a file: sqlite:////folder/mlflow.db"
-    if options.get("mode") == "ro" or options.get("immutable") == "1":
-        return "the address itself says that nothing may be written"
-    path = Path(name)
-    if path.exists() and not path.is_file():
-        return f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; name a file: sqlite:///{path / 'mlflow.db'}"
-    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
-        return f"{path} cannot be written"
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} is not there"
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        return f"nothing can be written in {path.parent}, where SQLite keeps its journal"
-    with path.open("rb") if path.exists() else contextlib.nullcontext(io.BytesIO()) as file:
-        if file.read(16) not in (b"", b"SQLite format 3\0"):
-            return f"{path} is no SQLite database"
-    return None
-
-
-HOST = r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?"
-SHOWN = {"http", "https", "postgresql", "postgres", "mysql", "mssql", "sqlite", "file"}  # schemes whose host and path are no secrets
-
-
-def masked(uri: str) -> str:
-    """Scheme, host, port and path of an address, and nothing else of it: no user, password, query or token."""
-    scheme, is_full, rest = uri.partition("://")
-    if not is_full:  # databricks, localhost:5000, a folder, user:password@host/path
-        place = re.split(r"[?#;]", uri)[0].rpartition("@")[2]
-        return printable(place) if "@" not in uri[len(re.split(r"[?#;]", uri)[0]) :] and _is_place(place) else "…"
-    if scheme.partition("+")[0].lower() not in SHOWN:
-        return f"{printable(scheme)}://…"
-    found = re.fullmatch(r"(?:[^/?#@]*@)*([^/?#@]*)(/[^?#;@]*)?((?:[?#;].*)?)", rest, re.DOTALL)
-    if found is None or "@" in found[3] or not re.fullmatch(f"({HOST})?", found[1]):
-        return f"{printable(scheme)}://…"  # what is the host there cannot be told from a password
-    return f"{printable(scheme)}://{found[1]}{printable(found[2] or '')}"
-
-
-def _is_place(text: str) -> bool:
-    """Whether this is a host, with a path or not, or a path; not "name:token"."""
-    return re.fullmatch(rf"(?:{HOST})(?:/.*)?|(?:file:)?[^:]*", text, re.DOTALL) is not None
-
-
-def _secrets() -> set[str]:
-    """What must not be shown, wherever it turns up: the tracking address' user, password and query, and MLflow's own."""
-    uri = tracking_uri()
-    before, _, query = uri.partition("?")
-    place = before.partition("://")[2] or before
-    found = {os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("TOKEN", "PASSWORD")}
-    found |= {value for _, value in parse_qsl(query)} | {query}
-    if "@" in place:
-        user = place.rpartition("@")[0]
-        found |= {user, user.partition(":")[2], unquote(user.partition(":")[2])}
-    if masked(uri).endswith("…"):
-        found.add(place)
-    return {secret for secret in found if len(secret) > 2}
-
-
-def without_secrets(text: str) -> str:
-    """A text in which no address shows more than `masked` does, and nothing that is called a password, key or token its value."""
-    for secret in sorted(_secrets(), key=len, reverse=True):
-        text = text.replace(secret, "…")
-    text = re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"<>(),]*", lambda found: masked(found[0]), text)
-    text = re.sub(r"[^\s'\"/@(]+@(?=[\w.-]+)", "", text)
-    return re.sub(
-        r"(?i)([\w-]*(?:key|token|secret|passw(?:or)?d|pwd|auth|signature|credential)[\w-]*['\"]?\s*[=:]\s*)[^&\s,)]+", r"\1…", text
-    )
-
-
-def shown_uri() -> str:
-    return masked(tracking_uri())
+def warn() -> None:
+    """Print, at the end of a stage, that the store does not answer."""
+    with contextlib.suppress(OSError, KeyError, UserError):
+        if is_on():
+            trouble = read_json(_place("trouble.json"))
+            text = f"nothing could be sent to {trouble['uri']} since {trouble['since']} ({trouble['error']})"
+            print(message(f"WARNING: {text}. The journals are kept; the next stage sends them, or `ebjdat sync`"), file=sys.stderr)
 
 
 def wait(seconds: float = 30.0) -> None:
-    """Until all journals of this store are sent, or for so long; at once where no process sends."""
+    """Until all journals of this store are published, at most so long; not at all where nothing is published from here."""
     deadline = time.monotonic() + seconds
-    while is_on() and unfinished(store()) and time.monotonic() < deadline:
+    while is_on() and unfinished(store_id()) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
 def main() -> None:
-    """Send until every stage has ended and everything is sent, or the store has not answered for too long."""
-    while unfinished(store()):  # asked again after the lock was given back: a stage may have begun and relied on this process
+    """Publish until every stage has ended and everything is sent, or the store has not answered for too long."""
+    os.nice(5)  # stages come first
+    complete = True
+    while complete:
         try:
             with lock(_place("sender"), wait=False):
-                done = _until_nothing_is_left()
+                complete = _publish_until_all_end()
         except BlockingIOError:
-            return  # another one is at work
-        if not done or not any(map(is_written, unfinished(store()))):
+            return  # another process does
+        if not any(map(is_written, unfinished(store_id()))):  # asked again: a stage may have begun and relied on this process
             return
 
 
-def _until_nothing_is_left() -> bool:
-    from ebjdat.tracking.send import Sender  # imports MLflow
+def _publish_until_all_end() -> bool:
+    """Returns whether everything was sent."""
+    from ebjdat.tracking.publish import Publisher  # imports MLflow
 
-    os.nice(5)  # stages come first
-    sender, delay, failing_since = Sender(tracking_uri()), POLL, None
+    publisher, delay, failing_since = Publisher(tracking_uri()), POLL, None
     while True:
-        alive = any(map(is_written, unfinished(store())))  # asked before: what is written until they end is sent below
-        with sending():
-            outcome = sender.send(unfinished(store()))
+        alive = any(map(is_written, unfinished(store_id())))  # before the pass: what stages write until they end is sent in it
+        with publishing():
+            outcome = publisher.publish(unfinished(store_id()))
+        note(outcome.errors[0] if outcome.errors else None)
         if outcome.errors:
-            now = time.monotonic()
-            failing_since = failing_since or now
-            note(outcome.errors[0])
-            delay = min(2 * delay, LONGEST)
-            if not alive and now - failing_since > PATIENCE:
-                return False
+            failing_since, delay = failing_since or time.monotonic(), min(2 * delay, MAX_POLL)
         else:
-            note(None)
-            delay, failing_since = POLL, None
-            if not alive:
-                return True
+            failing_since, delay = None, POLL
+        if not alive and (failing_since is None or time.monotonic() - failing_since > PATIENCE):
+            return failing_since is None
         time.sleep(delay)
 
 

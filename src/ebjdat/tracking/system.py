@@ -1,63 +1,59 @@
-"""What the machine does while a stage runs, under MLflow's names for system metrics."""
+"""The machine's load while a stage runs, under MLflow's names for system metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 
 SECONDS = 10.0  # between two samples
 
 
-class Sampler:
-    """While entered, a thread hands a sample to `report` every few seconds, and a last one at the end."""
+@contextlib.contextmanager
+def sampling(report: Callable[[dict[str, float]], None], seconds: float = SECONDS) -> Iterator[None]:
+    """While entered, a thread passes a sample to `report` every few seconds, and a last one at the end."""
+    stop, process, gpus = threading.Event(), psutil.Process(), _gpus()
 
-    def __init__(self, report: Callable[[dict[str, float]], None], seconds: float = SECONDS) -> None:
-        self._report, self._seconds = report, seconds
-        self._process, self._gpus = psutil.Process(), _gpus()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="system metrics")
+    def run() -> None:
+        psutil.cpu_percent()  # the first call of a thread only starts the measurement
+        process.cpu_percent()
+        while not stop.wait(seconds):
+            report(_sample(process, gpus))
+        report(_sample(process, gpus))
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    thread = threading.Thread(target=run, daemon=True, name="system metrics")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
 
-    def _run(self) -> None:
-        psutil.cpu_percent()  # the first call of a thread has nothing to compare with
-        self._process.cpu_percent()
-        while not self._stop.wait(self._seconds):
-            self._report(self.sample())
-        self._report(self.sample())
-
-    def sample(self) -> dict[str, float]:
-        memory = psutil.virtual_memory()
-        found = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / 1e6,
-            "system_memory_usage_percentage": memory.percent,
-            "process_cpu_utilization_percentage": self._process.cpu_percent(),
-            "process_memory_usage_megabytes": self._process.memory_info().rss / 1e6,
-        }
-        for index, (nvml, gpu) in enumerate(self._gpus):
-            # Each by itself: a part of a GPU does not know its power, for example.
-            with contextlib.suppress(nvml.NVMLError):
-                found[f"gpu_{index}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            with contextlib.suppress(nvml.NVMLError):
-                held = nvml.nvmlDeviceGetMemoryInfo(gpu)
-                found[f"gpu_{index}_memory_usage_megabytes"] = held.used / 1e6
-                found[f"gpu_{index}_memory_usage_percentage"] = 100 * held.used / held.total
-            with contextlib.suppress(nvml.NVMLError):
-                found[f"gpu_{index}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-        return {f"system/{name}": round(float(value), 2) for name, value in found.items()}
+def _sample(process: psutil.Process, gpus: list[tuple[Any, Any]]) -> dict[str, float]:
+    memory = psutil.virtual_memory()
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "process_cpu_utilization_percentage": process.cpu_percent(),
+        "process_memory_usage_megabytes": process.memory_info().rss / 1e6,
+    }
+    for index, (nvml, gpu) in enumerate(gpus):
+        # One by one: a part of a GPU does not know its power, for example.
+        with contextlib.suppress(nvml.NVMLError):
+            values[f"gpu_{index}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+        with contextlib.suppress(nvml.NVMLError):
+            held = nvml.nvmlDeviceGetMemoryInfo(gpu)
+            values[f"gpu_{index}_memory_usage_megabytes"] = held.used / 1e6
+            values[f"gpu_{index}_memory_usage_percentage"] = 100 * held.used / held.total
+        with contextlib.suppress(nvml.NVMLError):
+            values[f"gpu_{index}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+    return {f"system/{name}": round(float(value), 2) for name, value in values.items()}
 
 
 def _gpus() -> list[tuple[Any, Any]]:

@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import ROOT
-from .mlflow_server import Server, answers, free_port, wait_until
+from ..conftest import ROOT
+from .server import Server, answers, free_port, wait_until
+
+pytestmark = pytest.mark.server
 
 STAGE = """
 import sys, time
 from pathlib import Path
-from ebjdat.tracking.runs import About, Subject, track
+from ebjdat.tracking.tracker import About, Subject, track
 name, points, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 about = About({"training": {"lr": 0.1}}, {"git_commit": "abc", "params_hash": name, "data_hash": "d"})
 began, worked, step = time.perf_counter(), 0.0, 0
@@ -253,8 +255,9 @@ class Endless(http.server.BaseHTTPRequestHandler):
 @pytest.mark.parametrize("way", ["fast", "gzip", "slow"])
 def test_an_answer_without_end_is_not_read_on(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most what is allowed is read, whether many bytes come, few that become many, or few in a long time."""
-    from ebjdat.tracking import journal, send
-    from ebjdat.tracking.runs import About, Subject, track
+    from ebjdat.tracking import journal, store
+    from ebjdat.tracking.publish import Publisher
+    from ebjdat.tracking.tracker import About, Subject, track
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
@@ -262,18 +265,18 @@ def test_an_answer_without_end_is_not_read_on(way: str, tmp_path: Path, monkeypa
         pass
     monkeypatch.setattr(Endless, "way", way)
     monkeypatch.setattr(Endless, "sent", 0)
-    monkeypatch.setattr(send, "LONGEST", 1.0 if way == "slow" else 120.0)
+    monkeypatch.setattr(store, "MAX_SECONDS", 1.0 if way == "slow" else 120.0)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        outcome = send.Sender(f"http://127.0.0.1:{server.server_port}").send(journal.finished())
+        outcome = Publisher(f"http://127.0.0.1:{server.server_port}").publish(journal.finished())
     finally:
         server.shutdown()
         server.server_close()
     assert len(outcome.errors) == 1
     assert "an answer that does not end" in outcome.errors[0]
-    assert Endless.sent < {"fast": 2 * (send.LARGEST + 2**24), "gzip": 2**25, "slow": 1000}[way]  # (with what lies on the way)
+    assert Endless.sent < {"fast": 2 * (store.MAX_BYTES + 2**24), "gzip": 2**25, "slow": 1000}[way]  # (with what lies on the way)
     assert len(list(journal.finished())) == 1
 
 
