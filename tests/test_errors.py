@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import typer
 
-from ebjdat.cli import friendly
 from ebjdat.errors import UserError, brief, few, message, printable
+from ebjdat.terminal import friendly
 
 
 @pytest.mark.parametrize(
