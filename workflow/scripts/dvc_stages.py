@@ -25,6 +25,7 @@ from ebjdat import jobs
 from ebjdat.errors import UserError
 from ebjdat.files import write_text
 from ebjdat.layout import Layout, place
+from ebjdat.metrics import BARS
 from ebjdat.settings import Profile, load
 
 DEFAULT = "digits"
@@ -35,11 +36,6 @@ HEAD = """\
 # writes what code and settings each job's results depend on.
 """
 CURVES = {"validation_clean_acc": "Validation accuracy", "loss": "Training loss"}
-BARS = {
-    "clean_acc": "Clean accuracy",
-    "pgd20_acc": "Accuracy under PGD-20",
-    "autoattack_acc": "Accuracy under AutoAttack",
-}
 PICTURES = ("samples.png", "energy.png")
 
 
