@@ -15,7 +15,9 @@ import pytest
 from .conftest import ROOT
 
 PLACE = re.compile(
-    r"^\*\*`(?P<path>[^`]+)`\*\*, (?P<how>at its end|a new file|in `(?P<name>\w+)`|under `(?P<key>\w+)`).*?^```\w+\n(?P<code>.*?)^```$",
+    r"^\*\*`(?P<path>[^`]+)`\*\*, "
+    r"(?P<how>at its end|a new file|in `(?P<name>\w+)`(, before `(?P<entry>\w+)`)?|before `(?P<line>[^`]+)`|under `(?P<key>\w+)`)"
+    r".*?^```\w+\n(?P<code>.*?)^```$",
     re.M | re.S,
 )
 
@@ -23,9 +25,9 @@ PLACE = re.compile(
 class Copy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("src", "tests", "params", "workflow", "docs"):
+        for name in ("src", "tests", "params", "workflow", "docs", "profiles"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        for name in ("pyproject.toml", "dvc.yaml", "CONTRIBUTING.md"):
+        for name in ("pyproject.toml", "dvc.yaml", "CONTRIBUTING.md", "Snakefile"):
             shutil.copy(ROOT / name, folder / name)
         self.done = [self.apply(place) for place in PLACE.finditer((ROOT / "CONTRIBUTING.md").read_text())]
 
@@ -38,8 +40,12 @@ class Copy:
         text = file.read_text()
         if place["how"] == "at its end":
             text = f"{text}\n\n{place['code']}"
+        elif place["entry"] or place["line"]:
+            line = rf'^    "{place["entry"]}": ' if place["entry"] else f"^{re.escape(place['line'])}"
+            (found,) = re.finditer(line, text, re.M)
+            text = f"{text[: found.start()]}{place['code']}{'' if place['entry'] else chr(10) * 2}{text[found.start() :]}"
         else:
-            line = rf"^{place['name']}: .* = {{$" if place["name"] else rf"^{place['key']}:$"
+            line = rf"^{place['name']}: .* = [{{(]$" if place["name"] else rf"^{place['key']}:$"
             (found,) = re.finditer(line, text, re.M)
             text = f"{text[: found.end()]}\n{place['code']}{text[found.end() + 1 :]}"
         file.write_text(text)
@@ -69,6 +75,19 @@ def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: C
     assert text.startswith("shapes: 720 train, 80 validation, 100 test; [1, 16, 16] uint8, 4 classes")
     outputs = ("--out", "shapes.safetensors", "--metrics", "shapes-clean.json", "--curve", "shapes.csv")
     copy.run("ebjdat", "pretrain", *settings, "--pretraining", "clean", "--seed", "0", "--data", "shapes.npz", *outputs)
+
+
+def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
+    edits = ["src/ebjdat/stages/margins.py", "src/ebjdat/jobs.py", "src/ebjdat/cli.py", "workflow/rules/evaluate.smk"]
+    edits += ["src/ebjdat/metrics.py", "src/ebjdat/metrics.py", "tests/stages/test_margins.py"]
+    at = copy.done.index(edits[0])
+    assert copy.done[at : at + 7] == edits
+    assert "1 passed" in copy.run("pytest", "tests/stages/test_margins.py", "-p", "no:cacheprovider")
+    plan = copy.run("snakemake", "--dry-run", "--cores", "1", "--nolock")
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
+    assert jobs["margins"] == jobs["attack"]
+    assert "results/digits/eb_jdat/seed0/margins.json" in re.search(r"rule report:\n    input: (.*)", plan)[1]  # type: ignore[index]
+    copy.run("snakefmt", "--check", "workflow")
 
 
 def test_the_examples_are_edits_that_pass_their_own_tests_and_lint(copy: Copy) -> None:

@@ -333,7 +333,7 @@ TABLE = tuple(replace(metric, name=name) for name, metric in _COLUMNS if metric.
 PANELS = tuple(metric for metric in TABLE if metric.panel)
 COLUMNS = tuple((metric, column) for metric in METRICS for column in metric.columns)
 # Result file -> names that it must have.
-FILES = ("pretrain", "finetune", "attack", "generate", "energy", "reliability")
+FILES = tuple(dict.fromkeys(file for metric in METRICS for file in metric.needed))
 NEEDED: Mapping[str, tuple[Metric, ...]] = {
     file: tuple(replace(metric, name=metric.plain) for metric in METRICS if file in metric.needed) for file in FILES
 }

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, Field, ValidationError
 
+from ebjdat import jobs
 from ebjdat.errors import brief
 from ebjdat.files import FILES, read_result, reading
 from ebjdat.metrics import NEEDED, VOCABULARY
 from ebjdat.settings import Profile
 
-STAGES = ("finetune", "attack", "generate", "energy", "reliability")
+STAGES = tuple(stage for stage, spec in jobs.STAGES.items() if spec.of == "experiment")
 OF_THE_FILE = ("method", "data_hash", "git_commit", FILES)  # names in a stage's file that are not results of the run
 MANY = 10_000  # names in a result file; ours have hundreds
 
