@@ -16,7 +16,8 @@ from .conftest import ROOT
 
 PLACE = re.compile(
     r"^\*\*`(?P<path>[^`]+)`\*\*, "
-    r"(?P<how>at its end|a new file|in `(?P<name>\w+)`(, before `(?P<entry>\w+)`)?|before `(?P<line>[^`]+)`|under `(?P<key>\w+)`)"
+    r"(?P<how>at its end|a new file|in `(?P<name>\w+)`(, before `(?P<entry>\w+)`)?|before `(?P<line>[^`]+)`"
+    r"|after `(?P<after>[^`]+)`|under `(?P<key>\w+)`)"
     r".*?^```\w+\n(?P<code>.*?)^```$",
     re.M | re.S,
 )
@@ -45,7 +46,8 @@ class Copy:
             (found,) = re.finditer(line, text, re.M)
             text = f"{text[: found.start()]}{place['code']}{'' if place['entry'] else chr(10) * 2}{text[found.start() :]}"
         else:
-            line = rf"^{place['name']}: .* = [{{(]$" if place["name"] else rf"^{place['key']}:$"
+            heading = rf"{place['name']}: .* = [{{(]" if place["name"] else f"{place['key']}:"
+            line = f"^{re.escape(place['after']) if place['after'] else heading}$"
             (found,) = re.finditer(line, text, re.M)
             text = f"{text[: found.end()]}\n{place['code']}{text[found.end() + 1 :]}"
         file.write_text(text)
@@ -88,6 +90,25 @@ def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
     assert jobs["margins"] == jobs["attack"]
     assert "results/digits/eb_jdat/seed0/margins.json" in re.search(r"rule report:\n    input: (.*)", plan)[1]  # type: ignore[index]
     copy.run("snakefmt", "--check", "workflow")
+
+
+def test_a_metric_is_three_edits_and_then_in_the_report_mlflow_and_dvc(copy: Copy) -> None:
+    edits = ["src/ebjdat/stages/reliability.py", "src/ebjdat/metrics.py", "tests/stages/test_reliability.py"]
+    at = copy.done.index(edits[0])
+    assert copy.done[at : at + 3] == edits
+    (copy.folder / "docs/metrics.md").write_text(copy.run("ebjdat", "metrics", "--markdown"))
+    tests = ("tests/stages/test_reliability.py", "tests/test_metrics.py", "tests/report/test_summary.py")
+    text = copy.run("pytest", *tests, "-k", "robust_ece or document or refers or headline", "-p", "no:cacheprovider")
+    assert "4 passed" in text
+    (copy.folder / "show.py").write_text(
+        "from ebjdat.metrics import HEADLINE, SUMMARY\n"
+        "from ebjdat.report.format import seed_table\n"
+        "print(HEADLINE[-1], SUMMARY[-1], seed_table('reliability', '', {'a': {'robust_ece': 0.25}, 'b': {}}))\n"
+    )
+    shown = copy.run("show")
+    assert shown.startswith("robust_ece robust_ece ")  # what DVC compares, and summary.csv
+    assert "['', 'robust ECE %'" in shown
+    assert "['a', '25.0'" in shown
 
 
 def test_the_examples_are_edits_that_pass_their_own_tests_and_lint(copy: Copy) -> None:

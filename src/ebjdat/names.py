@@ -13,7 +13,7 @@ from typing import Any
 
 from ebjdat.registry import ATTACKS
 
-STANDARD = "standard"  # results under this protocol have no prefix
+STANDARD = "standard"  # the protocol of the main results, whose names have no prefix
 AVERAGED = "ema_"  # prefix of results of averaged weights
 ATTACKED = re.compile(
     rf"(?P<attack>clean|pgd\d+|autoattack|after_(?:{'|'.join(sorted(ATTACKS, key=len, reverse=True))}))_(?P<statistic>\w+)"

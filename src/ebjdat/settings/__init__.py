@@ -8,18 +8,17 @@ types: constrained types, helpers on raw mappings. data, training, evaluation: t
 inherit. problems: what validation reports. loading: files, overrides, names. strategies: what `ebjdat methods` lists.
 """
 
+from ebjdat.names import STANDARD
 from ebjdat.settings.data import DataSettings
 from ebjdat.settings.evaluation import (
     AUTO,
     RELEASED,
-    STANDARD,
     AttackSettings,
     EnsembleSettings,
     GenerateSettings,
     PGDSettings,
     ProtocolSettings,
     ReliabilitySettings,
-    prefix_of,
     too_few_classes,
 )
 from ebjdat.settings.loading import (
@@ -87,7 +86,6 @@ __all__ = [
     "missing_files",
     "named_files",
     "nearest",
-    "prefix_of",
     "read_layers",
     "require_files",
     "run_name",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ebjdat import registry
+from ebjdat.names import STANDARD
 from ebjdat.pixels import unit_distance
 from ebjdat.settings.data import data_in, within_test_split
 from ebjdat.settings.types import (
@@ -32,15 +33,9 @@ from ebjdat.settings.types import (
     nearest,
 )
 
-STANDARD = "standard"  # the protocol whose figures are reported first
 BINARY = "standard_binary"  # its substitute for two or three classes
 RELEASED = "released"  # the paper's own evaluation
 AUTO = "auto"  # the OOD sets that suit the data and are available
-
-
-def prefix_of(protocol: str) -> str:
-    """Prefix of the names of a protocol's results; the standard one has none."""
-    return "" if protocol == STANDARD else f"{protocol}_"
 
 
 class PGDSettings(Settings):

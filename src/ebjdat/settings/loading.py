@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from ebjdat import registry, yamlfile
 from ebjdat.errors import brief
 from ebjdat.files import digest
+from ebjdat.names import STANDARD
 from ebjdat.settings import problems
-from ebjdat.settings.evaluation import STANDARD, AttackSettings
+from ebjdat.settings.evaluation import AttackSettings
 from ebjdat.settings.profile import Profile, ProfileFile, inherited, resolve
 from ebjdat.settings.types import MOST_LISTED, ParamsError, merge, nearest, shown
 

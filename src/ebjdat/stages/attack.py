@@ -23,8 +23,9 @@ from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import named
 from ebjdat.models.external import external_model
 from ebjdat.models.modes import UnitRange
+from ebjdat.names import flat_name
 from ebjdat.pixels import unit_from_uint8
-from ebjdat.settings import AttackSettings, prefix_of
+from ebjdat.settings import AttackSettings
 from ebjdat.stages.context import Context, Task, alone, open_evaluation, state_key
 from ebjdat.training import checkpoint
 
@@ -138,10 +139,10 @@ def _with_weights(result: Audit, weights: str) -> pa.Table:
 
 def _print(metrics: Mapping[str, Any], settings: AttackSettings, *outputs: Path) -> None:
     for name, protocol in settings.protocols.items():
-        prefix = prefix_of(name)
-        n, pgd = metrics[f"{prefix}n_attack"], f"pgd{protocol.pgd.steps}"
-        parts = [f"clean {metrics[f'{prefix}clean_acc']:.1%}", f"PGD-{protocol.pgd.steps} {metrics[f'{prefix}{pgd}_acc']:.1%}"]
-        parts += [f"ensemble {metrics[f'{prefix}autoattack_acc']:.1%} of the first {n}"] if f"{prefix}autoattack_acc" in metrics else []
+        attacks = {"clean": "clean", f"pgd{protocol.pgd.steps}": f"PGD-{protocol.pgd.steps}", "autoattack": "ensemble"}
+        accuracies = {title: metrics.get(flat_name("acc", attack, name)) for attack, title in attacks.items()}
+        parts = [f"{title} {accuracy:.1%}" for title, accuracy in accuracies.items() if accuracy is not None]
+        parts[-1] += f" of the first {metrics[flat_name('n_attack', protocol=name)]}" if accuracies["ensemble"] is not None else ""
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(parts)}", flush=True)
     passed = [check["passed"] for check in metrics["checks"]]
     print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not asked", flush=True)
