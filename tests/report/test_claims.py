@@ -79,7 +79,7 @@ def test_figures_are_shown_with_their_n_and_unmeasured_claims_left_out(profile: 
     assert "was not measured" in judged(profile, made, claims.code_is_the_paper).measured
     with pytest.raises(AssertionError, match="no experiment is about this claim"):
         judged(profile, made, claims.fid_is_of_samples, eb_jdat={"released_frechet": None})
-    asked = profile.model_copy(update={"report": ReportSettings(paper="cifar10")})
+    asked = dataclasses.replace(profile, report=ReportSettings(paper="cifar10"))
     assert judged(asked, made, claims.stated_robustness).verdict == "open"  # another network, another radius
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ebjdat.metrics import TABLE
@@ -33,7 +34,7 @@ def test_cells_and_headings_of_the_main_table(profile: Profile, runs: list[RunRe
     assert header(METRIC["clean_acc"], table) == "clean %, n=100"
     assert header(METRIC["frechet"], table) == "Fréchet (reference), n=200"
     assert header(METRIC["frechet"], table.assign(frechet_extractor="inception")) == "FID, n=200"
-    asked = profile.model_copy(update={"report": ReportSettings(paper="cifar10")})
+    asked = dataclasses.replace(profile, report=ReportSettings(paper="cifar10"))
     assert cell(aggregate(asked, runs).iloc[3], METRIC["clean_acc"]).endswith("(paper 90.3)")
 
 

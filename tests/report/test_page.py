@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import re
 import shlex
@@ -154,7 +155,7 @@ def test_the_audit_page_shows_claims_checks_and_pairs(profile: Profile, made: Pa
 
 
 def test_one_experiment_has_no_pairs(profile: Profile, made: Path, tmp_path: Path) -> None:
-    alone = profile.model_copy(update={"experiments": {"classifier": profile.experiments["classifier"]}})
+    alone = dataclasses.replace(profile, experiments={"classifier": profile.experiments["classifier"]})
     html = write_audit(site_of(alone, made), tmp_path / "audit.html")
     assert "One experiment: there is nothing to compare it with." in html
     assert "Filter pairs" not in html
@@ -234,8 +235,8 @@ def test_text_of_result_files_stays_text_everywhere(profile: Profile, filled: Pa
     change(folder / "finetune.json", events=[NASTY])
     checks = read_json(folder / "attack.json")["checks"]
     change(folder / "attack.json", checks=[{**check, "says": NASTY, "name": f"{check['name']} {NASTY}"} for check in checks])
-    noted = profile.experiments["eb_jdat"].model_copy(update={"note": NASTY})
-    profile = profile.model_copy(update={"experiments": {**profile.experiments, "eb_jdat": noted}})
+    noted = dataclasses.replace(profile.experiments["eb_jdat"], note=NASTY)
+    profile = dataclasses.replace(profile, experiments={**profile.experiments, "eb_jdat": noted})
     site = site_of(profile, filled, card={**CARD, "name": NASTY + "<script>alert(1)</script>"})
     html, audit = write_page(site, filled / "report.html"), write_audit(site, filled / "audit.html")
     for text in (html, audit):

@@ -40,7 +40,7 @@ def test_summary_is_the_contract(profile: Profile, runs: list[RunResult], tmp_pa
     first = rows[0]
     assert float(first["clean_acc"]) == 0.9  # a fraction
     assert float(first["train_seconds"]) == 15.0  # with its pretraining
-    assert first["params_hash"] == profile.params_hash("classifier", 0)
+    assert first["params_hash"] == profile.params_hash(first["experiment"], 0)
     assert (first["data_hash"], first["git_commit"], first["frechet_extractor"]) == ("d1", "abc", "reference")
     diverged = {row["experiment"]: (row["collapse_epoch"], row["recoveries"]) for row in rows}
     assert (diverged["eb_jdat"], diverged["pgd_at"]) == (("2.0", "1"), ("", "0"))
@@ -91,7 +91,7 @@ def test_several_seeds_have_spread_and_student_intervals(three_seeds: Profile, t
 
 def test_the_papers_numbers_are_shown_only_where_asked(profile: Profile, runs: list[RunResult]) -> None:
     assert not any(column.endswith("_paper") for column in aggregate(profile, runs))
-    asked = profile.model_copy(update={"report": ReportSettings(paper="cifar10")})
+    asked = dataclasses.replace(profile, report=ReportSettings(paper="cifar10"))
     table = aggregate(asked, runs).set_index("experiment")
     assert table.loc["eb_jdat", "autoattack_acc_paper"] == pytest.approx(0.6478)
     assert "frechet_paper" not in table  # a distance under other features is not an FID
