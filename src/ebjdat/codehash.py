@@ -156,11 +156,16 @@ def parsed(name: str) -> Module:
             inner = [n for n in node.body if computes(n)] if counts(name, node.name) else []
         for statement in inner:
             names = defines(statement)
-            if not names and not isinstance(statement, ast.Import | ast.ImportFrom):
+            if not names and not isinstance(statement, ast.Import | ast.ImportFrom) and not for_types(statement):
                 always.append(statement)
             for one in names:
                 defined[one] = (*defined.get(one, ()), statement)
     return Module(defined, tuple(always), imported)
+
+
+def for_types(node: ast.stmt) -> bool:
+    """Whether it is `if TYPE_CHECKING:`, which nothing executes."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def computes(node: ast.stmt) -> bool:
