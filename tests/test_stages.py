@@ -28,7 +28,8 @@ from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import attack, evaluate, train
-from ebjdat.stages.context import BusyError, Context, Task, journal_of
+from ebjdat.stages.context import BusyError, Context, journal_of
+from ebjdat.stages.evaluation import Task
 from ebjdat.training import checkpoint, healing
 from ebjdat.training.state import TrainingError
 
