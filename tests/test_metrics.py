@@ -19,7 +19,8 @@ from ebjdat.cli import app
 from ebjdat.files import read_json
 from ebjdat.metrics import METRICS, STAGES, describe
 from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
-from ebjdat.stages.context import Context, Task
+from ebjdat.stages.context import Context
+from ebjdat.stages.evaluation import Task
 from ebjdat.tracking import journal
 from ebjdat.vocabulary import UnknownNameError
 

@@ -28,8 +28,9 @@ from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
 from ebjdat.stages import attack, evaluate, train
-from ebjdat.stages.context import BusyError, Context, Task, journal_of
-from ebjdat.training import checkpoint, healing
+from ebjdat.stages.context import BusyError, Context, journal_of
+from ebjdat.stages.evaluation import Task
+from ebjdat.training import checkpoint, fit, healing
 from ebjdat.training.state import TrainingError
 
 from .conftest import ROOT
@@ -139,7 +140,7 @@ def test_state_made_by_other_code_is_not_continued(files: Files, tmp_path: Path,
         states.extend(s for a in found for s in [a if isinstance(a, Path) else getattr(a, "state", None)] if s)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(fit, "train", stopped)
     monkeypatch.setattr(attack, "audit", stopped)
     task = files.task("eb_jdat", files.out("eb_jdat").checkpoint, {"out": tmp_path / "a.json", "verdicts": tmp_path / "v.parquet"})
     for code in ("as it is", "as it is", "another"):
@@ -316,7 +317,7 @@ def test_a_hopeless_training_leaves_earlier_results_alone(files: Files, tmp_path
     train.finetune(files.context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
     before = [path.read_bytes() for path in vars(out).values()]
     hopeless = diverging(files, **{"optimizer.lr": "1.0e+20", "healing.ladder": "[{change: seed}]"})
-    with pytest.raises(TrainingError, match=r"This was tried before:\n  1\. epoch 1"):
+    with pytest.raises(TrainingError, match=r"Already tried:\n  1\. epoch 1"):
         train.finetune(hopeless, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
     assert [path.read_bytes() for path in vars(out).values()] == before
     assert list((tmp_path / "state").rglob("epoch.pt"))
@@ -329,7 +330,7 @@ def test_a_state_that_another_process_trains_is_left_alone(files: Files, tmp_pat
     job = (files.context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, files.out("alone"), None)
     folder = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", lambda model, job, *rest: folder.append(job.state) or sys.exit("seen"))
+        patch.setattr(fit, "train", lambda model, job, *rest: folder.append(job.state) or sys.exit("seen"))
         with pytest.raises(SystemExit, match="seen"):
             train.finetune(*job)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"

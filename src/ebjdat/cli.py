@@ -112,7 +112,8 @@ def attack(
     """Robustness under every protocol, with integrity checks: of a profile's experiment, or of any network (--model)."""
     from ebjdat.settings import usual_protocols
     from ebjdat.stages import attack as stage
-    from ebjdat.stages.context import Context, Task, device_for
+    from ebjdat.stages.context import Context, device_for
+    from ebjdat.stages.evaluation import Task
 
     verdicts = verdicts or out.with_suffix(".parquet")
     if verdicts.resolve() == out.resolve():
@@ -154,7 +155,8 @@ def generate(
 ) -> None:
     """Run fresh chains, unconditional and class-conditional; measure them and the replay buffer."""
     from ebjdat.stages import evaluate
-    from ebjdat.stages.context import Context, Task
+    from ebjdat.stages.context import Context
+    from ebjdat.stages.evaluation import Task
 
     context = Context.load(params, override)
     name = known(experiment, context.profile.experiments)
@@ -180,7 +182,8 @@ def energy(
 ) -> None:
     """Energies of clean, adversarial and generated images, and their gaps."""
     from ebjdat.stages import evaluate
-    from ebjdat.stages.context import Context, Task
+    from ebjdat.stages.context import Context
+    from ebjdat.stages.evaluation import Task
 
     context = Context.load(params, override)
     name = known(experiment, context.profile.experiments)
@@ -204,7 +207,8 @@ def reliability(
 ) -> None:
     """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
     from ebjdat.stages import reliability as stage
-    from ebjdat.stages.context import Context, Task
+    from ebjdat.stages.context import Context
+    from ebjdat.stages.evaluation import Task
 
     context = Context.load(params, override)
     name = known(experiment, context.profile.experiments)

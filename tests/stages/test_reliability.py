@@ -19,7 +19,8 @@ from ebjdat.files import read_json
 from ebjdat.metrics import describe
 from ebjdat.models.modes import UnitRange
 from ebjdat.stages import reliability, train
-from ebjdat.stages.context import Context, Task
+from ebjdat.stages.context import Context
+from ebjdat.stages.evaluation import Task
 from ebjdat.training import checkpoint
 
 from ..conftest import ROOT

@@ -26,7 +26,8 @@ from ebjdat.models.modes import UnitRange
 from ebjdat.names import flat_name
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.settings import AttackSettings
-from ebjdat.stages.context import Context, Task, alone, open_evaluation, state_key
+from ebjdat.stages.context import Context, alone
+from ebjdat.stages.evaluation import Task, open_evaluation, state_key
 from ebjdat.training import checkpoint
 
 # Ends of names that averaged weights have, too.

@@ -19,7 +19,8 @@ from ebjdat.files import read_npz, reading, write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.samplers.starts import StartPool
-from ebjdat.stages.context import Context, Task, open_evaluation
+from ebjdat.stages.context import Context
+from ebjdat.stages.evaluation import Task, open_evaluation
 from ebjdat.training import checkpoint
 
 

@@ -17,7 +17,8 @@ from ebjdat.files import write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.progress import Bar
 from ebjdat.settings import AttackSettings
-from ebjdat.stages.context import Context, Task, open_evaluation
+from ebjdat.stages.context import Context
+from ebjdat.stages.evaluation import Task, open_evaluation
 
 Results = dict[str, Any]
 Scores = dict[str, NDArray[np.float64]]
