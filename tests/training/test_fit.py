@@ -42,7 +42,8 @@ def test_a_checkpoint_holds_what_the_loop_selected(digits: Prepared, settings: T
     assert loaded.header.metrics["epochs"] == 2
 
     job, mean = Job("t", "eb_jdat", settings, 3, tmp_path / "state"), torch.from_numpy(digits.class_mean)
-    selected = train(build(MODEL, 1, 10, 3), job, DeviceData(few, "train", CPU), DeviceData(few, "validation", CPU), mean).selected
+    network = build(MODEL, 1, 10, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    selected = train(network, job, DeviceData(few, "train", CPU), DeviceData(few, "validation", CPU), mean).selected
     assert all(torch.equal(loaded.weights[name], value) for name, value in selected.weights.items())
     assert loaded.buffer is not None
     assert selected.buffer is not None
