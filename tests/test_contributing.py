@@ -113,13 +113,15 @@ def test_a_metric_is_three_edits_and_then_in_the_report_mlflow_and_dvc(copy: Cop
 
 def test_the_examples_are_edits_that_pass_their_own_tests_and_lint(copy: Copy) -> None:
     assert len(copy.done) == (ROOT / "CONTRIBUTING.md").read_text().count("\n**`")  # every place that is named
-    text = copy.run("pytest", "tests/test_objectives.py", "tests/test_samplers.py", "-k", "logit_pairing or mala", "-p", "no:cacheprovider")
-    assert "2 passed" in text
+    tests = [path for path in copy.done if path.startswith("tests/")]
+    assert "3 passed" in copy.run("pytest", *tests, "-k", "logit_pairing or mala or awp", "-n0", "-p", "no:cacheprovider")
     copy.run("ruff", "check", "src", "tests")
     copy.run("ruff", "format", "--check", "src", "tests")
     listed = json.loads(copy.run("ebjdat", "methods", "--json"))
     assert listed["methods"]["logit_pairing"]["source"].startswith("ALP")
     assert set(listed["samplers"]["mala"]["defaults"]) == {"steps", "step_size"}
+    assert set(listed["updates"]["awp"]["defaults"]) == {"rho"}
+    assert "squared logits" in copy.run("ebjdat", "metrics", "pairing")
 
 
 def test_the_examples_train_from_the_command_line(copy: Copy) -> None:
@@ -127,7 +129,7 @@ def test_the_examples_train_from_the_command_line(copy: Copy) -> None:
     copy.run("ebjdat", "prepare", *settings, "--out", "data.npz", "--card", "card.json")
     outputs = ("--out", "clean.safetensors", "--metrics", "clean.json", "--curve", "clean.csv")
     copy.run("ebjdat", "pretrain", *settings, "--pretraining", "clean", "--seed", "0", "--data", "data.npz", *outputs)
-    for name, logged in (("logit_pairing", "pairing"), ("jempp_mala", "energy_generated")):
+    for name, logged in (("logit_pairing", "pairing"), ("jempp_mala", "energy_generated"), ("pgd_at_awp", "ce_robust")):
         outputs = ("--out", f"{name}.safetensors", "--metrics", f"{name}.json", "--curve", f"{name}.csv")
         where = ("--experiment", name, "--seed", "0", "--data", "data.npz", "--initial", "clean.safetensors")
         copy.run("ebjdat", "finetune", *settings, *where, *outputs)

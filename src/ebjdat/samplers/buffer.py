@@ -15,7 +15,7 @@ Start = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Chains:
-    """What one step moves: slots of the buffer (B,), images x (B, C, H, W) in [-1, 1], the classes they began from (B,)."""
+    """The chains of one step: slots of the buffer (B,), images x (B, C, H, W) in [-1, 1], the classes they started from (B,)."""
 
     slots: Tensor
     x: Tensor
@@ -28,7 +28,7 @@ class Chains:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which chains each of S steps moves, and which of them start afresh. Made at once, so that steps wait for no device.
+    """Which chains each of S steps runs, and which of them start afresh. Made at once, so that steps wait for no device.
 
     slots (S, B); again (S, B): whether a chain starts afresh, then from fresh[which] (S, B), images of its slot's class.
     """

@@ -1,4 +1,4 @@
-"""One move of chains by the settings' sampler and energy; training and generation both call this."""
+"""Running chains by the settings' sampler and energy, in training and generation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def starter(spec: ChainSettings, pool: StartPool) -> Start:
 
 
 def run_chain(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Tensor:
-    """Move chains x (B, C, H, W) of classes y (B,) by `spec.steps` full gradients of E(x), or of E(x, y) if conditional."""
+    """Chains x (B, C, H, W) of classes y (B,) after `spec.steps` full gradients of E(x), or of E(x, y) if conditional."""
     energy = (lambda logits: joint_energy(logits, y)) if spec.conditional else marginal_energy
     moved: Tensor = registry.load(registry.SAMPLERS, spec.sampler)(model, x, energy, spec, generator)
     return moved
 
 
 def strides(model: WideResNet, x: Tensor, y: Tensor, spec: ChainSettings, generator: torch.Generator) -> Iterator[Tensor]:
-    """The same walk, seen after each of its `spec.steps` full gradients; the last is where `walk` ends, bit for bit.
+    """The same chains after each of their `spec.steps` full gradients; the last is the result of `run_chain`, bit for bit.
 
-    A sampler carries nothing from one step to the next but x and the generator, so walks of one step add up to one walk.
+    A sampler carries nothing from one step to the next but x and the generator, so runs of one step add up to one run.
     """
     one = spec.model_copy(update={"steps": 1})
     for _ in range(spec.steps):

@@ -36,12 +36,12 @@ def released_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
 
 
 def released_ce_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
-    """CE(moved, y) / 2 and the same distance: the step that stands commented out there, whose mean is over slices of two images."""
+    """CE(moved, y) / 2 and the same distance: the step that is commented out there, whose mean is over slices of two images."""
     return _with_distance(model, x, lambda logits: F.cross_entropy(logits, y, reduction="none") / 2)
 
 
 def _with_distance(model: nn.Module, x: Tensor, of: Score) -> Score:
-    """Of the moved images' logits this, and how far they are from the clean ones, each divided by its length."""
+    """`of` the moved images' logits, plus their squared distance from the clean logits, each divided by its length."""
     with torch.no_grad():
         clean = F.normalize(model(x), dim=1)
 

@@ -12,7 +12,7 @@ from ebjdat.settings import ChainSettings
 
 
 def pyld(model: WideResNet, x: Tensor, energy: Energy, spec: ChainSettings, generator: torch.Generator) -> Tensor:
-    """Walk x (B, C, H, W) in [-1, 1] down the energy; returns images in the same range.
+    """Run chains x (B, C, H, W) in [-1, 1] down the energy; returns images in the same range.
 
     Each of `spec.steps` outer steps runs the whole network once for the adjoint p = d(-E)/d(stem output); each of
     `spec.inner_steps` inner steps then moves x along d<stem(x), p>/dx, clamped to [-clamp, clamp], through the stem alone.

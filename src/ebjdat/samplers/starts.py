@@ -15,7 +15,7 @@ COVARIANCE_FLOOR = 1e-4  # added to the diagonal of each class covariance, inter
 
 @dataclass(frozen=True)
 class StartPool:
-    """What starts are made from: the training split and, per class, which of its images belong to it and their mean."""
+    """What starts are made from: the training split and, per class, its images' indices and mean."""
 
     data: DeviceData
     members: tuple[Tensor, ...]  # per class: indices into data
@@ -29,7 +29,7 @@ class StartPool:
 
 
 def class_gaussians(pool: StartPool, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw per label from N(mean_y, cov_y + 1e-4 I) of the training images in [-1, 1], clamped (JEM++).
+    """One sample per label from N(mean_y, cov_y + 1e-4 I) of the training images in [-1, 1], clamped (JEM++).
 
     With deviations d_i = x_i - mean and standard normal g_i, sum_i g_i d_i / sqrt(n - 1) has exactly the sample covariance;
     so no (CHW x CHW) matrix is formed, which at 64x64x3 would take 0.6 GB per class.
