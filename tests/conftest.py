@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
-from ebjdat.settings import DataSettings, ModelSettings, Profile, TrainingSettings
+from ebjdat.settings import DataSettings, ModelSettings, Profile, TrainingSettings, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +44,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def profile() -> Profile:
-    return params.load(ROOT / "params/digits.yaml", [str(ROOT / "params/overrides/ci.yaml")])
+    return load(ROOT / "params/digits.yaml", [str(ROOT / "params/overrides/ci.yaml")])
 
 
 @pytest.fixture(scope="session")

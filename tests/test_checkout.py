@@ -16,11 +16,11 @@ import yaml
 from typer.testing import CliRunner
 
 import ebjdat
-from ebjdat import settings as params
 from ebjdat import yamlfile
 from ebjdat.checkout import CheckoutError, refuse_another
 from ebjdat.cli import app
 from ebjdat.files import commit_of
+from ebjdat.settings import ParamsError, join_overrides, split_overrides
 
 from .conftest import ROOT
 
@@ -99,15 +99,15 @@ def test_worktrees_submodules_and_gits_own_variables(package: Path, head: str, t
     ("variables", "reason"),
     [({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "dubious ownership"), ({"PATH": "/nowhere"}, "git is not installed")],
 )
-def test_why_git_cannot_say_is_told_once(
+def test_why_git_cannot_say_is_output_once(
     package: Path, variables: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert [commit_of(package), commit_of(package)] == ["unknown", "unknown"]
-    told = capsys.readouterr().err
-    assert reason in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert reason in output
+    assert output.count("\n") == 1
 
 
 def test_another_checkouts_code_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_another_checkouts_code_is_refused(package: Path, monkeypatch: pytest.Mo
         monkeypatch.chdir(folder)
         done = CliRunner().invoke(app, ["methods"])
         assert done.exit_code == 1
-        assert f"this folder is of the checkout {copy}" in done.output
+        assert f"this folder belongs to the checkout {copy}" in done.output
         assert f"that of {ROOT}" in done.output
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with pytest.raises(CheckoutError, match="`make install` here"):
@@ -152,9 +152,9 @@ def test_make_sees_that_an_environment_came_along_from_another_place(tmp_path: P
     (first / ".venv/.installed").write_text(f"{first.resolve()}\n")
     assert "venv" not in make(first, "-n", "install")
     shutil.copytree(first, tmp_path / "copy", symlinks=True)
-    told = make(tmp_path / "copy", "-n", "install")
-    assert "rm -rf .venv" in told
-    assert "-m venv .venv" in told
+    output = make(tmp_path / "copy", "-n", "install")
+    assert "rm -rf .venv" in output
+    assert "-m venv .venv" in output
     (first / ".venv/bin/python").unlink()  # as after an update of the system's Python
     (first / ".venv/bin/python").symlink_to(tmp_path / "gone")
     assert "-m venv .venv" in make(first, "-n", "install")
@@ -166,10 +166,10 @@ SAY = '--eval=say: ; @printf "%s\\n" "$$OVERRIDES" "$$QUOTED_OVERRIDES" "$$XDG_C
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_make_hands_overrides_on_as_they_were_written(how: str) -> None:
     written = shlex.join([f"data.path={UNUSUAL}", "params/overrides/ci.yaml"])
-    told = make(ROOT, SAY, "say", *([f"OVERRIDES={written}"] if how == "argument" else []), OVERRIDES=written).splitlines()
-    assert told[0] == written
-    assert yaml.load(told[1], Loader=yaml.BaseLoader) == written
-    assert params.split_overrides(written) == [f"data.path={UNUSUAL}", "params/overrides/ci.yaml"]
+    output = make(ROOT, SAY, "say", *([f"OVERRIDES={written}"] if how == "argument" else []), OVERRIDES=written).splitlines()
+    assert output[0] == written
+    assert yaml.load(output[1], Loader=yaml.BaseLoader) == written
+    assert split_overrides(written) == [f"data.path={UNUSUAL}", "params/overrides/ci.yaml"]
 
 
 def test_caches_are_kept_in_the_checkout_where_home_has_no_place(tmp_path: Path) -> None:
@@ -181,17 +181,17 @@ def test_caches_are_kept_in_the_checkout_where_home_has_no_place(tmp_path: Path)
 
 @pytest.mark.parametrize("value", [UNUSUAL, "images #2.zip", "a, b.zip", "ünïcode.zip", "10", "3 - 1.zip"])
 def test_a_path_is_read_as_it_was_written(value: str) -> None:
-    written = params.join_overrides([f"data.path={value}", "seeds=[0]"])
+    written = join_overrides([f"data.path={value}", "seeds=[0]"])
     read = yaml.load(written, Loader=yaml.BaseLoader)
-    words = read if isinstance(read, list) else params.split_overrides(read)
+    words = read if isinstance(read, list) else split_overrides(read)
     assert words == [f"data.path={value}", "seeds=[0]"]
     assert str(yamlfile.parse_assignment(words[0])["data"]["path"]) == value
 
 
 @pytest.mark.parametrize("text", ["data.path=my images.tar.xz", "data.path='my images", "images.zip"])
 def test_overrides_that_are_not_quoted_are_refused_with_the_way_to_do_it(text: str) -> None:
-    with pytest.raises(params.ParamsError, match=r"data\.path='my images\.tar\.xz'"):
-        params.split_overrides(text)
+    with pytest.raises(ParamsError, match=r"data\.path='my images\.tar\.xz'"):
+        split_overrides(text)
 
 
 SNAKEFILE = f"""
@@ -219,7 +219,7 @@ def test_a_workflow_that_is_stopped_says_so_in_one_line(number: signal.Signals, 
         time.sleep(0.05)
     os.killpg(process.pid, number)
     assert process.wait(60) == code
-    told = (tmp_path / "log").read_text()
-    assert told.splitlines()[-1] == "stopped: nothing is half-written, and the same command continues where it was"
-    assert "Error in rule" not in told
-    assert "WorkflowError" not in told
+    output = (tmp_path / "log").read_text()
+    assert output.splitlines()[-1] == "stopped: nothing is half-written, and the same command continues where it was"
+    assert "Error in rule" not in output
+    assert "WorkflowError" not in output

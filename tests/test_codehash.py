@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from ebjdat import codehash, registry
-from ebjdat import settings as params
 from ebjdat.jobs import NAMED_BY, STAGES
 from ebjdat.registry import Entry
-from ebjdat.settings import Profile
+from ebjdat.settings import Profile, load
 
 from .conftest import ROOT
 
@@ -27,7 +26,7 @@ SADAJEM = {("finetune", "sadajem"), ("finetune", "eb_jdat_sadajem"), ("generate"
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return params.load(ROOT / "params/digits-full.yaml")
+    return load(ROOT / "params/digits-full.yaml")
 
 
 def digests(profile: Profile) -> Digests:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.data import external
 from ebjdat.data.prepared import Prepared
 from ebjdat.evaluation.verdicts import Verdicts
 from ebjdat.files import FileError, arrays_of, parse_json, read_json, read_npz, write_npz
-from ebjdat.settings import ParamsError
+from ebjdat.settings import ParamsError, run_name
+from ebjdat.settings import load as load_profile
 from ebjdat.stages import evaluate
 from ebjdat.training import state
 
@@ -247,9 +247,9 @@ def test_names_that_no_folder_can_have_are_refused_at_check(tmp_path: Path) -> N
     assert CliRunner().invoke(app, ["check", "--params", str(path)]).exit_code == 0
     for key in (f"pretraining.{name}={{epochs: 1}}", f"evaluation.attack.protocols.{name}={{like: standard, eps: 0.1, n: 0}}"):
         with pytest.raises(ParamsError, match="at most 100 characters"):
-            params.load(ROOT / "params/digits.yaml", [key])
+            load_profile(ROOT / "params/digits.yaml", [key])
     with pytest.raises(ParamsError, match=r"data\.label: .*at most 100 characters"):
-        params.load(ROOT / "params/digits.yaml", [f"data.label={name}"])
+        load_profile(ROOT / "params/digits.yaml", [f"data.label={name}"])
 
 
 def test_names_of_runs_that_no_folder_can_have_are_refused_at_check(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_names_of_runs_that_no_folder_can_have_are_refused_at_check(tmp_path: Pa
         (tmp_path / f"{stem}.yaml").write_text("seeds: [0]\n")
         overrides.append(str(tmp_path / f"{stem}.yaml"))
     with pytest.raises(ParamsError, match=r"digits\.yaml: .*168 characters; allowed are 150; shorten the files' names"):
-        params.load(ROOT / "params/digits.yaml", overrides)
-    assert params.run_name("params/digits.yaml", overrides[:1]) == f"digits+{'a' * 100}"
+        load_profile(ROOT / "params/digits.yaml", overrides)
+    assert run_name("params/digits.yaml", overrides[:1]) == f"digits+{'a' * 100}"
     (tmp_path / "x\x1b[2J.yaml").write_text("seeds: [0]\n")
-    with pytest.raises(ParamsError, match=r"a file's name becomes part of folders' names, .* found 'x\\x1b\[2J'"):
-        params.load(ROOT / "params/digits.yaml", [str(tmp_path / "x\x1b[2J.yaml")])
+    with pytest.raises(ParamsError, match=r"file names become part of folder names: .* found 'x\\x1b\[2J'"):
+        load_profile(ROOT / "params/digits.yaml", [str(tmp_path / "x\x1b[2J.yaml")])

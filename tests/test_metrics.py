@@ -14,10 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from ebjdat import metrics
-from ebjdat import settings as params
 from ebjdat.cli import app
 from ebjdat.files import read_json
 from ebjdat.metrics import METRICS, STAGES, describe
+from ebjdat.settings import merge
 from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
 from ebjdat.stages.context import Context
 from ebjdat.stages.evaluation import Task
@@ -55,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["experiments"] = {"ours": {"method": "eb_jdat", "pretraining": "clean", "training": {"ema": 0.9}}}
     small = yaml.safe_load((ROOT / "params/overrides/ci.yaml").read_text())
     small["data"]["n_test"] = 20
-    content = params.merge(content, {key: value for key, value in small.items() if key != "experiments"})
+    content = merge(content, {key: value for key, value in small.items() if key != "experiments"})
     protocols = {
         "standard": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.03}},
         "released": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.02}},

@@ -19,7 +19,6 @@ from torch.optim.swa_utils import AveragedModel
 
 import ebjdat
 from ebjdat import codehash, jobs
-from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.evaluation.frechet import frechet_distance
@@ -27,6 +26,7 @@ from ebjdat.evaluation.generate import fresh_chains
 from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.starts import StartPool
+from ebjdat.settings import load
 from ebjdat.stages import attack, evaluate, train
 from ebjdat.stages.context import BusyError, Context, journal_of
 from ebjdat.stages.evaluation import Task
@@ -67,7 +67,7 @@ class Files:
         self.folder = folder
         self.executed = {stage: Executed() for stage in ("finetune", "attack", "generate", "energy")}
         overrides = [str(ROOT / "params/overrides/ci.yaml"), *NO_ENSEMBLES]
-        self.context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
+        self.context = Context(load(ROOT / "params/digits.yaml", overrides), "test")
         self.data_path = folder / "data.npz"
         self.data, card = prepared.prepare(self.context.profile.data)
         prepared.save(self.data, card, self.data_path, folder / "card.json")
@@ -214,7 +214,7 @@ def test_frechet_distance_is_to_the_training_images_under_the_reference(files: F
 def test_finetuning_starts_from_its_pretraining_and_selects_on_validation(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files.folder)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
-    still = Context(params.load(ROOT / "params/digits.yaml", ["experiments.classifier.training.epochs=0", "data.n_test=100"]), "test")
+    still = Context(load(ROOT / "params/digits.yaml", ["experiments.classifier.training.epochs=0", "data.n_test=100"]), "test")
     train.finetune(still, "classifier", 0, files.data_path, files.out("clean").checkpoint, files.out("still"), None)
     first, second = (checkpoint.load(files.out(name).checkpoint).weights for name in ("clean", "still"))
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -239,7 +239,7 @@ def diverging(files: Files, **more: str) -> Context:
     """The reduced profile with EB-JDAT at 100 times its rate, 4 epochs."""
     own = {"optimizer.lr": "30", "epochs": "4", "schedule.name": "constant", "healing.every": "5", **more}
     overrides = [str(ROOT / "params/overrides/ci.yaml"), *(f"experiments.eb_jdat.training.{k}={v}" for k, v in own.items())]
-    return Context(params.load(ROOT / "params/digits.yaml", overrides), "diverging")
+    return Context(load(ROOT / "params/digits.yaml", overrides), "diverging")
 
 
 def sent(out: train.Outputs, folder: Path) -> Any:
@@ -279,7 +279,7 @@ def test_a_collapse_that_is_only_recorded_is_no_recovery(files: Files, tmp_path:
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
     overrides = [str(ROOT / "params/overrides/ci.yaml"), "experiments.eb_jdat.training.epochs=2"]
     own = ["experiments.eb_jdat.training.healing.mode=record", "experiments.eb_jdat.training.healing.gap=1.0e-9"]
-    context, out = Context(params.load(ROOT / "params/digits.yaml", [*overrides, *own]), "recorded"), files.out("recorded")
+    context, out = Context(load(ROOT / "params/digits.yaml", [*overrides, *own]), "recorded"), files.out("recorded")
     train.finetune(context, "eb_jdat", 0, files.data_path, files.out("clean").checkpoint, out, None)
     result = read_json(out.metrics)
     assert (result["collapse_epoch"], result["recoveries"], len(result["events"])) == (1, 0, 1)
@@ -303,7 +303,7 @@ def test_an_experiment_has_the_network_of_its_pretraining(files: Files, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
     overrides = [str(ROOT / "params/overrides/ci.yaml"), "pretraining.clean.model.norm=none", "pretraining.clean.epochs=0"]
-    context = Context(params.load(ROOT / "params/digits.yaml", overrides), "narrow")
+    context = Context(load(ROOT / "params/digits.yaml", overrides), "narrow")
     train.pretrain(context, "clean", 0, files.data_path, files.out("plain"), None)
     train.finetune(context, "eb_jdat", 0, files.data_path, files.out("plain").checkpoint, files.out("tuned"), None)
     assert checkpoint.load(files.out("tuned").checkpoint).header.model.norm == "none"
@@ -349,7 +349,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(files: Files
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
     overrides = [str(ROOT / "params/overrides/ci.yaml"), *NO_ENSEMBLES, "experiments.eb_jdat.training.ema=0.9"]
-    context, out = Context(params.load(ROOT / "params/digits.yaml", overrides), "ema"), files.out("ema")
+    context, out = Context(load(ROOT / "params/digits.yaml", overrides), "ema"), files.out("ema")
     seen = []
     average = AveragedModel.update_parameters
 

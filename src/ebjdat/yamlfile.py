@@ -1,8 +1,8 @@
-"""YAML of settings, read as it is written or refused: one reader for profiles, override files and `key.path=value` words.
+"""A strict reader of YAML settings: profiles, override files and `key.path=value` words.
 
-It is YAML 1.2, as DVC reads the same files: 1e-3 is a number and `on` a word. What readers of YAML take for different things
-(010, 1_000, 1:30, 2001-02-03) is refused, and so is whatever has no place in settings: tags, names that are not text, keys that
-stand twice. Every bound is far above an honest profile and far below what would take seconds.
+It reads YAML 1.2, as DVC does: 1e-3 is a number and `on` is text. It refuses what YAML readers disagree about (010, 1_000, 1:30,
+2001-02-03) and what has no place in settings: tags, keys that are not text, duplicate keys. Every bound is far above a sensible
+profile and far below what would take seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from ebjdat.errors import UserError
 
 LARGEST_FILE = 2**18  # bytes; shipped profiles have less than 10,000
-MOST_VALUES = 10_000  # in a file; what aliases repeat counts each time
+MOST_VALUES = 10_000  # in a file; each repetition by an alias counts
 DEEPEST = 50  # levels of nesting
 LONGEST_TEXT = 10_000  # characters of one value
 LONGEST_NAME = 200  # characters of one key
@@ -28,7 +28,7 @@ LONGEST_NUMBER = 100  # digits
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 CORE = "tag:yaml.org,2002:"
 UNCLEAR, WORD = "unclear", "word"
-# What a value without quotes is, in YAML 1.2 and so for DVC, by the first pattern that fits; anything else is text.
+# Types of unquoted values in YAML 1.2, by the first pattern that fits; anything else is text.
 KINDS = {
     CORE + "null": r"(~|null|Null|NULL|)\Z",
     CORE + "bool": r"(true|True|TRUE|false|False|FALSE)\Z",
@@ -43,11 +43,11 @@ KINDS = {
 
 
 class YamlError(UserError):
-    """The text is no YAML of settings; says where and why, in one line."""
+    """The text is not YAML of settings; one line says where and why."""
 
 
 class Word(str):
-    """yes, no, on or off without quotes: text to YAML 1.2 and DVC, a truth value where one is asked for."""
+    """Unquoted yes, no, on or off: text in YAML 1.2 and to DVC; settings that are true or false take it as such."""
 
     __slots__ = ()
 
@@ -57,7 +57,7 @@ class Word(str):
 
 
 class _Composer(yaml.BaseLoader):
-    """Text -> nodes, within bounds. BaseLoader itself takes every value for text."""
+    """Text -> nodes, within bounds. BaseLoader resolves no types by itself."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -67,7 +67,7 @@ class _Composer(yaml.BaseLoader):
         self.depth += 1
         self.nodes += 1
         if self.depth > DEEPEST or self.nodes > MOST_VALUES:
-            what = f"it is nested deeper than {DEEPEST} levels" if self.depth > DEEPEST else f"it has more than {MOST_VALUES:,} values"
+            what = f"nested deeper than {DEEPEST} levels" if self.depth > DEEPEST else f"more than {MOST_VALUES:,} values"
             raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         try:
             return super().compose_node(parent, index)
@@ -80,10 +80,10 @@ for _kind, _pattern in KINDS.items():
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file of at most LARGEST_FILE bytes. Raises YamlError; FileNotFoundError where there is none."""
+    """The text of a regular file of at most LARGEST_FILE bytes. Raises YamlError, or FileNotFoundError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait, a device may have no end
-            raise YamlError(f"is {'a folder' if path.is_dir() else 'no regular file'}; a YAML file is allowed")
+            raise YamlError(f"is {'a folder' if path.is_dir() else 'not a regular file'}; a YAML file is allowed")
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str) -> Any:
-    """What a YAML text holds: mappings, lists, text, numbers, truth values, null. Raises YamlError."""
+    """The content of a YAML text: mappings, lists, text, numbers, booleans, null. Raises YamlError."""
     node = _compose(text)
     return None if node is None else _Values().of(node, ())
 
@@ -110,15 +110,15 @@ def parse_assignment(word: str) -> dict[str, Any]:
     path, _, text = word.partition("=")
     keys = path.split(".")
     if not all(KEY.fullmatch(key) and len(key) <= LONGEST_NAME for key in keys) or len(keys) > DEEPEST:
-        raise YamlError("before `=` stands no key path; names of letters, digits, - and _ with dots between them are allowed")
+        raise YamlError("no key path before `=`; keys of letters, digits, - and _ joined by dots are allowed")
     node = _compose(text)
     if node is None:
-        raise YamlError(f"no value; {path}=null says that none is meant, {path}='\"\"' an empty text")
+        raise YamlError(f"no value; write {path}=null for none, {path}='\"\"' for empty text")
     result = _Values().of(node, tuple(keys))
     if text[node.end_mark.index :].lstrip().startswith("#"):
         if not isinstance(result, str) or getattr(node, "style", None):
-            raise YamlError("# begins a comment, which an override has not; put quotes around the whole value")
-        result = text.strip()  # "images #2.zip": there are no comments in one value
+            raise YamlError("# begins a comment; put quotes around the whole value")
+        result = text.strip()  # "images #2.zip": an override has no comments
     for key in reversed(keys):
         result = {key: result}
     return result
@@ -135,12 +135,12 @@ def _compose(text: str) -> yaml.Node | None:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(filter(None, (error.context, error.problem)))
         raise YamlError(f"not YAML: {place}{what}") from error
-    except (ValueError, OverflowError) as error:  # an escaped character beyond Unicode, a version of thousands of digits
+    except (ValueError, OverflowError) as error:  # an escape beyond Unicode, a version with thousands of digits
         raise YamlError(f"not YAML: {error}") from error
 
 
 class _Values:
-    """Nodes -> values. An alias is read anew wherever it stands, so that its repetitions count."""
+    """Nodes -> values. Every use of an alias is read again, so that its repetitions count."""
 
     def __init__(self) -> None:
         self.left = MOST_VALUES
@@ -148,9 +148,9 @@ class _Values:
     def of(self, node: yaml.Node, where: tuple[str | int, ...], depth: int = 0) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise _refused(node, where, f"aliases make more than {MOST_VALUES:,} values of it")
+            raise _refused(node, where, f"aliases expand to more than {MOST_VALUES:,} values")
         if depth > DEEPEST:
-            raise _refused(node, where[:3], "an alias stands within what it repeats")
+            raise _refused(node, where[:3], "an alias inside its own anchor")
         if isinstance(node, yaml.MappingNode) and node.tag == CORE + "map":
             return self._mapping(node, where, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == CORE + "seq":
@@ -161,19 +161,19 @@ class _Values:
 
     def _mapping(self, node: yaml.MappingNode, where: tuple[str | int, ...], depth: int) -> dict[str, Any]:
         own: dict[str, Any] = {}
-        merged: dict[str, Any] = {}  # of `<<`; what stands beside it wins, and the first of several
+        merged: dict[str, Any] = {}  # from `<<`; the mapping's own keys override it, and the first of several wins
         seen = set()
         for key_node, value_node in node.value:
             merges = key_node.tag == CORE + "merge"
             key = "<<" if merges else _scalar(key_node, where) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str) or isinstance(key, Word):
                 scalar = isinstance(key_node, yaml.ScalarNode)
-                found = f"{_short(key_node.value)} (in quotes it is text)" if scalar else f"a {key_node.id}"
-                raise _refused(key_node, where, f"a name is text, found {found}")
+                found = f"{_short(key_node.value)} (quoted, it is text)" if scalar else f"a {key_node.id}"
+                raise _refused(key_node, where, f"a key must be text, found {found}")
             if len(key) > LONGEST_NAME or not key.isprintable():
-                raise _refused(key_node, where, f"{_short(key)} is no name: at most {LONGEST_NAME} printable characters are allowed")
+                raise _refused(key_node, where, f"{_short(key)} is not a key: at most {LONGEST_NAME} printable characters are allowed")
             if (merges, key) in seen:
-                raise _refused(key_node, where, f"the key {key!r} stands twice" + (", <<: [*a, *b] is allowed" if merges else ""))
+                raise _refused(key_node, where, f"duplicate key {key!r}" + ("; <<: [*a, *b] is allowed" if merges else ""))
             seen.add((merges, key))
             if not merges:
                 own[str(key)] = self.of(value_node, (*where, key), depth + 1)
@@ -181,7 +181,7 @@ class _Values:
             for part in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
                 content = self.of(part, (*where, key), depth + 1)
                 if not isinstance(content, dict):
-                    raise _refused(part, where, "<< takes an alias of a mapping, or a list of them")
+                    raise _refused(part, where, "<< takes an alias of a mapping or a list of such aliases")
                 merged = {**content, **merged}
         return {**merged, **own}
 
@@ -189,7 +189,7 @@ class _Values:
 def _scalar(node: yaml.ScalarNode, where: tuple[str | int, ...]) -> Any:
     tag, text = node.tag, node.value
     if tag == UNCLEAR:
-        what = f"{_short(text)} means different things to different readers of YAML; write a plain decimal number, or text in quotes"
+        what = f"{_short(text)} means different things to different YAML readers; write a plain decimal number, or quoted text"
         raise _refused(node, where, what)
     if tag in (CORE + "str", WORD):
         if len(text) > LONGEST_TEXT:
@@ -200,7 +200,7 @@ def _scalar(node: yaml.ScalarNode, where: tuple[str | int, ...]) -> Any:
     if tag not in KINDS or tag == CORE + "merge":
         raise _refused(node, where, _no_tag(node))
     if not re.match(KINDS[tag], text):
-        raise _refused(node, where, f"{_short(text)} is no value of the tag !!{tag.removeprefix(CORE)}")
+        raise _refused(node, where, f"{_short(text)} is not a value of the tag !!{tag.removeprefix(CORE)}")
     if tag == CORE + "null":
         return None
     if tag == CORE + "bool":
@@ -211,7 +211,7 @@ def _scalar(node: yaml.ScalarNode, where: tuple[str | int, ...]) -> Any:
         return int(text)
     value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if math.isinf(value) and "inf" not in text.lower():
-        raise _refused(node, where, f"{_short(text)} is larger than any number here")
+        raise _refused(node, where, f"{_short(text)} is too large a number")
     return value
 
 
@@ -221,7 +221,7 @@ def _no_tag(node: yaml.Node) -> str:
 
 
 def _short(text: str) -> str:
-    """Text in quotes, escaped, at most 60 characters of it."""
+    """Text quoted and escaped, cut to 60 characters."""
     return ascii(text) if len(text) <= 60 else ascii(text[:57]) + "..."
 
 

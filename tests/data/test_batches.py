@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ebjdat import settings as params
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
-from ebjdat.settings import AugmentSettings
+from ebjdat.settings import AugmentSettings, load
 
 from ..conftest import ROOT
 
@@ -60,7 +59,7 @@ def test_crops_match_a_slow_loop() -> None:
 
 def test_sada_jem_sees_unaugmented_images_for_its_density_term_and_no_other(train_data: DeviceData) -> None:
     """With the settings that the method resolves to: p(x) images are the raw ones, p(y|x) images are cropped and flipped."""
-    profile = params.load(ROOT / "params/cifar10.yaml")
+    profile = load(ROOT / "params/cifar10.yaml")
     raw = {x.numpy().tobytes() for x in train_data.internal()}
 
     def share(experiment: str, which: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -10,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.data.prepared import Prepared
-from ebjdat.settings import DataSettings
+from ebjdat.settings import DataSettings, load
 from ebjdat.stages import prepare
 
 from ..conftest import ROOT
@@ -91,7 +91,7 @@ def test_duplicates_are_counted_by_their_pixels(tmp_path: Path, files: Files, ca
     assert (n["within_test"], n["conflicting_labels"]) == (0, 1)
     assert "pictures with more than one label: 1" in card["warnings"]
     without = [f"evaluation.attack.protocols.{name}.n=0" for name in ("standard", "released", "standard_l2")]  # three classes are too few
-    profile = params.load(ROOT / "params/digits.yaml", without).model_copy(update={"data": settings(tmp_path / "images")})
+    profile = dataclasses.replace(load(ROOT / "params/digits.yaml", without), data=settings(tmp_path / "images"))
     prepare.run(profile, tmp_path / "data.npz", tmp_path / "card.json")
     printed = capsys.readouterr().out.splitlines()[1:]
     assert printed == [f"warning: {line}" for line in card["warnings"]]

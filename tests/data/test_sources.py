@@ -15,10 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ebjdat import registry
-from ebjdat import settings as params
 from ebjdat.data import external, prepared, sources
 from ebjdat.data.prepared import Prepared, check_record
-from ebjdat.settings import DataSettings, ParamsError
+from ebjdat.settings import DataSettings, ParamsError, load
 
 from ..conftest import ROOT
 from .conftest import KINDS, THREE, Files, as_folder, as_zip, grey, picture, read, refusal, saved, settings, tree
@@ -54,8 +53,8 @@ def test_data_that_differ_from_their_record_are_refused(change: dict[str, object
 
 def test_flips_that_change_labels_are_refused() -> None:
     with pytest.raises(ParamsError, match=r"training\.augment\.flip: mirrored images"):
-        params.load(ROOT / "params/digits.yaml", ["training.augment.flip=true"])
-    assert params.load(ROOT / "params/cifar10.yaml", ["training.augment.flip=true"])
+        load(ROOT / "params/digits.yaml", ["training.augment.flip=true"])
+    assert load(ROOT / "params/cifar10.yaml", ["training.augment.flip=true"])
 
 
 def test_a_torchvision_set_with_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat import registry
-from ebjdat import settings as params
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.evaluation import fidelity, generate
@@ -20,7 +19,7 @@ from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
 from ebjdat.samplers.chains import run_chain, strides
 from ebjdat.samplers.starts import StartPool
-from ebjdat.settings import ChainSettings, GenerateSettings, ParamsError, Profile
+from ebjdat.settings import ChainSettings, GenerateSettings, ParamsError, Profile, load
 
 from ..conftest import ROOT
 
@@ -167,7 +166,7 @@ def test_protocols_say_what_is_measured_against_what(network: WideResNet, digits
 
 def profile_problems(**generate_settings: Any) -> str:
     with pytest.raises(ParamsError) as error:
-        params.load(ROOT / "params/digits.yaml", [f"evaluation.generate.{k}={v}" for k, v in generate_settings.items()])
+        load(ROOT / "params/digits.yaml", [f"evaluation.generate.{k}={v}" for k, v in generate_settings.items()])
     return str(error.value)
 
 
@@ -176,22 +175,22 @@ def test_protocols_of_samples_are_data(profile: Profile) -> None:
         "standard": {"source": "fresh", "select": 1.0, "against": "train"},
         "released": {"source": "buffer", "select": 0.9, "against": "all"},
     }
-    own = params.load(
+    own = load(
         ROOT / "params/digits.yaml", ["evaluation.generate.protocols={released: null, bound: {like: standard, source: conditional}}"]
     ).evaluation.generate.protocols
     assert list(own) == ["standard", "bound"]
     assert (own["bound"].source, own["bound"].select, own["bound"].against) == ("conditional", 1.0, "train")
-    same = params.load(ROOT / "params/digits.yaml", ["evaluation.generate.protocols.released.like=released"])
+    same = load(ROOT / "params/digits.yaml", ["evaluation.generate.protocols.released.like=released"])
     assert same.evaluation.generate.protocols["released"].select == 0.9
 
 
 @pytest.mark.parametrize(
     ("protocols", "expected"),
     [
-        ("{released: {select: 0.5}}", "protocols.released: its values are what its name means; add a protocol `like: released`"),
-        ("{standard: {against: all}}", "protocols.standard: its values are what its name means"),
+        ("{released: {select: 0.5}}", "protocols.released: its name fixes its values; add a protocol `like: released`"),
+        ("{standard: {against: all}}", "protocols.standard: its name fixes its values"),
         ("{standard: null}", "'standard' cannot be left out"),
-        ("{mine: {source: buffer}}", "'mine' needs `like`, the row that it stands on; allowed: standard, released"),
+        ("{mine: {source: buffer}}", "'mine' needs `like`, the preset it starts from; allowed: standard, released"),
         ("{mine: {like: releasd}}", "'mine' needs `like`"),
         ("{ema: {like: released, select: 0.5}}", "results of averaged weights are named ema_"),
         ("{mine: {like: released, select: 0}}", "protocols.mine.select: input should be greater than 0"),

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebjdat import settings as params
 from ebjdat.data import sources
 from ebjdat.errors import DataError
 from ebjdat.evaluation import ood
-from ebjdat.settings import DataSettings, ParamsError, ReliabilitySettings
+from ebjdat.settings import DataSettings, ParamsError, ReliabilitySettings, load
 
 from ..conftest import ROOT
 
@@ -130,7 +129,7 @@ def test_a_set_asked_for_by_name_may_be_fetched_and_auto_fetches_nothing(x: Tens
 def test_settings_that_cannot_be(override: str, expected: str) -> None:
     text = f"evaluation.reliability{'=' if override.startswith('{') else '.'}{override}"
     with pytest.raises(ParamsError, match="1 problem ") as caught:
-        params.load(ROOT / "params/digits.yaml", [text])
+        load(ROOT / "params/digits.yaml", [text])
     assert expected in str(caught.value)
 
 
@@ -143,4 +142,4 @@ def test_settings_that_cannot_be(override: str, expected: str) -> None:
 )
 def test_the_data_itself_is_not_out_of_distribution(profile: str, override: str, expected: str) -> None:
     with pytest.raises(ParamsError, match=expected):
-        params.load(ROOT / f"params/{profile}.yaml", [override])
+        load(ROOT / f"params/{profile}.yaml", [override])

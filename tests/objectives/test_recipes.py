@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebjdat import settings as params
 from ebjdat.data.batches import Batch
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives import recipes
-from ebjdat.settings import TrainingSettings, WeightSettings
+from ebjdat.settings import TrainingSettings, WeightSettings, load
 from tests.conftest import ROOT
 
 
@@ -146,7 +145,7 @@ def test_alignment_pulls_adversarial_energy_down_to_the_clean_ones(table: Table)
 
 
 def form(name: str) -> tuple[TrainingSettings, WeightSettings]:
-    profile = params.load(ROOT / "params/cifar10.yaml", [f"experiments.eb_jdat.form={name}"])
+    profile = load(ROOT / "params/cifar10.yaml", [f"experiments.eb_jdat.form={name}"])
     settings = profile.training_settings("eb_jdat")
     return settings, settings.weights
 
@@ -189,7 +188,7 @@ def test_the_released_loss_from_its_definition(
     p_x (f(x-) - f(x+)) + p_y CE(x) + p_xadv (f(x~) - f(x+)) + p_yadv CE(x~), each f a mean of logsumexp over its own images.
     """
     own = [f"experiments.eb_jdat.form={name}", f"experiments.eb_jdat.base={base}"]
-    weights = params.load(ROOT / "params/digits.yaml", own).training_settings("eb_jdat").weights
+    weights = load(ROOT / "params/digits.yaml", own).training_settings("eb_jdat").weights
     x, moved = torch.rand(2, 8, 1, 8, 8, generator=rng) * 2 - 1
     density, chains = torch.rand(2, size, 1, 8, 8, generator=rng) * 2 - 1
     y = torch.arange(8) % 10

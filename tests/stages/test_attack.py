@@ -280,9 +280,9 @@ def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
     for command, more in (("check", []), ("prepare", files)):
         done = CliRunner().invoke(app, [command, *words, *more])
         assert done.exit_code == 1, done.output
-        assert "apgd_t needs at least 4 classes, here are 2; set its n to 0" in done.output
+        assert "apgd_t needs at least 4 classes, the data have 2; set its n to 0" in done.output
         assert "apgd_dlr needs at least 3 classes" in done.output
-        assert "works protocols.standard_binary={eps: 0.15, pgd: {step_size: 0.0375}, n: 60}" in done.output
+        assert "use protocols.standard_binary={eps: 0.15, pgd: {step_size: 0.0375}, n: 60}" in done.output
         assert not (folder / "data.npz").exists()
         done = CliRunner().invoke(app, [command, *words, *works, *more])
         assert done.exit_code == 0, done.output

@@ -12,12 +12,12 @@ from PIL import Image
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from ebjdat import settings as params
 from ebjdat.data import prepared
 from ebjdat.evaluation import calibration, robust
 from ebjdat.files import read_json
 from ebjdat.metrics import describe
 from ebjdat.models.modes import UnitRange
+from ebjdat.settings import load
 from ebjdat.stages import reliability, train
 from ebjdat.stages.context import Context
 from ebjdat.stages.evaluation import Task
@@ -47,7 +47,7 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EBJDAT_TRACKING", "0")
     overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.reliability.batch_size=64"]
-    context = Context(params.load(ROOT / "params/digits.yaml", overrides), "test")
+    context = Context(load(ROOT / "params/digits.yaml", overrides), "test")
     data, card = prepared.prepare(context.profile.data)
     prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
     weights = tmp_path / "clean.safetensors"

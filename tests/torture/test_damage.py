@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebjdat import settings as params
-from ebjdat.settings import ParamsError
+from ebjdat.settings import ParamsError, load
 
 from .conftest import Campaign
 from .judge import content, differences
@@ -162,14 +161,14 @@ def settings(campaign: Campaign) -> None:
     """A profile is another one, under another hash; or refused, by ParamsError alone."""
     file = campaign.folder / "digits.yaml"
     original = (campaign.reference.folder / "params/digits.yaml").read_bytes()
-    whole = params.load(campaign.reference.folder / "params/digits.yaml", [])
+    whole = load(campaign.reference.folder / "params/digits.yaml", [])
     rng = campaign.random("settings")
     tried = [each for _ in range(SETTINGS // 8 + 1) for each in damages(original, rng)]
     for i, (what, data) in enumerate(tried):
         file.write_bytes(data)
         wrong, how = [], "refused"
         try:
-            found = params.load(file, [])
+            found = load(file, [])
         except ParamsError as error:
             wrong = [] if str(file) in str(error) or "digits.yaml" in str(error) else [f"does not name the file: {str(error)[:160]}"]
         except Exception as error:

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ebjdat import settings as params
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import build
-from ebjdat.settings import ModelSettings, TrainingSettings, merge
+from ebjdat.settings import ModelSettings, TrainingSettings, load, merge
 from ebjdat.training.healing import Event
 from ebjdat.training.loop import Hooks, train
 from ebjdat.training.state import Job, TrainingState
 from tests.conftest import ROOT
 
-FULL = params.load(ROOT / "params/digits-full.yaml")
+FULL = load(ROOT / "params/digits-full.yaml")
 
 
 def run(

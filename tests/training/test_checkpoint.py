@@ -26,6 +26,7 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.settings import ModelSettings, Profile
+from ebjdat.settings import load as load_profile
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Checkpoint, CheckpointError, Header
 from tests.conftest import ROOT
@@ -247,7 +248,7 @@ def test_an_experiments_checkpoint_fits_its_profile(saved: Path, profile: Profil
         checkpoint.load_for(profile, "pgd_at", saved, digits)
     with pytest.raises(CheckpointError, match="data"):
         checkpoint.load_for(profile, "eb_jdat", saved, dataclasses.replace(digits, data_hash="other"))
-    wider = profile.model_copy(update={"model": profile.model.model_copy(update={"width": 5})})
+    wider = load_profile(ROOT / "params/digits.yaml", ["model.width=5"])
     with pytest.raises(CheckpointError, match="holds another network: width"):
         checkpoint.load_for(wider, "eb_jdat", saved, digits)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebjdat import registry
-from ebjdat import settings as params
 from ebjdat.bench import naive
 from ebjdat.bench.measure import Case, Ours
 from ebjdat.data.batches import Batch, generator
@@ -27,7 +26,7 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives import recipes, sampling
 from ebjdat.objectives.sampling import SamplingState
 from ebjdat.samplers.chains import starter
-from ebjdat.settings import ModelSettings, TrainingSettings, merge
+from ebjdat.settings import ModelSettings, ParamsError, TrainingSettings, load, merge
 from ebjdat.training import step
 from ebjdat.training.step import Step
 from tests.conftest import ROOT
@@ -35,7 +34,7 @@ from tests.conftest import ROOT
 CPU = torch.device("cpu")
 
 
-CIFAR = params.load(ROOT / "params/cifar10.yaml", [])
+CIFAR = load(ROOT / "params/cifar10.yaml", [])
 
 
 def case(experiment: str, changes: Mapping[str, Any], norm: str = "batch", variant: str = "wrn") -> Case:
@@ -130,8 +129,8 @@ def test_slices_of_a_batch_add_up(update: str) -> None:
     assert any(not torch.equal(state[k], v) for k, v in ours.model.state_dict().items())
     apart = max(float((state[k] - sliced_state[k]).norm()) for k in state)
     assert apart < 1e-3 * max(float((state[k] - v).norm()) for k, v in ours.model.state_dict().items())
-    with pytest.raises(params.ParamsError, match="no multiple of"):
-        params.load(ROOT / "params/digits.yaml", ["training.compute.accumulate=5"])
+    with pytest.raises(ParamsError, match="no multiple of"):
+        load(ROOT / "params/digits.yaml", ["training.compute.accumulate=5"])
 
 
 def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +148,8 @@ def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
     losses, blocks = 4, 3
     assert counts == [blocks * (3 + 5 + losses), blocks * (3 + 5 + 2 * losses)]  # chain, adversaries, losses
-    with pytest.raises(params.ParamsError, match="recompute or compile"):
-        params.load(ROOT / "params/digits.yaml", ["training.compute.recompute=true", "training.compute.compile=true"])
+    with pytest.raises(ParamsError, match="recompute or compile"):
+        load(ROOT / "params/digits.yaml", ["training.compute.recompute=true", "training.compute.compile=true"])
 
 
 def test_bf16_is_for_layers_alone() -> None:

@@ -212,7 +212,7 @@ def test_settings_that_cannot_work_stop_before_anything_runs(after_snakemake: Pr
 
 def test_code_of_another_checkout_stops_before_anything_runs(after_snakemake: Project) -> None:
     text = after_snakemake.run("snakemake", "--cores", "1", ok=False, PYTHONPATH=str(ROOT / "src"))
-    assert f"this folder is of the checkout {after_snakemake.folder}, but the code that would run is that of {ROOT}" in text
+    assert f"this folder belongs to the checkout {after_snakemake.folder}, but the code that would run is that of {ROOT}" in text
     assert "Traceback" not in text
     assert "jobs" not in text
 

@@ -20,10 +20,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from ebjdat import settings as params
 from ebjdat.bench.measure import Case, measure
 from ebjdat.files import git_commit
-from ebjdat.settings import ModelSettings, TrainingSettings, merge
+from ebjdat.settings import ModelSettings, TrainingSettings, load, merge
 from ebjdat.stages.context import device_for
 
 COLUMNS = ("varied", "model", "batch_size", "chain_steps", "precision", "flops_per_image", "ms_per_step", "ms_low", "ms_high", "n")
@@ -79,7 +78,7 @@ def main(
     device = device_for(device_name, threads)
     large = device.type == "cuda"
     overrides = [f"training.compute.precision={precision}", f"training.compute.compile={str(large).lower()}"]
-    profile = params.load(Path("params/cifar10.yaml"), overrides)
+    profile = load(Path("params/cifar10.yaml"), overrides)
     settings = TrainingSettings.model_validate(
         merge(profile.training_settings("eb_jdat").model_dump(), {"batch_size": 256 if large else 64, "chain": {"buffer": 1000}})
     )

@@ -21,7 +21,7 @@ from ebjdat.report.collect import RunResult, metrics_of
 from ebjdat.report.format import effective_radius
 from ebjdat.report.pairs import correct_together
 from ebjdat.report.summary import Estimate, estimate, paper_numbers
-from ebjdat.settings import RELEASED, Profile, base_of, form_of, form_values
+from ebjdat.settings import RELEASED, Profile, form_values
 
 Verdict = Literal["holds", "fails", "open"]
 SIGNIFICANT = 0.05
@@ -66,9 +66,9 @@ class Evidence:
         """The first experiment of a method as it is defined: with its form's own score and weights, or another w2 if given."""
         for name, entry in self.profile.experiments.items():
             settings = self.profile.training_settings(name)
-            if entry.method != method or (form is not None and form_of(method, entry.form) != form):
+            if entry.method != method or (form is not None and entry.form != form):
                 continue
-            values = form_values(form, base_of(entry.method, entry.base)) if form else {}
+            values = form_values(form, entry.base) if form else {}
             usual = values.get("weights", {}) | ({} if w2 is None else {"w2": w2})
             as_usual = all(getattr(settings.weights, name) == usual.get(name, 1.0) for name in ("w1", "w2", "w3"))
             if form is None or (as_usual and settings.adversary.score == values["adversary"]["score"]):
@@ -94,7 +94,7 @@ class Evidence:
         """EB-JDAT as its paper defines it, else the paper's form with another inner score."""
         for name, entry in self.profile.experiments.items():
             weights = self.profile.training_settings(name).weights
-            if form_of(entry.method, entry.form) == "paper" and (weights.w1, weights.w2, weights.w3) == (1, 1, 1):
+            if entry.form == "paper" and (weights.w1, weights.w2, weights.w3) == (1, 1, 1):
                 return self.variant("paper") or name
         return None
 
@@ -102,7 +102,7 @@ class Evidence:
     def jem(self) -> str | None:
         """The JEM that EB-JDAT's experiment builds on."""
         entry = self.profile.experiments.get(self.eb_jdat or "")
-        return self.find(base_of(entry.method, entry.base) or "") if entry else None
+        return self.find(entry.base or "") if entry else None
 
     def estimate(self, experiment: str, name: str, protocol: str = STANDARD) -> Estimate | None:
         return estimate(metrics_of(self.runs, experiment), name, protocol)
@@ -344,7 +344,7 @@ def more_steps_collapse(e: Evidence, _: str) -> Finding | None:
     longer = [
         name
         for name, entry in e.profile.experiments.items()
-        if form_of(entry.method, entry.form) == "paper"
+        if entry.form == "paper"
         and (adversary := e.profile.training_settings(name).adversary).steps > 5
         and adversary.score == usual
     ]

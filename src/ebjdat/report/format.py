@@ -16,7 +16,7 @@ from ebjdat.names import STANDARD, flat_name
 from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.report.collect import RunResult, metrics_of
 from ebjdat.report.summary import Estimate, estimate
-from ebjdat.settings import Profile, ProtocolSettings, base_of, flat, form_of
+from ebjdat.settings import Profile, ProtocolSettings, flat
 from ebjdat.vocabulary import Column, Metric
 
 NOT_MEASURED = "–"
@@ -93,9 +93,9 @@ def collapse_cell(record: pd.Series) -> str:
 def differences(profile: Profile, experiment: str) -> str:
     """What defines an experiment besides its method's source: its base, its form, and its own settings."""
     entry = profile.experiments[experiment]
-    method, base = METHODS[entry.method], base_of(entry.method, entry.base)
+    method, base = METHODS[entry.method], entry.base
     parts = [f"on {BASES[base].source}"] if base and len(method.bases) > 1 else []
-    form = form_of(entry.method, entry.form)
+    form = entry.form
     parts += [f"{form} form"] if form else []
     parts += [f"{name} = {value}" for name, value in flat(entry.own).items()]
     return ", ".join(parts)

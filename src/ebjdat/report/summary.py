@@ -19,7 +19,7 @@ from ebjdat.intervals import normal, over_seeds, wilson
 from ebjdat.metrics import HEADLINE, SUMMARY, TABLE, describe
 from ebjdat.names import STANDARD, flat_name, take_apart
 from ebjdat.report.collect import RunResult, metrics_of
-from ebjdat.settings import Profile, base_of, form_of, form_values
+from ebjdat.settings import Profile, form_values
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
     everything = yaml.safe_load(resources.files("ebjdat.report").joinpath("paper.yaml").read_text(encoding="utf-8"))
     entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
     rows: dict[str, dict[str, float]] = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
-    name = form_of(entry.method, entry.form)
+    name = entry.form
     if name is None:
         return rows.get(entry.method, {})
-    base = base_of(entry.method, entry.base)
+    base = entry.base
     form = form_values(name, base)
     if settings.adversary.score != form["adversary"]["score"]:
         return {}

@@ -26,13 +26,12 @@ from ebjdat.settings.loading import (
     load,
     missing_files,
     named_files,
-    read_layers,
     require_files,
     run_name,
     split_overrides,
     usual_protocols,
 )
-from ebjdat.settings.profile import Experiment, Profile, ReportSettings, base_of, form_of, form_values, section_names
+from ebjdat.settings.profile import Experiment, Profile, ReportSettings, form_values
 from ebjdat.settings.strategies import catalogue
 from ebjdat.settings.training import (
     AdversarySettings,
@@ -47,7 +46,7 @@ from ebjdat.settings.training import (
     UpdateSettings,
     WeightSettings,
 )
-from ebjdat.settings.types import ParamsError, flat, merge, nearest, section
+from ebjdat.settings.types import ParamsError, flat, merge, nearest
 
 __all__ = [
     "AUTO",
@@ -75,10 +74,8 @@ __all__ = [
     "TrainingSettings",
     "UpdateSettings",
     "WeightSettings",
-    "base_of",
     "catalogue",
     "flat",
-    "form_of",
     "form_values",
     "join_overrides",
     "load",
@@ -86,11 +83,8 @@ __all__ = [
     "missing_files",
     "named_files",
     "nearest",
-    "read_layers",
     "require_files",
     "run_name",
-    "section",
-    "section_names",
     "split_overrides",
     "too_few_classes",
     "usual_protocols",

@@ -88,7 +88,7 @@ class ProtocolSettings(Settings):
         """Whether only what a preset leaves open (eps, n, the step size of PGD) is this protocol's own."""
         own = self.model_dump(exclude={"like", "eps", "n"})
         del own["pgd"]["step_size"]
-        attacks = {name: EnsembleSettings.model_validate(values).model_dump() for name, values in preset["attacks"].items()}
+        attacks = {name: {**EnsembleSettings().model_dump(), **values} for name, values in preset["attacks"].items()}
         return own == {"noise_on": {}, **preset, "pgd": {"restarts": 1, **preset["pgd"]}, "attacks": attacks}
 
     @model_validator(mode="after")

@@ -106,8 +106,6 @@ class Pretraining:
     """A pretraining with everything that it inherits."""
 
     method: str
-    base: str | None
-    form: str | None
     model: ModelSettings
     training: TrainingSettings
 
@@ -202,7 +200,7 @@ def _inherited_entry(raw: Mapping[str, Any], kind: str, entry: Any) -> Any:
 
 def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
     """The profile of a valid file. raw: its settings before inheritance, where an experiment's own settings are."""
-    pretraining = {name: Pretraining(e.method, e.base, e.form, e.model, e.training) for name, e in file.pretraining.items()}
+    pretraining = {name: Pretraining(entry.method, entry.model, entry.training) for name, entry in file.pretraining.items()}
     data, evaluation = file.data.model_dump(exclude={"path", "root", "label"}), file.evaluation.model_dump()
 
     def experiment(name: str, entry: ExperimentSettings) -> Experiment:
@@ -258,13 +256,3 @@ def presets(method: str, base: str | None, form: str | None, on_base: Mapping[st
         registry.METHODS[method].defaults,
         *([form_values(form, base)] if form else []),
     ]
-
-
-def section_names(profile: Profile, job: Mapping[str, str]) -> dict[str, str]:
-    """A workflow job's wildcards and its "base", by which rules name the sections of the profile that they read."""
-    entry: Experiment | Pretraining | None = None
-    if "experiment" in job:
-        entry = profile.experiments[job["experiment"]]
-    elif "pretraining" in job:
-        entry = profile.pretraining[job["pretraining"]]
-    return {**job, "base": (entry and entry.base) or "none"}

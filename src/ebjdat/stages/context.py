@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ebjdat
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, lock
-from ebjdat.settings import ParamsError, Profile, base_of, form_of, load, run_name
+from ebjdat.settings import ParamsError, Profile, load, run_name
 from ebjdat.tracking.journal import SUFFIX
 from ebjdat.tracking.tracker import About, Subject, Tracker, track
 
@@ -60,8 +60,8 @@ class Context:
         protocols = self.profile.evaluation.attack.protocols.items()
         tags = {
             "method": entry.method,
-            "base": base_of(entry.method, entry.base) or "",
-            "form": form_of(entry.method, entry.form) or "",
+            "base": entry.base or "",
+            "form": entry.form or "",
             "params_hash": self.profile.params_hash(experiment, seed),
             "protocol": "; ".join(f"{name}: {p.norm} radius {p.radius:.4g} in [0, 1]" for name, p in protocols),
         }
