@@ -197,7 +197,7 @@ def test_overrides_that_are_not_quoted_are_refused_with_the_way_to_do_it(text: s
 SNAKEFILE = f"""
 include: "{ROOT}/workflow/rules/stop.smk"
 onstart:
-    hear_everything()
+    watch_signals()
 onerror:
     end_if_stopped()
 rule all:

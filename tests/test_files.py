@@ -257,7 +257,7 @@ def test_names_of_runs_that_no_folder_can_have_are_refused_at_check(tmp_path: Pa
     for stem in ("a" * 100, "b" * 60):
         (tmp_path / f"{stem}.yaml").write_text("seeds: [0]\n")
         overrides.append(str(tmp_path / f"{stem}.yaml"))
-    with pytest.raises(ParamsError, match=r"digits\.yaml: .*168 characters; allowed are 150; shorten the files' names"):
+    with pytest.raises(ParamsError, match=r"digits\.yaml: .*168 characters, 150 are allowed; shorten the file names"):
         load_profile(ROOT / "params/digits.yaml", overrides)
     assert run_name("params/digits.yaml", overrides[:1]) == f"digits+{'a' * 100}"
     (tmp_path / "x\x1b[2J.yaml").write_text("seeds: [0]\n")

@@ -98,7 +98,7 @@ def test_files_that_settings_name_must_exist_before_anything_trains(tmp_path: Pa
         done = check(FOLDER, *words, f"evaluation.{key}={path}")
         assert (done.exit_code, f"evaluation.{key}: {path} {text}" in done.output) == (code, True)
     if more:
-        with pytest.raises(ExtractorError, match=r"weights of Inception .*exists\.pth"):
+        with pytest.raises(ExtractorError, match=r"Inception's weights are unavailable from .*exists\.pth"):
             prepare.run(load(FOLDER, [*words, f"evaluation.{key}={exists}"]), tmp_path / "data.npz", tmp_path / "card.json")
     assert not (tmp_path / "data.npz").exists()
 

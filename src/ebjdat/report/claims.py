@@ -344,9 +344,7 @@ def more_steps_collapse(e: Evidence, _: str) -> Finding | None:
     longer = [
         name
         for name, entry in e.profile.experiments.items()
-        if entry.form == "paper"
-        and (adversary := e.profile.training_settings(name).adversary).steps > 5
-        and adversary.score == usual
+        if entry.form == "paper" and (adversary := e.profile.training_settings(name).adversary).steps > 5 and adversary.score == usual
     ]
     if not longer:
         return Finding(claim, paper, "not measured", "–", "open", "no experiment of this profile takes more than 5 (adversary.steps)")
