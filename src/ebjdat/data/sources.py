@@ -116,6 +116,7 @@ def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple
     return np.ascontiguousarray(images, dtype=np.uint8), np.asarray(labels, dtype=np.int64), classes
 
 
+# Longer than 60 lines: one pass over the files, whose refusals come in the order in which a reader would find them.
 def folder(settings: DataSettings) -> Raw:
     """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive, also below one enclosing folder.
 
