@@ -189,10 +189,10 @@ def test_protocols_of_samples_are_data(profile: Profile) -> None:
     [
         ("{released: {select: 0.5}}", "protocols.released: its name fixes its values; add a protocol `like: released`"),
         ("{standard: {against: all}}", "protocols.standard: its name fixes its values"),
-        ("{standard: null}", "'standard' cannot be left out"),
+        ("{standard: null}", "'standard' is missing; it is always reported"),
         ("{mine: {source: buffer}}", "'mine' needs `like`, the preset it starts from; allowed: standard, released"),
-        ("{mine: {like: releasd}}", "'mine' needs `like`"),
-        ("{ema: {like: released, select: 0.5}}", "results of averaged weights are named ema_"),
+        ("{mine: {like: releasd}}", "`like` 'releasd' is unknown; did you mean 'released'?"),
+        ("{ema: {like: released, select: 0.5}}", "prefix ema_ is reserved for averaged weights"),
         ("{mine: {like: released, select: 0}}", "protocols.mine.select: input should be greater than 0"),
         ("{mine: {like: released, slect: 0.5}}", "unknown key; did you mean 'select'?"),
         ("{Mine: {like: released}}", "should match pattern"),

@@ -136,7 +136,7 @@ def test_settings_that_cannot_be(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("profile", "override", "expected"),
     [
-        ("cifar100", "evaluation.reliability.ood=cifar100", "'cifar100' is what the networks are trained on"),
+        ("cifar100", "evaluation.reliability.ood=cifar100", "'cifar100' is the training data"),
         ("cifar10-folder", "evaluation.reliability.ood_path=datasets/cifar10-jpeg.tar.xz", "is data.path"),
     ],
 )
