@@ -51,7 +51,7 @@ def test_two_and_three_classes_have_a_protocol_of_their_own() -> None:
         found = audit(model, x, y, asked, with_checks=False)
         assert abs(found.metrics["own_autoattack_correct"] - n // 2) <= near < n // 4
         assert found.metrics["own_n_targets"] == ({} if classes < 4 else {"apgd_t": 4, "fab_t": 4})
-    with pytest.raises(ValueError, match="standard_binary: norm, range, noise"):
+    with pytest.raises(ValueError, match="standard_binary: its name fixes norm, range, noise"):
         AttackSettings.model_validate({"protocols": {"standard": protocol, "standard_binary": {**protocol, "norm": "L2"}}})
 
 
