@@ -22,6 +22,7 @@ FIRST = (
     "workflow/test_versions",
     "workflow/test_two_tools",
     "workflow/test_box",
+    "test_contributing",
     "training/test_step",
     "test_stages",
     "stages/test_",

@@ -156,7 +156,6 @@ def test_key_order_and_comments_of_the_profile_mean_nothing(after_snakemake: Pro
 
 EDITS = {
     "a docstring": ("samplers/pyld.py", '"""', '"""Edited. ', {}, set()),
-    "a sampler that no job uses": ("samplers/sgld.py", "x = x.clamp(*INTERNAL)", "x = x.clamp(-1, 1)", {}, set()),
     "energies": (
         "evaluation/energy.py",
         "    return ",
