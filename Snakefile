@@ -9,6 +9,7 @@ include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/versions.smk"
 include: "workflow/rules/record.smk"
 
 
