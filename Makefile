@@ -53,7 +53,7 @@ reproduce: install ## run the profile's whole chain, then show its table
 test: install ## run the tests, two files at a time
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-quick: install ## the tests of the inner loop, in less than a minute
+quick: install ## the tests of the inner loop: without the workflow, browsers and servers
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 -m "not (torture or slow or workflow or browser or server)"
 
 torture: install ## kills, full disks, damaged files, bad servers and clocks (docs/reliability.md); ONLY=kill, N=50, SEED=0, MINUTES=10

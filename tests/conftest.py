@@ -35,6 +35,10 @@ FIRST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes begin, so that none of them is left for the end, when only one process is at work."""
+    for item in items:
+        for folder in ("workflow", "browser"):
+            if f"tests/{folder}/" in item.nodeid:
+                item.add_marker(folder)
     items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
 
 
