@@ -17,7 +17,12 @@ def begin():
     if VERSIONED and "DVC_STAGE" not in os.environ:
         dvc_stages.write_digests(dvc_stages.digests(RUN, PROFILE))
     if VERSIONED:
-        atexit.register(dvc_results.keep_stamps, RUN)
+        made = [
+            file
+            for one in jobs.jobs(PROFILE)
+            for file in jobs.outputs(LAYOUT, one).values()
+        ]
+        atexit.register(dvc_results.keep_stamps, RUN, made)
 
 
 # Once per command: not in its jobs' processes, not in what is called from here.

@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,8 @@ def stamps_file(profile: str) -> Path:
     return Path(f"state/stamps-{profile}.json")
 
 
-def keep_stamps(profile: str) -> None:
-    """Note the time stamps of all results: from now on they are Snakemake's own."""
-    names = [name for stage in dvc_stages.stages(profile).values() if "deps" in stage for name in outputs_of(stage)]
+def keep_stamps(profile: str, names: Iterable[str]) -> None:
+    """Note the time stamps of a profile's results: from now on they are Snakemake's own."""
     write_text(stamps_file(profile), json.dumps({name: stamp(name) for name in names if os.path.lexists(name)}))
 
 
@@ -168,7 +168,7 @@ def adopt_dvc_outputs(profile: str) -> str:
             recorded.touch()
             targets.append(str(recorded))
         run("snakemake", "--touch", *config, "--forcerun", *targets, "--", *targets)
-    keep_stamps(profile)
+    keep_stamps(profile, (name for stage in stages.values() for name in outputs_of(stage)))
     synced.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(lock, synced)
     messages = [f"{len(adopted)} of {len(outputs)} stages are taken over from DVC"] if adopted else []
