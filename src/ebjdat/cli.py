@@ -1,4 +1,4 @@
-"""`ebjdat`: one thin command per stage. Each reads the files it is given and writes the files it is told to."""
+"""`ebjdat`: one thin command per stage. Each reads and writes only the files that its options name."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def reliability(
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
 ) -> None:
-    """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
+    """Calibration, and detection of out-of-distribution and adversarial images."""
     from ebjdat.stages import reliability as stage
     from ebjdat.stages.context import Context
     from ebjdat.stages.evaluation import Task

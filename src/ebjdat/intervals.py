@@ -54,7 +54,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
     Source: McNemar 1947; exact, since the two counts are binomial with probability 1/2 when the models are equally good.
     """
     if len(a) != len(b):
-        raise ValueError(f"the same examples are meant; {len(a)} and {len(b)} verdicts were given")
+        raise ValueError(f"verdicts of the same examples are needed, found {len(a)} and {len(b)}")
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     total = only_a + only_b

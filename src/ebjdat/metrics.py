@@ -153,7 +153,7 @@ METRICS: tuple[Metric, ...] = (
         M("[<protocol>_]attack_seconds", "seconds", "lower",
           "time of PGD and ensemble, summed over batches, parallel ones too", ENSEMBLE),
         M("checks", "list", "",
-          "integrity checks: `name`, `protocol`, `passed` (null: not asked), `value` and `limit` in the unit that `says` names, `n`",
+          "integrity checks: `name`, `protocol`, `passed` (null: not run), `value` and `limit` in the unit that `says` names, `n`",
           needed=("attack",)),
         M("checks_failed", "count", "lower", "integrity checks of the evaluation that failed", summary=22, dvc=True, needed=("attack",)),
         M("sweep", "list", "",

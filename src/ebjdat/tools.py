@@ -109,7 +109,7 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Network as DEPTH-WIDTH, e.g. 28-10; default: the experiment's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step; default: the experiment's.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto; default: the profile's.")] = None,
-    against: Annotated[str | None, typer.Option(help="naive: also time a plainly written step, taking turns.")] = None,
+    against: Annotated[str | None, typer.Option(help="naive: also time a naive step, in turn.")] = None,
     repeats: Annotated[int, typer.Option(help="Timings of each; medians and quartiles are over these.", min=3)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where it is saved; default: benchmarks/steps/NAME.json.")] = None,
@@ -148,7 +148,7 @@ def bench(
         table.add_row(*map(plain, (name, *text)))
     console(100).print(table)
     if found["mfu"] > 1 or max(found["spread"]["images_per_s"]) > 1.5 * min(found["spread"]["images_per_s"]):
-        typer.secho("timings differ much, or exceed the machine's own rate: other programs are at work; run again", fg="yellow", err=True)
+        typer.secho("timings vary a lot, or exceed the machine's own rate: other programs are running; rerun", fg="yellow", err=True)
     typer.echo(f"saved in {path}")
 
 
@@ -215,30 +215,30 @@ def inspect(
     from ebjdat.settings import flat
     from ebjdat.training.checkpoint import inspect as read
 
-    told = read(file)
+    header = read(file)
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
-        raise typer.Exit(1 if told["problems"] else 0)
+        typer.echo(json.dumps(header, indent=1))
+        raise typer.Exit(1 if header["problems"] else 0)
     from rich.table import Column, Table
 
     table = Table("", Column(plain(file)), title_justify="left", show_header=True)
     sections = ("model", "training", "metrics")
-    for key, value in list(told.items())[:FEW]:
+    for key, value in list(header.items())[:FEW]:
         if key not in ("tensors", "problems", *sections):
             table.add_row(plain(key), plain(_few(value)))
     for section in sections:
         table.add_section()
-        values = flat(told[section]) if isinstance(told.get(section), dict) else {}
+        values = flat(header[section]) if isinstance(header.get(section), dict) else {}
         for key, value in list(values.items())[:FEW]:
             table.add_row(plain(f"{section}.{key}"), plain(_few(value)))
     table.add_section()
     for part, what in (("model.", "weights"), ("ema.", "averaged weights"), ("buffer.", "replay buffer")):
-        shapes = {name: entry["shape"] for name, entry in told["tensors"].items() if name.startswith(part)}
+        shapes = {name: entry["shape"] for name, entry in header["tensors"].items() if name.startswith(part)}
         if shapes:
             table.add_row(what, f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes.values()):,} numbers")
     console(120).print(table)
-    if told["problems"]:
-        typer.secho(message("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in told["problems"])), fg="red", err=True)
+    if header["problems"]:
+        typer.secho(message("\n".join(f"NOT AS IT WAS WRITTEN: {problem}" for problem in header["problems"])), fg="red", err=True)
         raise typer.Exit(1)
     typer.secho("every digest fits: header and tensors are as they were written", fg="green")
 

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from ebjdat.bench import naive
-from ebjdat.bench.measure import FlopCount, Ours, matrix_rate, rates, step_flops, timed
+from ebjdat.bench.measure import FlopCount, PipelineStep, matrix_rate, rates, step_flops, timed
 from ebjdat.cli import app
 from ebjdat.metrics import describe
 from ebjdat.settings import ModelSettings
@@ -23,7 +23,7 @@ from tests.training.test_step import case
 CPU = torch.device("cpu")
 
 
-def test_there_is_no_plainly_written_step_where_slices_of_two_would_change_the_mathematics() -> None:
+def test_the_naive_step_refuses_slices_of_two_where_they_would_change_the_mathematics() -> None:
     with pytest.raises(naive.NaiveError, match=r"--override training\.adversary\.mode=eval"):
         naive.check("eb_jdat", case("eb_jdat", {"adversary": {"mode": "train"}}).settings)
     with pytest.raises(naive.NaiveError, match="sadajem"):
@@ -48,10 +48,10 @@ def test_flops_of_a_step() -> None:
     forward = 0.025e9  # per image, WRN-10-1 at 32 pixels; with the stride on second convolutions the first of a group has 4 times as many
     jem = replace(of, model=ModelSettings(depth=10, width=1, variant="jem"))
     more = 2 * 9 * (16 * 32 * (32 * 32 - 16 * 16) + 32 * 64 * (16 * 16 - 8 * 8))
-    assert (step_flops(Ours(jem, jem.data())) - step_flops(Ours(of, of.data()))) / 32 == pytest.approx(3 * more, rel=0.01)
-    assert step_flops(Ours(of, of.data())) / 32 == pytest.approx(3 * forward, rel=0.05)
+    assert (step_flops(PipelineStep(jem, jem.data())) - step_flops(PipelineStep(of, of.data()))) / 32 == pytest.approx(3 * more, rel=0.01)
+    assert step_flops(PipelineStep(of, of.data())) / 32 == pytest.approx(3 * forward, rel=0.05)
     whole = replace(of, method="eb_jdat", settings=case("eb_jdat", {"compute": {"recompute": True}}).settings)
-    assert step_flops(Ours(whole, whole.data())) / 32 == pytest.approx((3 * 2 + 5 * 2 + 4 * 3) * forward, rel=0.05)
+    assert step_flops(PipelineStep(whole, whole.data())) / 32 == pytest.approx((3 * 2 + 5 * 2 + 4 * 3) * forward, rel=0.05)
 
 
 def test_flops_by_hand() -> None:

@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "fifo": (lambda: os.mkfifo("bad.pt"), "not a file"),
     "endless": (lambda: Path("bad.pt").symlink_to("/dev/zero"), "not a file"),
     "web page": (lambda: Path("bad.pt").write_bytes(b"<html>gone</html>"), "not a file of weights"),
-    "cut": (lambda: Path("bad.pt").write_bytes(Path("good.pt").read_bytes()[:-300]), "damaged or cut off"),
+    "cut": (lambda: Path("bad.pt").write_bytes(Path("good.pt").read_bytes()[:-300]), "damaged or truncated"),
     "compressed": (lambda: rezipped(lambda r: r.update({"good/data/0": bytes(2**24)}), zipfile.ZIP_DEFLATED), "is compressed"),
     "lzma": (lambda: rezipped(lambda r: None, zipfile.ZIP_LZMA), "is compressed"),
     "claims": (lambda: forged(20, struct.pack("<II", 2**32 - 16, 2**32 - 16)), "its records overlap"),

@@ -1,4 +1,4 @@
-"""The training step: against a plainly written one, in slices, recomputed, compiled, in bf16."""
+"""The training step: against a naive one, in slices, recomputed, compiled, in bf16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebjdat import registry
 from ebjdat.bench import naive
-from ebjdat.bench.measure import Case, Ours
+from ebjdat.bench.measure import Case, PipelineStep
 from ebjdat.data.batches import Batch, generator
 from ebjdat.models import wrn
 from ebjdat.models.energy import marginal_energy
@@ -50,11 +50,11 @@ def case(experiment: str, changes: Mapping[str, Any], norm: str = "batch", varia
     return Case(CIFAR.experiments[experiment].method, settings, network, CPU, (3, 16, 16), 10, 400)
 
 
-def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def taken(bench: PipelineStep, model: WideResNet, settings: TrainingSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One step of a copy of the network on the first batch and chains: its terms, and the network's state after it."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    one = Step(ours.case.method, settings, model, optimizer)
-    batch, state = next(ours._work())
+    one = Step(bench.case.method, settings, model, optimizer)
+    batch, state = next(bench._work())
     buffer = copy.deepcopy(state.buffer)
     samples = one.sample(batch, SamplingState(settings, buffer, state.chains), generator(CPU, "test"))
     return one.update(batch, samples).scalars(), model.state_dict()
@@ -65,7 +65,7 @@ def taken(ours: Ours, model: WideResNet, settings: TrainingSettings) -> tuple[di
     [(name, "wrn") for name in ("eb_jdat", "eb_jdat_released", "eb_jdat_released_ce", "eb_jdat_ce", "jempp", "pgd_at", "classifier")]
     + [(name, "jem") for name in ("eb_jdat_released_ce", "jempp")],
 )
-def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> None:
+def test_a_step_equals_the_naive_one(experiment: str, variant: str) -> None:
     """Loss, chains and weights after one step from the same weights and random numbers, fp32.
 
     Tolerance: both sum in other orders (channels-last, slices of two), so products differ in their last bits: a thousandth of how
@@ -78,15 +78,15 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
     of = case(experiment, {"augment": {"pad": 2}, **own}, variant=variant)
     signs = "adversarial" in registry.METHODS[of.method].samples and (of.settings.adversary.score.endswith("ce") or variant == "jem")
     tolerance = 5e-2 if signs else 1e-3
-    ours = Ours(of, of.data())
+    bench = PipelineStep(of, of.data())
     theirs = wrn.build(of.model, 3, 10, 0)
-    settings, spec, start = of.settings, of.settings.chain, starter(of.settings.chain, ours.pool)
-    batch, _ = next(ours.work)
+    settings, spec, start = of.settings, of.settings.chain, starter(of.settings.chain, bench.pool)
+    batch, _ = next(bench.work)
     before = copy.deepcopy(theirs.state_dict())
     held, state, random = torch.zeros(100, 3, 16, 16), SamplingState(settings), None
     uniform = torch.rand(batch.x.shape, generator=generator(CPU, "noise")) * 2 - 1
-    if ours.learner.buffer is not None:
-        buffer = ours.learner.buffer
+    if bench.learner.buffer is not None:
+        buffer = bench.learner.buffer
         plan = buffer.plan(1, chains, spec.reinit, start, generator(CPU, "plan"))
         state, held = SamplingState(settings, buffer, buffer.take(plan, 0)), buffer.images.clone()
         random = naive.Randomness(plan.slots[0], plan.fresh[plan.which[0]], plan.again[0], uniform)
@@ -95,15 +95,15 @@ def test_a_step_is_the_plainly_written_one(experiment: str, variant: str) -> Non
         random = naive.Randomness(torch.zeros(0), torch.zeros(0), torch.zeros(0), uniform)
     optimizer = torch.optim.SGD(theirs.parameters(), settings.optimizer.lr, 0.9, weight_decay=settings.optimizer.weight_decay)
     loss = naive.step(of.method, theirs, optimizer, (batch.x, batch.x_density, batch.y), held, random, settings)
-    terms = ours.step.update(batch, ours.step.sample(batch, state, generator(CPU, "noise")))
+    terms = bench.step.update(batch, bench.step.sample(batch, state, generator(CPU, "noise")))
     assert float(terms.loss) == pytest.approx(loss, rel=1e-4)
-    if ours.learner.buffer is not None:
-        assert (ours.learner.buffer.images - held).abs().max() < 1e-4
+    if bench.learner.buffer is not None:
+        assert (bench.learner.buffer.images - held).abs().max() < 1e-4
     ended = theirs.state_dict()
     moved = torch.cat([(ended[k] - before[k]).flatten() for k in before if k.endswith("weight")])
-    apart = torch.cat([(ended[k] - v).flatten() for k, v in ours.model.state_dict().items() if k.endswith("weight")])
+    apart = torch.cat([(ended[k] - v).flatten() for k, v in bench.model.state_dict().items() if k.endswith("weight")])
     assert apart.norm() < tolerance * moved.norm()
-    for name, value in ours.model.state_dict().items():
+    for name, value in bench.model.state_dict().items():
         if "running" in name:
             assert torch.allclose(value, ended[name], rtol=tolerance, atol=tolerance / 100), name
 
@@ -119,16 +119,16 @@ def test_slices_of_a_batch_add_up(update: str) -> None:
         "optimizer": {"name": "sgd"},
     }
     of = case("eb_jdat_jem", changes, norm="none")
-    ours = Ours(of, of.data())
+    bench = PipelineStep(of, of.data())
     found = []
     for n in (1, 4):
         settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"accumulate": n}}))
-        found.append(taken(ours, copy.deepcopy(ours.model), settings))
+        found.append(taken(bench, copy.deepcopy(bench.model), settings))
     (terms, state), (sliced_terms, sliced_state) = found
     assert all(float(terms[k]) == pytest.approx(float(sliced_terms[k]), rel=1e-4, abs=1e-6) for k in terms)
-    assert any(not torch.equal(state[k], v) for k, v in ours.model.state_dict().items())
+    assert any(not torch.equal(state[k], v) for k, v in bench.model.state_dict().items())
     apart = max(float((state[k] - sliced_state[k]).norm()) for k in state)
-    assert apart < 1e-3 * max(float((state[k] - v).norm()) for k, v in ours.model.state_dict().items())
+    assert apart < 1e-3 * max(float((state[k] - v).norm()) for k, v in bench.model.state_dict().items())
     with pytest.raises(ParamsError, match="is not a multiple of"):
         load(ROOT / "params/digits.yaml", ["training.compute.accumulate=5"])
 
@@ -136,14 +136,14 @@ def test_slices_of_a_batch_add_up(update: str) -> None:
 def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits of weights and running statistics; each block ran once more, in the loss alone."""
     of = case("eb_jdat", {})
-    ours, passes = Ours(of, of.data()), []
+    bench, passes = PipelineStep(of, of.data()), []
     forward = wrn.Block.forward
     monkeypatch.setattr(wrn.Block, "forward", lambda self, x: passes.append(len(x)) or forward(self, x))
     found, counts = [], []
     for recompute in (False, True):
         settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"recompute": recompute}}))
         passes.clear()
-        found.append(taken(ours, copy.deepcopy(ours.model), settings)[1])
+        found.append(taken(bench, copy.deepcopy(bench.model), settings)[1])
         counts.append(len(passes))
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
     losses, blocks = 4, 3
@@ -155,20 +155,20 @@ def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyP
 def test_bf16_is_for_layers_alone() -> None:
     """Weights, logits, energies, losses and chains stay fp32; logits are near those of fp32, and the head adds no rounding."""
     of = case("eb_jdat", {"compute": {"precision": "bf16"}})
-    ours = Ours(of, of.data())
-    batch, state = next(ours.work)
-    samples = ours.step.sample(batch, state, ours.noise)
+    bench = PipelineStep(of, of.data())
+    batch, state = next(bench.work)
+    samples = bench.step.sample(batch, state, bench.noise)
     assert {value.dtype for value in samples.values()} == {torch.float32}
-    terms = ours.step.update(batch, samples)
+    terms = bench.step.update(batch, samples)
     assert {value.dtype for value in terms.scalars().values()} == {torch.float32}
-    assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
-    ours.model.eval()
+    assert {p.dtype for p in bench.model.parameters()} == {torch.float32}
+    bench.model.eval()
     with torch.no_grad():
-        plain = ours.model(batch.x)
+        plain = bench.model(batch.x)
         with autocast(CPU, "bf16"):
-            logits, features = ours.model(batch.x), ours.model.features(batch.x)
+            logits, features = bench.model(batch.x), bench.model.features(batch.x)
         assert logits.dtype == marginal_energy(logits).dtype == torch.float32
-        assert torch.equal(logits, ours.model.head(features))
+        assert torch.equal(logits, bench.model.head(features))
         apart = (logits - plain).norm() / plain.norm()
         assert 0 < apart < 0.02  # 8 bits of mantissa; not fp32 in disguise
 
@@ -176,14 +176,14 @@ def test_bf16_is_for_layers_alone() -> None:
 def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast remembers weights in bf16 until it is left, so SAM's second pass, at other weights, needs one of its own."""
     of = case("eb_jdat", {"compute": {"precision": "bf16", "recompute": True}, "update": {"name": "sam"}, "chain": {"steps": 1}})
-    ours, entered, seen = Ours(of, of.data()), [], []
+    bench, entered, seen = PipelineStep(of, of.data()), [], []
     monkeypatch.setattr(step, "autocast", lambda *arguments: entered.append(arguments[1]) or autocast(*arguments))
     monkeypatch.setattr(sampling, "run_chain", lambda model, x, *_: seen.append((torch.is_autocast_enabled("cpu"), model.recompute)) or x)
-    batch, state = next(ours.work)
-    samples = ours.step.sample(batch, state, ours.noise)
+    batch, state = next(bench.work)
+    samples = bench.step.sample(batch, state, bench.noise)
     assert seen == [(True, True)]
     entered.clear()
-    ours.step.update(batch, samples)
+    bench.step.update(batch, samples)
     assert entered == ["bf16", "bf16"]
     flags: list[tuple[bool, bool]] = []
 
@@ -196,11 +196,11 @@ def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypat
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     changed = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"precision": "tf32"}}))
     with pytest.raises(ZeroDivisionError):
-        Step("eb_jdat", changed, ours.model, ours.learner.optimizer).update(batch, samples)
+        Step("eb_jdat", changed, bench.model, bench.learner.optimizer).update(batch, samples)
     assert flags == [(True, True)]
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
-    assert not ours.model.recompute
-    assert "trunk" not in vars(ours.model)
+    assert not bench.model.recompute
+    assert "trunk" not in vars(bench.model)
 
 
 def test_a_slice_keeps_that_images_of_both_terms_are_the_same() -> None:
@@ -218,16 +218,16 @@ def test_compiled_steps_agree_and_a_network_is_left_as_it_was(tmp_path: Path) ->
     """
     script = """
 import copy, sys
-from tests.training.test_step import case, taken, Ours, TrainingSettings, merge
+from tests.training.test_step import case, taken, PipelineStep, TrainingSettings, merge
 of = case("classifier", {})
-ours = Ours(of, of.data())
+bench = PipelineStep(of, of.data())
 ends = []
 for compiled in (False, True):
     settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"compile": compiled}}))
-    model = copy.deepcopy(ours.model)
-    ends.append(taken(ours, model, settings)[1])
+    model = copy.deepcopy(bench.model)
+    ends.append(taken(bench, model, settings)[1])
     assert "trunk" not in vars(model)
-moved = max(float((ends[0][k] - v).norm()) for k, v in ours.model.state_dict().items() if k.endswith("weight"))
+moved = max(float((ends[0][k] - v).norm()) for k, v in bench.model.state_dict().items() if k.endswith("weight"))
 print(max(float((ends[0][k] - ends[1][k]).norm()) for k in ends[0] if k.endswith("weight")) / moved)
 """
     for name, environment in (("with", {}), ("without", {"CXX": "/nowhere/c++", "PATH": f"{Path(sys.executable).parent}"})):
@@ -260,10 +260,10 @@ def test_no_step_waits_for_the_device(experiment: str) -> None:
     """From batch to weights, once the chains of some steps are planned. (Adam counts its steps on the CPU, so SGD is looked at.)"""
     changes = {"chain": {"steps": 1}, "adversary": {"steps": 1}, "optimizer": {"name": "sgd"}}
     of = case(experiment, changes, norm="none" if experiment.endswith("_jem") else "batch")
-    ours = Ours(of, of.data())
-    ours()  # plans the chains
+    bench = PipelineStep(of, of.data())
+    bench()  # plans the chains
     with Waits() as waits:
-        ours()
+        bench()
         assert waits.seen == []
         torch.ones(2).sum().item()
         torch.ones(2)[torch.tensor([True, False])]

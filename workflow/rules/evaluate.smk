@@ -65,7 +65,7 @@ rule energy:
 
 
 rule reliability:
-    """Calibration, and how well out-of-distribution and adversarial images are told from test images."""
+    """Calibration, and detection of out-of-distribution and adversarial images."""
     input:
         unpack(inputs("reliability")),
     output:

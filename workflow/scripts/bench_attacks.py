@@ -3,7 +3,7 @@
     python workflow/scripts/bench_attacks.py --checkpoint FILE --data data/digits/data.npz --eps 0.15
     python workflow/scripts/bench_attacks.py --model package.module:factory --weights FILE --data FILE [--n 500] [--threads 2]
 
-Plain: AutoAttack(model.eval(), version="standard").run_standard_evaluation, as its users call it. Ours: what `ebjdat attack` runs,
+plain: AutoAttack(model.eval(), version="standard").run_standard_evaluation, as its users call it. fp32, bf16: what `ebjdat attack` runs,
 its PGD-20 and the start of its processes included. Prints seconds, the speed-up and the share of equal verdicts for each
 arithmetic of the search, and saves them with --json.
 """
@@ -30,7 +30,7 @@ from ebjdat.training import checkpoint
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings) -> Tensor:
-    """Which of the examples still stand; pyautoattack's own batch size."""
+    """Which examples are still robust, at pyautoattack's own batch size."""
     whole = AutoAttack(model, norm=protocol.norm, eps=protocol.radius, seed=0, version="standard", device=x.device)
     targets = min(9, model(x[:1]).shape[1] - 1)
     whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = targets
@@ -67,17 +67,17 @@ def main(
     protocol = protocol.model_copy(update={"pgd": protocol.pgd.model_copy(update={"step_size": protocol.eps / 4})})
     settings = settings.model_copy(update={"protocols": {STANDARD: protocol}})
 
-    seconds, standing = {}, {}
+    seconds, robust_by = {}, {}
     for way in ("plain", *search):
         started = time.perf_counter()
         if way == "plain":
-            standing[way] = plain(network, x, y, protocol)
+            robust_by[way] = plain(network, x, y, protocol)
         else:
             asked = settings.model_copy(update={"search": way})
             found = robust.evaluate(network, x, y, STANDARD, asked, title=way, workers=threads)
-            standing[way] = found.robust_under(list(protocol.attacks))
+            robust_by[way] = found.robust_under(list(protocol.attacks))
         seconds[way] = time.perf_counter() - started
-        print(f"{way:5s} {int(standing[way].sum())} of {len(x)} stand, {seconds[way]:.1f} s", flush=True)
+        print(f"{way:5s} {int(robust_by[way].sum())} of {len(x)} robust, {seconds[way]:.1f} s", flush=True)
     result = {
         "n": len(x),
         "threads": threads,
@@ -85,9 +85,9 @@ def main(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "seconds": seconds,
-        "robust": {way: int(stands.sum()) for way, stands in standing.items()},
+        "robust": {way: int(verdicts.sum()) for way, verdicts in robust_by.items()},
         "speedup": {way: seconds["plain"] / seconds[way] for way in search},
-        "equal_verdicts": {way: float((standing[way] == standing["plain"]).float().mean()) for way in search},
+        "equal_verdicts": {way: float((robust_by[way] == robust_by["plain"]).float().mean()) for way in search},
     }
     for way in search:
         print(f"{way}: {result['speedup'][way]:.2f} x plain, {100 * result['equal_verdicts'][way]:.2f} % of {len(x)} verdicts equal")

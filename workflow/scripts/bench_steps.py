@@ -89,8 +89,8 @@ def main(
         found = measure(case, repeats=repeats)
         images = case.settings.batch_size
         low, high = (1e3 * images / rate for rate in reversed(found["spread"]["images_per_s"]))
-        told = (varied, found["case"]["model"], images, case.settings.chain.steps, precision, found["flops_per_image"])
-        rows.append(dict(zip(COLUMNS, (*told, found["ms_per_step"], low, high, found["n"]), strict=True)))
+        row = (varied, found["case"]["model"], images, case.settings.chain.steps, precision, found["flops_per_image"])
+        rows.append(dict(zip(COLUMNS, (*row, found["ms_per_step"], low, high, found["n"]), strict=True)))
         Console(stderr=True).print(rows[-1])
         machine = found["machine"]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""How fast a training step is, beside a plainly written one, and what share of the machine it uses."""
+"""How fast a training step is, beside a naive one, and what share of the machine's rate it reaches."""

@@ -1,4 +1,4 @@
-"""Times of one training step: ours in its parts, beside the plainly written one, and beside what the machine can do."""
+"""Times of one training step: the pipeline's, part by part, beside a naive one and beside what the machine can do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.training.state import Job, Learner
 from ebjdat.training.step import Step
 
-PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # draw -> its part's name
+PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # kind of sample -> name of its part
 LEAST_SECONDS = 0.5  # of one timing: short steps are timed several at once
 WARM_UP = 3
 
@@ -62,8 +62,8 @@ class Case:
         return Prepared(images, labels, every, every[:1], every[:1], means, tuple(map(str, range(self.classes))), "random")
 
 
-class Ours:
-    """Our step, as the training loop takes it, one batch after another."""
+class PipelineStep:
+    """The step of the training loop, one batch after another."""
 
     def __init__(self, case: Case, data: Prepared) -> None:
         settings, device = case.settings, case.device
@@ -101,8 +101,8 @@ class Ours:
         )
 
 
-class Plain:
-    """The released code's manner, with loader, buffer and fresh chains of its own."""
+class NaiveStep:
+    """The step of `naive`, with a loader, buffer and fresh chains of its own."""
 
     def __init__(self, case: Case, data: Prepared) -> None:
         naive.check(case.method, case.settings)
@@ -127,34 +127,34 @@ class Plain:
 
 
 def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[str, Any]:
-    """Everything that `ebjdat bench` says, as one plain dict: rates in images per second, times in ms, sizes in bytes.
+    """All figures of `ebjdat bench` as one dict: rates in images per second, times in ms, sizes in bytes.
 
-    Medians over `repeats` timings, in which both steps take turns; "spread" holds their quartiles. Raises NaiveError where
-    there is no plainly written step to compare with.
+    Medians over `repeats` timings, in which the two steps alternate; "spread" has the quartiles. Raises NaiveError if `naive`
+    does not implement this method or setting.
     """
     if against_naive:
         naive.check(case.method, case.settings)
     torch.compiler.reset()  # programs of other cases would count towards the limit of recompilations
     data, batch_size = case.data(), case.settings.batch_size
     with Bar("bench", 2 + repeats * (2 if against_naive else 1)) as bar:
-        ours = Ours(case, data)
+        step = PipelineStep(case, data)
         bar.line("measuring the machine's rate, warming up")
         rate, how = matrix_rate(case.device, case.settings.compute.precision)
         bar.advance()
-        planned = median(timed(ours.plan, case.device, 1) for _ in range(3)) / PLANNED_STEPS
-        each = warm(ours, case.device)
-        peak = peak_memory(ours, case.device)
-        flops = step_flops(ours) / batch_size
-        parts, outside = parts_of(ours, planned, repeats)
+        planned = median(timed(step.plan, case.device, 1) for _ in range(3)) / PLANNED_STEPS
+        each = warm(step, case.device)
+        peak = peak_memory(step, case.device)
+        flops = step_flops(step) / batch_size
+        parts, outside = parts_of(step, planned, repeats)
         bar.advance()
-        plain = Plain(case, data) if against_naive else None
-        plain_each = warm(plain, case.device, 2) if plain else 1
+        reference = NaiveStep(case, data) if against_naive else None
+        reference_each = warm(reference, case.device, 2) if reference else 1
         fast, slow = [], []
         for _ in range(repeats):
-            fast.append(timed(ours, case.device, each) + planned)
+            fast.append(timed(step, case.device, each) + planned)
             bar.advance()
-            if plain:
-                slow.append(timed(plain, case.device, plain_each))
+            if reference:
+                slow.append(timed(reference, case.device, reference_each))
                 bar.advance()
     rate, how = max((rate, how), matrix_rate(case.device, case.settings.compute.precision))  # other programs may have slowed the first
     return {
@@ -170,17 +170,17 @@ def measure(case: Case, against_naive: bool = False, repeats: int = 5) -> dict[s
 
 
 def rates(batch_size: int, fast: Sequence[float], slow: Sequence[float], flops_per_image: float, matrix_rate: float) -> dict[str, Any]:
-    """Seconds per step, of ours and (or none) of the plain steps timed in turns with them -> medians and quartiles."""
-    images, plain = ([batch_size / seconds for seconds in times] for times in (fast, slow))
+    """Medians and quartiles from seconds per step: of the pipeline (fast), and of the naive steps timed in turn (slow; may be empty)."""
+    images, naive_images = ([batch_size / seconds for seconds in times] for times in (fast, slow))
     ratios = [b / a for a, b in zip(fast, slow, strict=True)] if slow else []
-    spread = {"images_per_s": images, "naive_images_per_s": plain, "speedup": ratios}
+    spread = {"images_per_s": images, "naive_images_per_s": naive_images, "speedup": ratios}
     return {
         "images_per_s": median(images),
         "ms_per_step": 1e3 * median(fast),
         "flops_per_image": flops_per_image,
         "matrix_rate_flops": matrix_rate,
         "mfu": flops_per_image * median(images) / matrix_rate,
-        "naive_images_per_s": median(plain) if plain else None,
+        "naive_images_per_s": median(naive_images) if naive_images else None,
         "speedup": median(ratios) if ratios else None,
         "spread": {name: quartiles(values) for name, values in spread.items() if values},
         "n": len(fast),
@@ -261,62 +261,62 @@ class FlopCount(TorchDispatchMode):
         return found
 
 
-def step_flops(ours: Ours) -> int:
+def step_flops(bench: PipelineStep) -> int:
     """Floating-point operations of a step's convolutions and matrix products, as torch counts those it dispatches."""
-    compute = ours.case.settings.compute.model_copy(update={"compile": False, "recompute": False})  # what is repeated is no work done
-    step = Step(ours.case.method, ours.case.settings.model_copy(update={"compute": compute}), ours.model, ours.learner.optimizer)
-    batch, state = next(ours.work)
+    compute = bench.case.settings.compute.model_copy(update={"compile": False, "recompute": False})  # what is repeated is no work done
+    step = Step(bench.case.method, bench.case.settings.model_copy(update={"compute": compute}), bench.model, bench.learner.optimizer)
+    batch, state = next(bench.work)
     with FlopCount() as counter:
-        step.update(batch, step.sample(batch, state, ours.noise))
+        step.update(batch, step.sample(batch, state, bench.noise))
     return counter.flops
 
 
-def parts_of(ours: Ours, planned: float, repeats: int) -> tuple[dict[str, float], float]:
+def parts_of(bench: PipelineStep, planned: float, repeats: int) -> tuple[dict[str, float], float]:
     """ms of a step's parts, each waited for; and the share of the step outside the network's passes.
 
     The network's own passes are timed bare: the chain's and the adversaries' gradients on a fixed batch; in the update all
     but the optimiser counts as theirs.
     """
-    device, step = ours.case.device, ours.step
-    names = registry.METHODS[ours.case.method].samples
+    device, step = bench.case.device, bench.step
+    names = registry.METHODS[bench.case.method].samples
     seconds: dict[str, list[float]] = {name: [] for name in ("data", *(PARTS[n] for n in names), "update")}
     held: dict[str, Any] = {}
 
     def fetch() -> None:
-        held["work"] = next(ours.work)
+        held["work"] = next(bench.work)
 
-    def draw(name: str) -> None:
+    def sample(name: str) -> None:
         batch, state = held["work"]
-        held[name] = step.sample(batch, state, ours.noise, [name])[name]
+        held[name] = step.sample(batch, state, bench.noise, [name])[name]
 
     for _ in range(repeats):
         seconds["data"].append(timed(fetch, device, 1) + planned)
         for name in names:
-            seconds[PARTS[name]].append(timed(lambda n=name: draw(n), device, 1))  # type: ignore[misc]
+            seconds[PARTS[name]].append(timed(lambda n=name: sample(n), device, 1))  # type: ignore[misc]
         seconds["update"].append(timed(lambda: step.update(held["work"][0], {n: held[n] for n in names}), device, 1))
     parts = {name: median(values) for name, values in seconds.items()}
-    outside = parts["data"] + median(timed(ours.learner.optimizer.step, device, 1) for _ in range(repeats))
+    outside = parts["data"] + median(timed(bench.learner.optimizer.step, device, 1) for _ in range(repeats))
     for name in names:
-        outside += max(0.0, parts[PARTS[name]] - bare_passes(ours, held["work"][0], name, repeats))
+        outside += max(0.0, parts[PARTS[name]] - bare_passes(bench, held["work"][0], name, repeats))
     return {name: 1e3 * value for name, value in parts.items()}, outside / sum(parts.values())
 
 
-def bare_passes(ours: Ours, batch: Batch, name: str, repeats: int) -> float:
-    """Seconds of a draw's passes through the network alone."""
-    settings, model = ours.case.settings, ours.model
+def bare_passes(bench: PipelineStep, batch: Batch, name: str, repeats: int) -> float:
+    """Seconds that sampling `name` spends in the network alone."""
+    settings, model = bench.case.settings, bench.model
     chain = name == "negatives"
     mode, steps = (settings.chain.mode, settings.chain.steps) if chain else (settings.adversary.mode, settings.adversary.steps)
     through_trunk = chain and settings.chain.sampler == "pyld"
     precision = settings.compute.precision
 
     def passes() -> None:
-        with ours.step.computing(), autocast(ours.case.device, precision), frozen_parameters(model, mode):
+        with bench.step.computing(), autocast(bench.case.device, precision), frozen_parameters(model, mode):
             x = (model.stem(batch.x) if through_trunk else batch.x).detach().requires_grad_(True)
             for _ in range(steps):
                 passed = model.trunk(x) if through_trunk else model(x)
                 torch.autograd.grad(marginal_energy(passed).sum(), x)
 
-    return median(timed(passes, ours.case.device, 1) for _ in range(repeats))
+    return median(timed(passes, bench.case.device, 1) for _ in range(repeats))
 
 
 def matrix_rate(device: torch.device, precision: str) -> tuple[float, str]:

@@ -1,6 +1,6 @@
-"""The training step in the manner of EB-JDAT's released code: what `ebjdat bench --against naive` measures ours against.
+"""The training step in the manner of EB-JDAT's released code: what `ebjdat bench --against naive` compares with.
 
-The same mathematics as ours, so that a step from the same weights and random numbers ends at the same weights; done plainly:
+The mathematics is that of the pipeline: from the same weights and random numbers a step ends at the same weights. The manner is not:
 fp32 and NCHW, weights that keep their gradients while images move and graphs kept (retain_graph), inner PYLD steps through
 the stem one by one, adversarial neighbours in slices of two images, each term of the loss by a forward pass of its own,
 images augmented one by one on the CPU, the replay buffer in host memory, a fresh chain drawn for every slot whether needed
@@ -36,20 +36,20 @@ SCORES = ("ce", "energy", "released", "released_ce")
 
 
 class NaiveError(UserError):
-    """There is no such plainly written step."""
+    """The naive step does not implement this method or setting."""
 
 
 def check(method: str, settings: TrainingSettings) -> None:
     """Raise NaiveError where the released code has no counterpart."""
     if method not in METHODS:
-        raise NaiveError(f"there is no plainly written step for method {method!r}, only for {', '.join(METHODS)}")
+        raise NaiveError(f"the naive step has no method {method!r}, only {', '.join(METHODS)}")
     wrong = []
     if method in ("jempp", "eb_jdat") and (settings.chain.sampler != "pyld" or settings.chain.conditional):
         wrong.append(f"chain.sampler {settings.chain.sampler!r}, or chain.conditional (only pyld, down E(x))")
     if method in ("jempp", "eb_jdat") and settings.chain.start != "class_gaussians":
         wrong.append(f"chain.start {settings.chain.start!r} (only class_gaussians)")
     if settings.update.name != "plain" or settings.compute.accumulate > 1 or settings.weights.energy_l2 or settings.ema:
-        wrong.append("update sam, ema, compute.accumulate or weights.energy_l2 (only without)")
+        wrong.append("update sam, ema, compute.accumulate or weights.energy_l2")
     if settings.augment.density != "augmented":
         wrong.append("augment.density 'plain' (only augmented)")
     if method in ("pgd_at", "eb_jdat") and (settings.adversary.start != "uniform" or settings.adversary.score not in SCORES):
@@ -63,7 +63,7 @@ def check(method: str, settings: TrainingSettings) -> None:
             "adversary.mode 'train' (slices of two images would have statistics of two): add --override training.adversary.mode=eval"
         )
     if wrong:
-        raise NaiveError(f"there is no plainly written step with {'; '.join(wrong)}")
+        raise NaiveError(f"the naive step has no {'; no '.join(wrong)}")
 
 
 @dataclass(frozen=True)

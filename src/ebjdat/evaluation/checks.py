@@ -38,7 +38,7 @@ LARGE = 0.5  # L-infinity radius at which every image can become the same grey o
 
 @dataclass(frozen=True)
 class Check:
-    """name; passed (None: not asked); value and its limit, in the unit that `says` names."""
+    """name; passed (None: not run); value and its limit, in the unit that `says` names."""
 
     name: str
     passed: bool | None

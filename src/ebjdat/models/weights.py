@@ -132,7 +132,7 @@ def _read_zip(path: Path) -> Any:
     except DataError as error:
         raise ModelError(str(error)) from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
-        raise ModelError(f"{path}: damaged or cut off ({in_a_line(error)})") from error
+        raise ModelError(f"{path}: damaged or truncated ({in_a_line(error)})") from error
     return _unpickled(path, mmap=True)
 
 

@@ -18,7 +18,7 @@ from ebjdat.settings import Profile
 
 STAGES = tuple(stage for stage, spec in jobs.STAGES.items() if spec.of == "experiment")
 OF_THE_FILE = ("method", "data_hash", "git_commit", FILES)  # names in a stage's file that are not results of the run
-MANY = 10_000  # names in a result file; ours have hundreds
+MANY = 10_000  # names in a result file; real ones have hundreds
 
 
 class CheckRow(BaseModel, strict=True):

@@ -1,4 +1,4 @@
-"""Figures from plain arrays. Colours are the Okabe-Ito set, which colour-blind readers can tell apart."""
+"""Figures from plain arrays. Colours are the Okabe-Ito set, which colour-blind readers can distinguish."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def protocol_note(profile: Profile, card: Mapping[str, Any]) -> str:
     standard, generate = profile.evaluation.attack.standard, profile.evaluation.generate
     spread = "± standard deviation over seeds" if len(profile.seeds) > 1 else "brackets: 95 % intervals (accuracies: Wilson)"
     aa = f"AutoAttack standard on the first {standard.n} of them" if standard.n else "AutoAttack not run"
-    aa += " (searched in bf16, judged in fp32)" if profile.evaluation.attack.search == "bf16" else ""
+    aa += " (searched in bf16, verified in fp32)" if profile.evaluation.attack.search == "bf16" else ""
     return (
         f"Data {card['name']} ({card['data_hash']}), test split, {len(profile.seeds)} seed(s), {spread}. "
         f"Protocol standard: {standard.norm} eps = {standard.eps:.4g} in [0, 1] pixels, no noise, eval mode; PGD-20 with step "

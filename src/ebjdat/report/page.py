@@ -40,7 +40,7 @@ from ebjdat.report.pairs import pairwise
 from ebjdat.settings import RELEASED, Profile, flat, join_overrides
 from ebjdat.vocabulary import Metric
 
-MOST_PIXELS = 100_000_000  # of a picture, over all its frames; ours have a few millions
+MOST_PIXELS = 100_000_000  # of a picture, over all its frames; the report's have a few million
 ENERGY_GROUPS = ("clean", "adversarial", "generated")
 
 

@@ -66,7 +66,7 @@ class Runtime(Settings):
 
 
 class ReportSettings(Settings):
-    paper: Literal["cifar10", "cifar100", "imagenet_subset"] | None = None  # whose published numbers the tables show beside ours
+    paper: Literal["cifar10", "cifar100", "imagenet_subset"] | None = None  # whose published numbers the tables show
 
 
 class ProfileFile(Settings):

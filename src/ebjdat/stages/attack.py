@@ -146,7 +146,7 @@ def _print(metrics: Mapping[str, Any], settings: AttackSettings, *outputs: Path)
         parts[-1] += f" of the first {metrics[flat_name('n_attack', protocol=name)]}" if accuracies["ensemble"] is not None else ""
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(parts)}", flush=True)
     passed = [check["passed"] for check in metrics["checks"]]
-    print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not asked", flush=True)
+    print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not run", flush=True)
     for check in metrics["checks"]:
         if check["passed"] is False:
             where = f" [{check['protocol']}]" if check["protocol"] else ""

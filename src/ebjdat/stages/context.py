@@ -45,13 +45,13 @@ class Context:
         self, subject: Subject, settings: Mapping[str, Any], tags: Mapping[str, str], out: Path, data: Prepared | None = None
     ) -> AbstractContextManager[Tracker]:
         """Track a stage; its journal will lie beside `out`, the stage's result. settings: all that determines it; tags: method, hashes."""
-        told = None
+        record = None
         if data is not None:
             splits = {f"n_{name}": len(getattr(data, name)) for name in ("train", "validation", "test")}
             source = Path(self.profile.data.path).name if self.profile.data.path else self.profile.data.name
-            told = {"name": self.profile.data.name, "digest": data.data_hash, "source": source, "image_shape": data.image_shape, **splits}
+            record = {"name": self.profile.data.name, "digest": data.data_hash, "source": source, "image_shape": data.image_shape, **splits}
             tags = {**tags, "data_hash": data.data_hash}
-        about = About(settings, {**tags, "git_commit": git_commit()}, told, source_files())
+        about = About(settings, {**tags, "git_commit": git_commit()}, record, source_files())
         return track(subject, about, journal_of(out))
 
     def track_result(self, experiment: str, seed: int, stage: str, data: Prepared, out: Path) -> AbstractContextManager[Tracker]:
@@ -104,6 +104,6 @@ def alone(place: Path) -> Iterator[None]:
             stack.enter_context(lock(place / "lock", wait=False))
         except BlockingIOError:
             raise BusyError(
-                f"{place}: another process is at work on this right now. Wait for it, or stop it (ps aux | grep ebjdat), and run again."
+                f"{place}: another process is at work on this right now. Wait for it, or stop it (ps aux | grep ebjdat), and rerun."
             ) from None
         yield
