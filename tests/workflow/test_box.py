@@ -1,11 +1,10 @@
-"""Stages on a bare machine, with the real programs: packed, interrupted, continued, refused where anything is wrong, taken back.
+"""Stages on a bare machine, with the real programs: packed, interrupted, continued, refused if anything is wrong, taken back.
 
 The bare machine is a Python in which only what the box asks for can be imported. Tests build on each other in this order.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,22 +27,22 @@ from packaging.requirements import Requirement
 from ..conftest import ROOT
 from .conftest import Project, checkout
 
-STAGES = ("prepare", "pretrain-scratch-seed0", "finetune-classifier-seed0")
+TRAINING = "finetune-classifier-seed0"
+STAGES = ("prepare", "pretrain-scratch-seed0", TRAINING)
 RESULT = "results/digits/classifier/seed0/finetune.json"
+CURVE = "results/digits/classifier/seed0/finetune_curve.csv"
 WEIGHTS = "checkpoints/digits/classifier/seed0.safetensors"
 JOURNAL = "results/digits/classifier/seed0/finetune.journal.jsonl"
+CODE = "src/ebjdat/pixels.py"
+BOX = ("python", "workflow/scripts/box.py")
+Content = dict[str, Any]
 EPOCHS = 30
 TO_CONTINUE = 75
+
 BARE = """
-import sys
-class Bare:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, *more):
-        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, *more)
-sys.meta_path[:] = map(Bare, sys.meta_path)
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] in {blocked!r} else find(name, *more)
 """
 
 
@@ -71,18 +71,15 @@ class Box:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW", "EBJDAT", "GIT"))}
         return {**kept, "PYTHONPATH": str(self.site)}
 
-    def run(self, *options: str, code: int | None = 0) -> str:
+    def python(self, *command: str | Path, code: int | None = 0, cwd: Path = Path("/")) -> str:
         done = subprocess.run(
-            [sys.executable, self.folder / "run.py", *options],
-            cwd="/",
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+            [sys.executable, *command], cwd=cwd, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert code in (None, done.returncode), done.stdout[-4000:]
         return done.stdout
+
+    def run(self, *options: str, code: int | None = 0) -> str:
+        return self.python(self.folder / "run.py", *options, code=code)
 
     def stopped(self, number: signal.Signals, stage: str, text: str) -> str:
         """Start it, wait until the stage at work has said so, send it a signal; what it said."""
@@ -100,8 +97,14 @@ class Box:
         assert process.wait() == (TO_CONTINUE if number == signal.SIGTERM else -number)
         return log.read_text()
 
-    def done(self) -> dict[str, dict[str, dict[str, str]]]:
-        return json.loads((self.folder / "done.json").read_text())["stages"]
+    def done(self) -> dict[str, Content]:
+        return json.loads((self.folder / "done.json").read_text())
+
+    def edit(self, file: str, change: Callable[[Any], object]) -> None:
+        """Change a JSON file of the box."""
+        content = json.loads((self.folder / file).read_text())
+        change(content)
+        (self.folder / file).write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def box(home: Project) -> Box:
     """Packed, and moved to another place."""
-    home.run("python", "workflow/scripts/box.py", "pack", "box", "--experiments", "classifier", "--stages", "finetune")
+    home.run(*BOX, "pack", "box", "--experiments", "classifier", "--stages", "finetune")
     assert home.run("git", "status", "--porcelain") == ""
     folder, site = home.folder.parent / "elsewhere/box", home.folder.parent / "site"
     shutil.copytree(home.folder / "box", folder)
@@ -137,100 +140,59 @@ def box(home: Project) -> Box:
 
 
 @pytest.fixture
-def broken(box: Box, tmp_path: Path) -> Callable[..., Path]:
+def spoilt(box: Box, tmp_path: Path) -> Box:
     """A copy of the box, for a test to spoil."""
-
-    def make() -> Path:
-        return Path(shutil.copytree(box.folder, tmp_path / "box", symlinks=True))
-
-    return make
+    return Box(Path(shutil.copytree(box.folder, tmp_path / "box", symlinks=True)), box.site)
 
 
-def refused(home: Project, box: Path, *options: str) -> str:
-    """What `take` says; nothing was taken."""
-    before = sorted(str(p) for folder in ("data", "checkpoints", "results") for p in (home.folder / folder).rglob("*"))
-    text = home.run("python", "workflow/scripts/box.py", "take", str(box), *options, ok=False)
+def refused(home: Project, box: Path, *options: str, limit: str = "unlimited") -> str:
+    """What `take` says; nothing was taken. limit: largest file that it can write (KiB)."""
+
+    def placed() -> list[Path]:
+        found = (path for folder in ("data", "checkpoints", "results") for path in (home.folder / folder).rglob("*"))
+        return sorted(path for path in found if path.is_file())
+
+    before = placed()
+    text = home.run("bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *BOX, "take", str(box), *options, ok=False)
     assert text.startswith("error: ")
     assert "Traceback" not in text
-    assert before == sorted(str(p) for folder in ("data", "checkpoints", "results") for p in (home.folder / folder).rglob("*"))
+    assert before == placed()
     assert not (home.folder / "dvc.lock").exists()
     return text
 
 
-def imported(folder: Path, *starts: str) -> set[str]:
-    """Third-party modules that these modules of the package, and those that they import, import anywhere."""
-    seen: set[Path] = set()
-    found: set[str] = set()
-    waiting = [p for start in starts for p in ([folder / start] if start.endswith(".py") else (folder / start).glob("*.py"))]
-    while waiting:
-        file = waiting.pop()
-        if file in seen or not file.exists() or file.name in ("publish.py", "store.py", "mlflow_model.py"):  # those that talk to MLflow
-            continue
-        seen.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                named = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
-            for name in named:
-                if name.startswith("ebjdat"):
-                    path = folder.joinpath(*name.split(".")[1:])
-                    waiting += [path / "__init__.py", path.with_suffix(".py")]
-                else:
-                    found.add(name.split(".")[0])
-    assert len(seen) > 30
-    return found - set(sys.stdlib_module_names)
-
-
-def test_the_packages_of_the_box_are_those_that_its_stages_import() -> None:
-    spec = importlib.util.spec_from_file_location("box", ROOT / "workflow/scripts/box.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["box"] = module
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "workflow/scripts"))
-        spec.loader.exec_module(module)
-    stages = [f"stages/{name}.py" for name in ("prepare", "train", "attack", "evaluate", "reliability")]
-    packages = ("data", "models", "samplers", "objectives", "training", "evaluation")  # the registry imports them by name
-    needed_here = imported(ROOT / "src/ebjdat", *stages, *packages)
-    assert needed_here | {"typer"} == {*module.IMPORTS, "torch", "torchvision"}
-
-
-def test_what_the_box_holds(box: Box) -> None:
+def test_what_the_box_holds_and_asks_for(box: Box) -> None:
     manifest = json.loads((box.folder / "box.json").read_text())
     assert [stage["name"] for stage in manifest["stages"]] == list(STAGES)
     assert all(stage["command"][:2] == ["-m", "ebjdat"] and "--threads" not in stage["command"] for stage in manifest["stages"])
     assert JOURNAL in manifest["stages"][2]["outputs"]
-    text = subprocess.run(
-        [sys.executable, "-c", "import mlflow"], env=box.environment(), capture_output=True, text=True, check=False
-    ).stderr
-    assert "No module named 'mlflow'" in text
+    modules = [path for path in (ROOT / "src/ebjdat").rglob("*.py") if path.parent.name != "report" or path.name == "figures.py"]
+    texts = [path.read_text() for path in modules if path.name not in ("publish.py", "store.py", "mlflow_model.py")]  # of MLflow
+    imported = {name for text in texts for name in re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)}
+    assert set(manifest["imports"]) == imported - set(sys.stdlib_module_names) - {"ebjdat"}
+    assert "No module named 'mlflow'" in box.python("-c", "import mlflow", code=1)
     assert "0 of 3 stages of digits are done" in box.run("--status")
     assert not (box.folder / "done.json").exists()
 
 
-def test_a_package_that_is_missing_is_named_before_anything_runs(broken: Callable[..., Path], box: Box) -> None:
-    spoilt = Box(broken(), box.site)
-    manifest = json.loads((spoilt.folder / "box.json").read_text())
-    manifest["imports"]["no_such_module"] = "no-such-package==1.0"
-    (spoilt.folder / "box.json").write_text(json.dumps(manifest))
-    assert "missing on this machine: no-such-package==1.0" in spoilt.run(code=2)
+def test_nothing_runs_where_a_package_is_missing_or_what_was_packed_has_changed(spoilt: Box) -> None:
+    (spoilt.folder / CODE).open("a").write("# edited there\n")
+    assert f"{CODE}: changed since the box was packed" in spoilt.run(code=2)
+    spoilt.edit("box.json", lambda manifest: manifest["imports"].update(no_such_module="no-such-package==1.0"))
+    spoilt.edit("box.json", lambda manifest: manifest["files"].pop(CODE))
+    assert "missing on this machine: no-such-package==1.0; `python -m pip install" in spoilt.run(code=2)
     assert not (spoilt.folder / "done.json").exists()
 
 
-@pytest.mark.parametrize("name", ["box.json", "done.json"])
-@pytest.mark.parametrize("content", [b"{", b"[]", b"[" * 100_000, b"\xff"])
-def test_a_damaged_list_is_one_line_there_and_here(home: Project, box: Box, tmp_path: Path, name: str, content: bytes) -> None:
-    spoilt = tmp_path / "box"
-    spoilt.mkdir()
-    for file in ("run.py", "box.json"):
-        shutil.copy(box.folder / file, spoilt)
-    (spoilt / "done.json").write_text('{"stages": {}}')
-    (spoilt / name).write_bytes(content)
-    said = Box(spoilt, box.site).run("--status", code=2)
-    assert said.startswith(f"{spoilt / name}: damaged")
-    assert said.count("\n") == 1
-    assert refused(home, spoilt).count("\n") == 1
+@pytest.mark.parametrize(
+    ("name", "content"), [("box.json", b"{"), ("box.json", b"[" * 100_000), ("done.json", b"[]"), ("done.json", b"\xff")], ids=range(4)
+)
+def test_a_damaged_list_is_one_line_there_and_here(home: Project, spoilt: Box, name: str, content: bytes) -> None:
+    (spoilt.folder / "done.json").write_text("{}")
+    (spoilt.folder / name).write_bytes(content)
+    for said in (spoilt.run("--status", code=2), refused(home, spoilt.folder).removeprefix("error: ")):
+        assert said.startswith(f"{spoilt.folder / name}: missing or damaged; ")
+        assert said.count("\n") == 1
 
 
 def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
@@ -240,140 +202,138 @@ def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert "time is up: run it again to continue with prepare" in said
-    text = box.stopped(signal.SIGTERM, STAGES[2], r"epoch +2/")
+    text = box.stopped(signal.SIGTERM, TRAINING, r"epoch +2/")
     assert "[1/3] prepare continues: python" in text
-    assert "SIGTERM: finetune-classifier-seed0 is asked to stop" in text
+    assert f"SIGTERM: {TRAINING} is asked to stop" in text
     assert "training continues where it was" in text
-    assert "run it again to continue with finetune-classifier-seed0" in text
+    assert f"run it again to continue with {TRAINING}" in text
     assert set(box.done()) == set(STAGES)
-    assert "outputs" not in box.done()[STAGES[2]]
+    assert f"begun   {TRAINING}" in box.run("--status")
     text = box.run()
-    assert "[3/3] finetune-classifier-seed0 continues: python -m ebjdat finetune" in text
+    assert f"[3/3] {TRAINING} continues: python -m ebjdat finetune" in text
     assert "prepare: done\n" in text
     assert "continues at epoch" in text
-    assert "all 3 stages are done: copy this folder back" in text
+    assert "3 of 3 stages are done; copy this folder back" in text
     assert "3 of 3 stages of digits are done" in box.run("--status")
     events = [json.loads(line) for line in (box.folder / JOURNAL).read_text().splitlines()]
     assert [e["step"] for e in events if "metrics" in e] == list(range(1, EPOCHS + 1))
     assert sum("resumed" in e for e in events) == 1
     assert events[0]["begin"]["host"] == "box"
     assert events[-1]["end"] == "FINISHED"
-    assert not list((box.folder / "state").rglob("*.journal.jsonl"))
-    assert not list((box.folder / "state").rglob("*.pt"))
+    assert not [path for end in ("*.journal.jsonl", "*.pt") for path in (box.folder / "state").rglob(end)]
     assert not (box.folder / "logs/tracking.log").exists()  # no sender was ever started
-    machine = box.done()[STAGES[2]]["machine"]
-    assert machine["torch"].startswith("2.")
+    assert box.done()[TRAINING]["machine"]["torch"].startswith("2.")
     assert os.uname().nodename not in (box.folder / "done.json").read_text()
 
 
-def test_what_was_killed_between_its_end_and_the_note_of_it_does_not_run_again(broken: Callable[..., Path], box: Box) -> None:
-    spoilt = Box(broken(), box.site)
-    entries = spoilt.done()
-    del entries[STAGES[2]]["outputs"]
-    (spoilt.folder / "done.json").write_text(json.dumps({"format": 1, "stages": entries}))
-    assert "begun   finetune-classifier-seed0" in spoilt.run("--status")
-    assert "[3/3] finetune-classifier-seed0: done\n" in spoilt.run()
+def test_what_was_killed_between_its_end_and_the_note_of_it_does_not_run_again(spoilt: Box, box: Box) -> None:
+    def forget(done: Content) -> None:
+        for name in (RESULT, CURVE, WEIGHTS, JOURNAL):
+            del done[TRAINING]["files"][name]
+
+    spoilt.edit("done.json", forget)
+    assert f"[3/3] {TRAINING}: done\n" in spoilt.run()
     assert spoilt.done() == box.done()
 
 
-def test_what_failed_after_it_had_written_everything_is_not_done(broken: Callable[..., Path], box: Box) -> None:
-    spoilt = Box(broken(), box.site)
-    manifest = json.loads((spoilt.folder / "box.json").read_text())
-    last = manifest["stages"][2]
-    last["command"] = ["-c", f"import pathlib, sys; [pathlib.Path(p).write_text('x') for p in {last['outputs']}]; sys.exit(3)"]
-    (spoilt.folder / "box.json").write_text(json.dumps(manifest))
+def test_what_failed_after_it_had_written_everything_is_not_done(spoilt: Box) -> None:
+    def fail(manifest: Content) -> None:
+        last = manifest["stages"][2]
+        last["command"] = ["-c", f"import pathlib, sys; [pathlib.Path(p).write_text('x') for p in {last['outputs']}]; sys.exit(3)"]
+
+    spoilt.edit("box.json", fail)
+    assert f"again   {TRAINING}" in spoilt.run("--status")
     for _ in range(2):
-        assert f"[3/3] {STAGES[2]}: FAILED with exit code 3" in spoilt.run(code=1)
-    assert not any((spoilt.folder / name).exists() for name in last["outputs"])
+        assert f"[3/3] {TRAINING}: FAILED with exit code 3" in spoilt.run(code=1)
+    assert not any((spoilt.folder / name).exists() for name in (RESULT, CURVE, WEIGHTS, JOURNAL))
+    (spoilt.folder / "data/digits/data.npz").unlink()
+    spoilt.edit("box.json", lambda manifest: manifest["stages"].pop(0))  # so that nothing makes it again
+    assert f"[2/2] {TRAINING}: cannot run without data/digits/data.npz" in spoilt.run(code=1)
 
 
 def test_a_stage_that_is_called_by_hand_there_starts_no_sender(box: Box, tmp_path: Path) -> None:
-    script = """
+    script = f"""
+import sys; sys.path.insert(0, "{box.folder}/src")
 from pathlib import Path
 from ebjdat.tracking.tracker import About, Subject, track
-with track(Subject("run", "name", 0, "stage"), About({}, {}), Path("results/stage.journal.jsonl")) as tracker:
-    tracker.final({"value": 1})
+with track(Subject("run", "name", 0, "stage"), About({{}}, {{}}), Path("results/stage.journal.jsonl")) as tracker:
+    tracker.final({{"value": 1}})
 """
-    environment = {**box.environment(), "PYTHONPATH": f"{box.folder / 'src'}:{box.site}"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == ""
+    assert box.python("-c", script, cwd=tmp_path) == ""
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {"results/stage.journal.jsonl"}
     assert '"final": {"value": 1.0}' in (tmp_path / "results/stage.journal.jsonl").read_text()
 
 
-def test_what_was_spoilt_on_the_way_is_refused(home: Project, box: Box, broken: Callable[..., Path]) -> None:
-    spoilt = broken()
-    weights = spoilt / WEIGHTS
-    content = bytearray(weights.read_bytes())
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    curve = spoilt / "results/digits/classifier/seed0/finetune_curve.csv"
-    curve.write_text(curve.read_text()[:-20])
-    (spoilt / RESULT).unlink()
-    code = spoilt / "src/ebjdat/pixels.py"
-    code.write_text(code.read_text() + "\n# edited there\n")
-    text = refused(home, spoilt)
-    for name in (weights, curve):
-        assert f"{name.relative_to(spoilt)}: changed or truncated since finetune-classifier-seed0 wrote it" in text
-    assert f"{RESULT}: missing" in text
-    assert "src/ebjdat/pixels.py: changed in the box since it was packed" in text
-    assert "copy it back again" in text
-    assert "again   finetune-classifier-seed0" in Box(spoilt, box.site).run("--status")
+    path.write_bytes(content)
 
 
-def test_what_was_done_is_what_was_packed(home: Project, box: Box, broken: Callable[..., Path]) -> None:
-    """A log that is the package's own source would otherwise be written over it; another command, or fewer files, be taken."""
-    spoilt, code, last = broken(), "src/ebjdat/pixels.py", STAGES[2]
-    packed = json.loads((spoilt / "box.json").read_text())["files"]
-    for key, value in (
-        ("log", {code: packed[code]}),
-        ("command", [*box.done()[last]["command"], "--override", "training.epochs=1"]),
-        ("outputs", {name: content for name, content in box.done()[last]["outputs"].items() if name != WEIGHTS}),
-    ):
-        entries = box.done()
-        entries[last][key] = value  # type: ignore[assignment]
-        (spoilt / "done.json").write_text(json.dumps({"format": 1, "stages": entries}))
-        assert f"{last}: not as box.json has it" in refused(home, spoilt), key
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".elsewhere"))
+    path.symlink_to(path.with_suffix(".elsewhere"))
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/x", "results/../../x"])
-def test_no_path_leads_out_of_the_box(home: Project, broken: Callable[..., Path], path: str) -> None:
-    spoilt = broken()
-    for name in ("box.json", "done.json"):
-        text = (spoilt / name).read_text()
-        (spoilt / name).write_text(text.replace(RESULT, path))
-    assert f"'{path}' leads out of the box" in refused(home, spoilt)
+def rename(box: Box, old: str, new: str) -> None:
+    for file in ("box.json", "done.json"):
+        path = box.folder / file
+        path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
 
 
-def test_links_in_the_box_are_refused(home: Project, broken: Callable[..., Path]) -> None:
-    spoilt = broken()
-    shutil.move(spoilt / RESULT, spoilt / "elsewhere.json")
-    (spoilt / RESULT).symlink_to(spoilt / "elsewhere.json")
-    assert f"{RESULT} is a link" in refused(home, spoilt)
+def of_training(**changes: object) -> Callable[[Box], None]:
+    return lambda box: box.edit("done.json", lambda done: done[TRAINING]["stage"].update(changes))
 
 
-def test_results_of_other_code_settings_or_data_are_refused(home: Project, box: Box) -> None:
+def only_a_part(done: Content) -> None:
+    part = {file: content for file, content in done[TRAINING]["files"].items() if file != WEIGHTS}
+    done |= {name: {**done[TRAINING], "files": part} for name in STAGES}
+
+
+SPOILT: dict[str, tuple[Callable[[Box], None], str]] = {
+    "weights": (lambda box: flip(box.folder / WEIGHTS), f"{WEIGHTS}: changed or truncated since {TRAINING} wrote it"),
+    "curve": (lambda box: os.truncate(box.folder / CURVE, 20), f"{CURVE}: changed or truncated since {TRAINING} wrote it"),
+    "result": (lambda box: (box.folder / RESULT).unlink(), f"{RESULT}: missing"),
+    "code": (lambda box: os.truncate(box.folder / CODE, 20), f"{CODE}: changed in the box since it was packed"),
+    "command": (of_training(command=["-m", "ebjdat"]), f"{TRAINING}: command was ['-m', 'ebjdat'] in the box, is ['-m', 'ebjdat', "),
+    "log": (of_training(log=CODE), f"{TRAINING}: log was {CODE} in the box, is logs/"),
+    "other code": (of_training(code="0123"), f"{TRAINING}: code was 0123 in the box, is "),
+    "stage": (lambda box: rename(box, TRAINING, "finetune-x-seed0"), "finetune-x-seed0: this profile has no such stage here"),
+    "part": (lambda box: box.edit("done.json", only_a_part), "no stage was finished in it"),
+    "shape": (lambda box: box.edit("done.json", lambda done: done.update(prepare=3)), "box.json or done.json is damaged (TypeError"),
+    "format": (lambda box: box.edit("box.json", lambda manifest: manifest.update(format=2)), "of format 2; this version takes format"),
+    "link": (lambda box: link(box.folder / RESULT), f"{RESULT!r} leads out of the box, or is a link"),
+    "profile": (lambda box: rename(box, "digits", "../digits"), "'params/../digits.yaml' leads out of the box"),
+    **{path: ((lambda box, p=path: rename(box, RESULT, p)), f"{path!r} leads out") for path in ("../x", "/etc/x", "results/../../x")},
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
+def test_what_was_spoilt_or_forged_on_the_way_is_refused(home: Project, spoilt: Box, spoil: Callable[[Box], None], said: str) -> None:
+    spoil(spoilt)
+    assert said in refused(home, spoilt.folder)
+
+
+def test_nothing_is_taken_where_the_disk_is_full(home: Project, box: Box) -> None:
+    assert "File too large" in refused(home, box.folder, limit="64")
+
+
+def test_results_of_other_code_settings_or_data_are_refused(home: Project, spoilt: Box) -> None:
     code = home.folder / "src/ebjdat/training/loop.py"
     old = code.read_text()
     code.write_text(old.replace("def train(", "assert True\n\n\ndef train("))
     home.change(experiments={"classifier": {"training": {"epochs": 7}}})
+    spoilt.edit("done.json", lambda done: done[TRAINING]["files"].update({"data/digits/data.npz": "0"}))
     try:
-        text = refused(home, box.folder, "--force")
+        text = refused(home, spoilt.folder, "--force")
     finally:
         code.write_text(old)
         home.run("git", "checkout", "-q", "params")
-    assert "finetune-classifier-seed0: code that it executes is another here" in text
-    assert f"finetune-classifier-seed0: training.epochs was {EPOCHS} in the box, is 7 here" in text
+    assert f"{TRAINING}: code was " in text
+    assert f"{TRAINING}: training.epochs was {EPOCHS} in the box, is 7 here" in text
+    assert f"data/digits/data.npz: {TRAINING} was run with another one" in text
     assert "prepare:" not in text
-    assert re.search(r"packed at commit [0-9a-f]{12}, here is [0-9a-f]{12}-dirty: go to that code", text)
+    assert re.search(r"packed at commit [0-9a-f]{12}, here is [0-9a-f]{12}-dirty; docs/box.md", text)
 
 
 def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_tools_own(home: Project, box: Box) -> None:
@@ -382,7 +342,7 @@ def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_too
     other.write_text("{}")
     assert f"{RESULT}: another one is here" in refused(home, box.folder)
     assert other.read_text() == "{}"
-    text = home.run("python", "workflow/scripts/box.py", "take", str(box.folder), "--force")
+    text = home.run(*BOX, "take", str(box.folder), "--force")
     assert "took 3 of 3 stages" in text
     assert other.read_bytes() == (box.folder / RESULT).read_bytes()
     assert json.loads(other.read_text())["git_commit"] == home.run("git", "rev-parse", "--short=12", "HEAD").strip()
@@ -393,7 +353,7 @@ def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_too
     assert home.run("git", "diff", "--cached", "--name-only").split() == ["dvc.lock"]
     locked = yaml.safe_load((home.folder / "dvc.lock").read_text())["stages"]
     assert set(locked) == {"digests", *STAGES}
-    (entry,) = [out for out in locked[STAGES[2]]["outs"] if out["path"] == WEIGHTS]
+    (entry,) = [out for out in locked[TRAINING]["outs"] if out["path"] == WEIGHTS]
     cached = home.folder / ".dvc/cache/files/md5" / entry["md5"][:2] / entry["md5"][2:]
     assert cached.read_bytes() == (box.folder / WEIGHTS).read_bytes()
 
@@ -411,11 +371,9 @@ def test_their_journals_fill_mlflow(home: Project, box: Box) -> None:
 
 
 def test_what_is_up_to_date_here_is_taken_along_instead_of_run_again(home: Project) -> None:
-    text = home.run("python", "workflow/scripts/box.py", "pack", "second", "--stages", "reliability")
+    text = home.run(*BOX, "pack", "second", "--stages", "reliability")
     assert "second: 1 stages of digits" in text
     files = json.loads((home.folder / "second/box.json").read_text())["files"]
     assert {"data/digits/data.npz", "checkpoints/digits/classifier/seed0.safetensors"} <= set(files)
-    assert "is there already" in home.run("python", "workflow/scripts/box.py", "pack", "second", ok=False)
-    assert "did you mean 'classifier'?" in home.run(
-        "python", "workflow/scripts/box.py", "pack", "b", "--experiments", "clasifier", ok=False
-    )
+    assert "is there already" in home.run(*BOX, "pack", "second", ok=False)
+    assert "did you mean 'classifier'?" in home.run(*BOX, "pack", "b", "--experiments", "clasifier", ok=False)
