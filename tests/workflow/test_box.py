@@ -226,6 +226,13 @@ def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
     assert os.uname().nodename not in (box.folder / "done.json").read_text()
 
 
+def test_two_never_run_in_one_folder(spoilt: Box) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(15)"
+    spoilt.edit("box.json", lambda manifest: manifest["stages"][0].update(command=["-c", deaf]))
+    spoilt.stopped(signal.SIGKILL, "prepare", r"\ndeaf")
+    assert spoilt.run(code=2).startswith("another run.py, or a stage of one that was killed, is still running in this folder")
+
+
 def test_what_was_killed_between_its_end_and_the_note_of_it_does_not_run_again(spoilt: Box, box: Box) -> None:
     def forget(done: Content) -> None:
         for name in (RESULT, CURVE, WEIGHTS, JOURNAL):
@@ -377,3 +384,5 @@ def test_what_is_up_to_date_here_is_taken_along_instead_of_run_again(home: Proje
     assert {"data/digits/data.npz", "checkpoints/digits/classifier/seed0.safetensors"} <= set(files)
     assert "is there already" in home.run(*BOX, "pack", "second", ok=False)
     assert "did you mean 'classifier'?" in home.run(*BOX, "pack", "b", "--experiments", "clasifier", ok=False)
+    folder = "data.source=folder data.path=params data.size=8 data.channels=1 data.test=null"
+    assert "data.path: params is not a file here" in home.run(*BOX, "pack", "b", "--overrides", folder, ok=False)

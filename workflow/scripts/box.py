@@ -65,10 +65,7 @@ def plan(profile_name: str, overrides: Sequence[str]) -> Plan:
             "name": job.title,
             "command": ["-m", "ebjdat", *jobs.command(profile, layout, job, options)],
             "log": layout.log(job.place, job.stage),
-            "inputs": [
-                *(file for group in jobs.inputs(profile, layout, job).values() for file in group),
-                *(file for folder in dvc_stages.folder_of(profile, job) for file in files_below(folder)),
-            ],
+            "inputs": [file for group in jobs.inputs(profile, layout, job).values() for file in group],
             "outputs": list(jobs.outputs(layout, job).values()),
             **jobs.depends_on(profile, job),
         }
@@ -148,8 +145,13 @@ def pack(options: argparse.Namespace) -> None:
     chosen = with_needed(stages, sorted(wanted, key=turn), here)
     to_run, packed_rules = list(chosen.values()), {job.stage for job in chosen}
     refuse([] if to_run else ["everything that was asked for is up to date here: nothing to pack"])
-    if "prepare" in packed_rules and profile.data.path and not Path(profile.data.path).exists():
-        raise UserError(f"data.path: {profile.data.path} is not here; put the folder or archive there")
+    reliability = profile.evaluation.reliability
+    images = {"prepare": ("data.path", profile.data.path), "reliability": ("evaluation.reliability.ood_path", reliability.ood_path)}
+    refuse(
+        f"{key}: {path} is not a file here; name an archive of the images, or, for data.path, make the prepared data (data.npz) here first"
+        for rule, (key, path) in images.items()
+        if rule in packed_rules and path and not Path(path).is_file()
+    )
     made = {file for stage in to_run for file in stage["outputs"]}
     files = [params, *(item for item in overrides if "=" not in item), *files_below("src/ebjdat")]
     files += [file for stage in to_run for file in stage["inputs"] if file not in made]
