@@ -73,7 +73,7 @@ NOTHING = {
     "a new setting": ("ebjdat.settings.evaluation", "    steps: Steps = 20\n", "    steps: Steps = 20\n    momentum: float = 0.0\n"),
     "the command line": ("ebjdat.cli", "def attack(", "def attack_(a: int) -> None: ...\n\n\ndef attack("),
     "the report": ("ebjdat.report.page", "def write(", "def write_(a: int) -> None: ...\n\n\ndef write("),
-    "MLflow": ("ebjdat.tracking.tracker", "def track(", "def track_(a: int) -> None: ...\n\n\ndef track("),
+    "MLflow": ("ebjdat.tracking.tracker", "def numbers(", "def more(a: int) -> None: ...\n\n\ndef numbers("),
     "a function that no stage uses": ("ebjdat.bench.naive", "import", "import os\nimport"),
     "a new strategy": ("ebjdat.samplers.sgld", "def sgld(", "def other(x):\n    return x\n\n\ndef sgld("),
 }

@@ -100,7 +100,7 @@ def sync() -> None:
             f"{len(outcome.errors)} journals could not be sent ({outcome.errors[0]}). They are kept; is the server up, "
             "and MLFLOW_TRACKING_URI right?"
         )
-    typer.echo(f"sent {outcome.values} values of {outcome.journals} journals" if outcome.journals else "everything was there already")
+    typer.echo(f"sent what was new in {outcome.journals} journals" if outcome.journals else "everything was there already")
 
 
 def bench(

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from ebjdat.tracking import journal
+from ebjdat.tracking.journal import Subject
 from ebjdat.tracking.publish import Publisher
-from ebjdat.tracking.tracker import About, Subject, track
+from ebjdat.tracking.tracker import Tracker
 
 METRICS = {
     "classifier/seed0": {"clean_acc": 0.986, "pgd20_acc": 0.133},
@@ -26,8 +27,12 @@ def fill_store(uri: str, folder: Path) -> tuple[str, dict[str, str]]:
         Image.new("RGB", (40, 20), "orange").save("samples.png")
         for title, metrics in METRICS.items():
             name = title.split("/")[0]
-            about = About({"training": {"lr": 0.1}}, {"params_hash": name, "data_hash": "d"})
-            with track(Subject("digits", name, 0, "attack"), about, Path(f"results/{title}/attack.journal.jsonl")) as tracker:
+            params, tags, where = (
+                {"training": {"lr": 0.1}},
+                {"params_hash": name, "data_hash": "d"},
+                Path(f"results/{title}/attack.journal.jsonl"),
+            )
+            with Tracker(Subject("digits", name, 0, "attack"), params, tags, where) as tracker:
                 tracker.final(metrics)
                 tracker.artifact(Path("samples.png"))
         outcome = Publisher(uri).publish(journal.finished())

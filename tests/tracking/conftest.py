@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,39 @@ from typing import Any
 import pytest
 
 from ebjdat.tracking import journal
+from ebjdat.tracking.journal import Subject
 from ebjdat.tracking.publish import Outcome, Publisher
-from ebjdat.tracking.tracker import About, Subject, Tracker, track
+from ebjdat.tracking.tracker import Tracker
 
-TAGS = {"method": "eb_jdat", "git_commit": "abc", "params_hash": "p", "data_hash": "d", "protocol": "standard: Linf radius 0.15"}
+TAGS = {"method": "eb_jdat", "git_commit": "abc", "data_hash": "d", "protocol": "standard: Linf radius 0.15"}
 DATA = {"name": "digits", "digest": "d", "source": "digits", "n_train": 3}
-CURRENT = "tags.kind = 'result' and tags.superseded = 'false'"
-STAGES = "tags.kind = 'result-stage'"
-SUBJECT, ABOUT = Subject("digits", "eb_jdat", 0, "finetune"), About({}, TAGS)
+RESULTS, STAGES = "tags.kind = 'result'", "tags.kind = 'result-stage'"
+CURRENT = f"{RESULTS} and tags.superseded = 'false'"
 
 
 def tracked(
-    stage: str = "finetune", tags: dict[str, str] = TAGS, params: dict[str, Any] | None = None, name: str = "eb_jdat", file: str = ""
-) -> AbstractContextManager[Tracker]:
-    """Track a stage, with results/<stage>.journal.jsonl unless told otherwise."""
-    return track(Subject("digits", name, 0, stage), About(params or {}, tags), Path(f"results/{file or stage}.journal.jsonl"))
+    stage: str = "finetune",
+    params: dict[str, Any] | None = None,
+    seed: int = 0,
+    name: str = "eb_jdat",
+    file: str = "",
+    kind: str = "result",
+    code: Path | None = None,
+    **tags: str,
+) -> Tracker:
+    """Track a stage. The hash of its settings is their text; file: its journal's name in results/, if it is not the stage's."""
+    params = params or {}
+    where = Path(f"results/{file or f'{name}/seed{seed}/{stage}'}{journal.SUFFIX}")
+    subject = Subject("digits", name, seed, stage, kind)
+    return Tracker(subject, params, {**TAGS, "params_hash": json.dumps(params), **tags}, where, DATA, [code] if code else [])
 
 
-def run_stage(
-    name: str, metrics: dict[str, Any], params: dict[str, Any] | None = None, seed: int = 0, tags: dict[str, str] | None = None
-) -> None:
+def run_stage(stage: str = "finetune", params: dict[str, Any] | None = None, seed: int = 0, data_hash: str = "d", **final: Any) -> None:
     """A whole stage with a curve and final metrics."""
-    params = params or {"training": {"lr": 0.1}}
-    about = About(params, {**TAGS, "params_hash": json.dumps(params), **(tags or {})}, DATA)
-    with track(Subject("digits", "eb_jdat", seed, name), about, Path(f"results/seed{seed}/{name}.journal.jsonl")) as tracker:
+    with tracked(stage, params, seed, data_hash=data_hash) as tracker:
         tracker.metrics({"loss": 1.5, "skipped": "text"}, step=1)
         tracker.metrics({"loss": 0.5}, step=2)
-        tracker.final(metrics)
+        tracker.final(final)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,20 @@ class Mlflow:
     def runs(self, text: str = "") -> list[Any]:
         return list(self.client.search_runs([self.client.get_experiment_by_name("digits").experiment_id], text))
 
+    def run(self, text: str = CURRENT) -> Any:
+        """The only such run."""
+        (run,) = self.runs(text)
+        return run
+
     def curve(self, run: Any, name: str = "loss") -> list[tuple[int, float]]:
         return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, name)]
 
     def artifacts(self, run: Any, folder: str | None = None) -> list[str]:
         return [file.path for file in self.client.list_artifacts(run.info.run_id, folder)]
+
+    def names(self) -> dict[str, str]:
+        """Status of every run by name."""
+        return {run.info.run_name: run.info.status for run in self.runs()}
 
     def sync(self) -> Outcome:
         outcome = Publisher(self.uri).publish([*journal.unfinished(), *journal.finished()])

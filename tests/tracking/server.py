@@ -1,4 +1,4 @@
-"""A real `mlflow server` on loopback, for tests of tracking and of the UI."""
+"""Stages and real `mlflow server`s as processes of their own, for tests of tracking and of the UI."""
 
 from __future__ import annotations
 
@@ -12,6 +12,37 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+STAGE = """
+import sys, time
+from pathlib import Path
+from ebjdat.tracking.journal import Subject
+from ebjdat.tracking.tracker import Tracker
+name, data, points, pause, hold = *sys.argv[1:3], *map(float, sys.argv[3:])
+params, tags = {"training": {"lr": 0.1}}, {"git_commit": "abc", "params_hash": name, "data_hash": data}
+began, worked, step = time.perf_counter(), 0.0, 0
+with Tracker(Subject("digits", name, 0, "finetune"), params, tags, Path(f"results/{name}.journal.jsonl")) as tracker:
+    while step < points and not Path("enough").exists():
+        tracker.metrics({"loss": 100.0 - step, "acc": step / 100}, step)
+        now = time.perf_counter()
+        time.sleep(pause)
+        worked, step = worked + time.perf_counter() - now, step + 1
+    tracker.final({"clean_acc": 0.9})
+    print("ready", flush=True)
+    time.sleep(hold)
+print(step, worked, time.perf_counter() - began)
+"""
+
+
+def stage(name: str, folder: Path, points: int = 5, pause: float = 0.0, hold: float = 0.0, data: str = "d", **variables: str) -> Any:
+    """A process that runs a stage in a folder, until its points are done or the file "enough" is there; then it holds before its end."""
+    command = [sys.executable, "-c", STAGE, name, data, *map(str, (points, pause, hold))]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def points_of(count: int) -> list[tuple[int, float]]:
+    """Such a stage's curve "loss"."""
+    return [(step, 100.0 - step) for step in range(count)]
 
 
 def free_port() -> int:

@@ -81,7 +81,7 @@ def test_a_file_that_cannot_take_anything_is_said_at_once(monkeypatch: pytest.Mo
     Path("folder").mkdir()
     os.mkfifo("fifo")
     Path("notes.txt").write_text("twenty characters of text")
-    run_stage("finetune", {"x": 1})
+    run_stage()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(here=tmp_path))
     began = time.monotonic()
     told = CliRunner().invoke(app, ["sync"])

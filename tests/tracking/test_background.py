@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,31 +14,20 @@ from ebjdat.cli import app
 from ebjdat.tracking import background, journal
 from ebjdat.tracking.publish import Publisher
 
-from .conftest import Mlflow, run_stage
+from .conftest import STAGES, Mlflow, run_stage
+from .server import points_of, stage, wait_until
 
 
-def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Path) -> None:
     """As under `snakemake --cores 4`, with the process that sends beside them."""
-    code = (
-        "import sys, time; from pathlib import Path; from ebjdat.tracking.tracker import About, Subject, track\n"
-        "subject, name = Subject('digits', 'e' + sys.argv[1], 0, 'finetune'), f'results/{sys.argv[1]}.journal.jsonl'\n"
-        "with track(subject, About({'a': 1}, {}), Path(name)) as t:\n"
-        "    for step in range(50): t.metrics({'loss': step}, step); time.sleep(0.01)\n"
-        "    t.final({'done': 1})"
-    )
-    environment = {**os.environ, "EBJDAT_TRACKING": "1"}
-    started = [subprocess.Popen([sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE, text=True, env=environment) for i in range(4)]
-    assert [p.communicate()[1] for p in started] == [""] * 4
-    deadline = time.monotonic() + 90
-    while journal.unfinished() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not journal.unfinished(), Path("logs/tracking.log").read_text()
+    names = [f"e{i}" for i in range(4)]
+    started = [stage(name, tmp_path, points=50, pause=0.01, EBJDAT_TRACKING="1") for name in names]
+    assert [process.communicate()[1] for process in started] == [""] * 4
+    wait_until(lambda: not journal.unfinished(), "everything is sent")
     store = Mlflow(tmp_path / "mlflow.db")
-    assert sorted(run.info.run_name for run in store.runs()) == sorted(f"e{i}/seed0{part}" for i in range(4) for part in ("", "/finetune"))
-    for run in store.runs():
-        if "stage" in run.data.tags:
-            assert store.curve(run) == [(step, step) for step in range(50)]
-        assert run.data.metrics["done"] == 1.0
+    assert sorted(store.names()) == sorted(f"{name}/seed0{part}" for name in names for part in ("", "/finetune"))
+    assert all(run.data.metrics["clean_acc"] == 0.9 for run in store.runs())
+    assert all(store.curve(run) == points_of(50) for run in store.runs(STAGES))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +41,7 @@ def test_a_stage_ends_well_and_says_that_the_store_cannot_be_used(
     monkeypatch.setenv("EBJDAT_TRACKING", "1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     Path("folder").mkdir()
-    run_stage("finetune", {"x": 1})
+    run_stage()
     shown = capfd.readouterr().err
     assert re.search(rf"nothing could be sent to sqlite:///\w+ since .*{why}", shown)
     assert "SECRET" not in shown
@@ -76,7 +63,7 @@ app(["sync"])
 
 def test_without_mlflow_sync_says_so_and_keeps_the_journals() -> None:
     """As on a machine that only trains."""
-    run_stage("finetune", {"x": 1})
+    run_stage()
     done = subprocess.run([sys.executable, "-c", WITHOUT_MLFLOW], capture_output=True, text=True, check=False)
     told = "error: nothing can be sent from here: mlflow is not installed (`make install` does it). Every journal is kept\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
@@ -87,7 +74,7 @@ def test_what_a_store_refuses_after_everything_was_sent_is_one_line(monkeypatch:
     """A server that lets runs be read, not changed."""
     from mlflow.exceptions import MlflowException
 
-    run_stage("finetune", {"x": 1})
+    run_stage()
 
     def refuse(*_: object, **__: object) -> None:
         raise MlflowException("403 for someone:secret\nand more")

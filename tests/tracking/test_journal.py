@@ -6,100 +6,105 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ebjdat.tracking import journal
-from ebjdat.tracking.publish import Publisher
-from ebjdat.tracking.tracker import track
+from ebjdat.tracking.publish import Outcome, Publisher
 
-from .conftest import ABOUT, SUBJECT
+from .conftest import tracked
 
-BEGIN = {"time": 1, "begin": {"run": "r", "name": "n", "seed": 0, "stage": "s", "kind": "result", "id": "i", "dvc_exp": "", "host": "h"}}
+ABOUT = {"run": "r", "name": "n", "seed": 0, "stage": "s", "kind": "result", "id": "i", "dvc_exp": "", "host": "h"}
+FIRST = {"time": 1, "begin": ABOUT, "params": {}, "tags": {}, "data": None}
+DAMAGED = Path("results/f.journal.jsonl")
 
-BEGIN |= {"params": {}, "tags": {}, "data": None}
+
+def lines(*events: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps({"time": 1, **event}).encode() + b"\n" for event in events)
+
+
+def published() -> Outcome:
+    return Publisher("sqlite:///mlflow.db").publish(journal.finished())
 
 
 @pytest.mark.parametrize(
-    "lines",
+    "content",
     [
         b"not JSON\n",
         b"[1]\n",
         b"\xff\xfe\n",
         b"[" * 100_000 + b"\n",
-        b'{"time": "now"}\n',
-        b'{"time": 1, "begin": 3}\n',
-        b'{"time": 1, "end": "FINISHED"}\n',
-        json.dumps({**BEGIN, "begin": {**BEGIN["begin"], "seed": "0"}}).encode() + b"\n",  # type: ignore[dict-item]
-        json.dumps({**BEGIN, "params": {"a": [1]}}).encode() + b"\n",
-        *(
-            json.dumps(BEGIN).encode() + b"\n" + json.dumps({"time": 2, **event}).encode() + b"\n"
-            for event in (
-                {"metrics": {"loss": "low"}, "step": 1},
-                {"metrics": [1], "step": 1},
-                {"metrics": {"loss": 1}, "step": "x"},
-                {"tag": "x"},
-                {"artifact": 3, "sha256": "x"},
-                {"result": {"name": "x"}},
-                {"end": "MAYBE"},
-                BEGIN,
-                {"end": "FINISHED", "sha256": "0" * 64},
-            )
-        ),
+        lines({"time": "now"}),
+        lines({"begin": 3}),
+        lines({"end": "FINISHED"}),
+        lines({**FIRST, "begin": {**ABOUT, "seed": "0"}}),
+        lines({**FIRST, "begin": {**ABOUT, "id": ""}}),
+        lines({**FIRST, "params": {"a": [1]}}),
+        lines(FIRST, {"metrics": {"loss": "low"}, "step": 1}),
+        lines(FIRST, {"metrics": [1], "step": 1}),
+        lines(FIRST, {"metrics": {"loss": 1}, "step": "x"}),
+        lines(FIRST, {"tag": "x"}),
+        lines(FIRST, {"artifact": 3, "sha256": "x"}),
+        lines(FIRST, {"result": {"name": "x"}}),
+        lines(FIRST, {"end": "MAYBE"}),
+        lines(FIRST, FIRST),
+        lines(FIRST, {"end": "FINISHED", "sha256": "0" * 64}),
     ],
 )
-def test_a_damaged_journal_is_named_with_its_line(lines: bytes) -> None:
-    path = Path("results/bad.journal.jsonl")
-    path.parent.mkdir()
-    path.write_bytes(lines)
+def test_a_damaged_journal_is_named_with_its_line(content: bytes) -> None:
+    DAMAGED.parent.mkdir()
+    DAMAGED.write_bytes(content)
     with pytest.raises(ValueError, match=r"^line [12]: "):
-        journal.read(path)
-    outcome = Publisher("sqlite:///mlflow.db").publish(journal.finished())
-    assert len(outcome.errors) == 1
-    assert re.match(r"results/bad\.journal\.jsonl: cannot be read \(line [12]: .*\); delete it if it is damaged$", outcome.errors[0])
+        journal.read(DAMAGED)
+    (error,) = published().errors
+    assert re.fullmatch(rf"{DAMAGED}: cannot be read \(line [12]: .*\); delete it if it is damaged", error)
 
 
 def test_a_finished_journal_that_changed_is_told() -> None:
     """A digit of a number that became another, a line that is gone, the end that is, or everything."""
-    path = Path("results/f.journal.jsonl")
-    with track(SUBJECT, ABOUT, path) as tracker:
+    with tracked(file="f") as tracker:
         tracker.metrics({"loss": 2.0}, 1)
         tracker.metrics({"loss": 3.0}, 2)
-    for unfinished in journal.unfinished():
-        unfinished.unlink()
-    whole = path.read_bytes()
+    whole = DAMAGED.read_bytes()
     first, *rest = whole.splitlines(keepends=True)
     sealed = r"line \d: its sha256 does not match the lines before it"
     damages = {
         whole.replace(b"2.0", b"2.5"): sealed,
         first + b"".join(rest[1:]): sealed,
-        whole[:-3]: "has no end",
-        whole[:40]: "has no end",
-        whole + whole: "begins again",
+        whole[:-3]: ".* has no end",
+        whole[:40]: ".* has no end",
+        whole + whole: r"line \d: begins again",
     }
     for content, told in damages.items():
-        path.write_bytes(content)
-        outcome = Publisher("sqlite:///mlflow.db").publish(journal.finished())
+        DAMAGED.write_bytes(content)
+        outcome = published()
         assert (outcome.journals, len(outcome.errors)) == (0, 1)
-        assert re.match(rf"{path}: cannot be read \(.*{told}\); delete it if it is damaged$", outcome.errors[0])
-    path.write_bytes(b"")
-    outcome = Publisher("sqlite:///mlflow.db").publish(journal.finished())
-    assert (outcome.journals, outcome.errors) == (0, [])
-    assert outcome.notes == [f"{path}: empty; its stage could write none when it ran, or it was damaged"]
-    path.write_bytes(whole)
-    assert Publisher("sqlite:///mlflow.db").publish(journal.finished()).journals == 1
+        assert re.fullmatch(rf"{DAMAGED}: cannot be read \({told}\); delete it if it is damaged", outcome.errors[0])
+    DAMAGED.write_bytes(b"")
+    assert published() == Outcome(notes=[f"{DAMAGED}: empty; its stage could write none when it ran, or it was damaged"])
+    DAMAGED.write_bytes(whole)
+    assert published() == Outcome(journals=1)
+
+
+def test_journals_of_earlier_versions_are_read() -> None:
+    """They number the samples of the machine's load, and say where a killed stage went on."""
+    DAMAGED.parent.mkdir()
+    DAMAGED.write_bytes(lines(FIRST, {"system": {"a": 1.0}, "step": 0}, {"end": "KILLED"}, {"resumed": True}, {"end": "FINISHED"}))
+    assert len(journal.read(DAMAGED)) == 5
+    assert published() == Outcome(journals=1)
 
 
 def test_a_journal_of_more_than_anybody_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path("big.journal.jsonl")
-    path.write_bytes(json.dumps(BEGIN).encode() + b"\n" + b'{"time": 1}\n' * 3)
+    path = journal.UNFINISHED / "big.journal.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines(FIRST, {}, {}, {}))
     assert len(journal.read(path)) == 4
     assert len(journal.read(path, limit=1)) == 1
     monkeypatch.setattr(journal, "MAX_LINES", 3)
     with pytest.raises(ValueError, match="more than 3 lines"):
         journal.read(path)
-    with path.open("ab") as file:
-        file.truncate(journal.MAX_BYTES + 1)  # of zeros, which take no room
+    os.truncate(path, journal.MAX_BYTES + 1)  # of zeros, which take no room
     with pytest.raises(ValueError, match="bytes; 67,108,864 are allowed"):
         journal.read(path)
 

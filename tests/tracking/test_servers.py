@@ -24,26 +24,10 @@ import numpy as np
 import pytest
 
 from ..conftest import ROOT
-from .server import Server, answers, free_port, wait_until
+from .conftest import run_stage
+from .server import Server, answers, free_port, points_of, stage, wait_until
 
 pytestmark = pytest.mark.server
-
-STAGE = """
-import sys, time
-from pathlib import Path
-from ebjdat.tracking.tracker import About, Subject, track
-name, points, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-about = About({"training": {"lr": 0.1}}, {"git_commit": "abc", "params_hash": name, "data_hash": "d"})
-began, worked, step = time.perf_counter(), 0.0, 0
-with track(Subject("digits", name, 0, "finetune"), about, Path(f"results/{name}.journal.jsonl")) as tracker:
-    while step < points and not Path("enough").exists():
-        tracker.metrics({"loss": 100.0 - step, "acc": step / 100}, step)
-        now = time.perf_counter()
-        time.sleep(pause)
-        worked, step = worked + time.perf_counter() - now, step + 1
-    tracker.final({"clean_acc": 0.9})
-print(step, worked, time.perf_counter() - began)
-"""
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -82,9 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.send_response(reply.status)
-        for name in ("Content-Type",):
-            if reply.getheader(name):
-                self.send_header(name, str(reply.getheader(name)))
+        self.send_header("Content-Type", reply.getheader("Content-Type", "text/plain"))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -155,10 +137,9 @@ def proxy(server: Server) -> Iterator[Proxy]:
     made.server_close()
 
 
-def stage(uri: str, folder: Path, name: str, points: int = 5, pause: float = 0.0) -> subprocess.Popen[str]:
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "EBJDAT_TRACKING": "1"}
-    command = [sys.executable, "-c", STAGE, name, str(points), str(pause)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def sending(proxy: Proxy) -> dict[str, str]:
+    """The variables of a stage that sends to this server."""
+    return {"MLFLOW_TRACKING_URI": proxy.uri, "EBJDAT_TRACKING": "1"}
 
 
 def sync(uri: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -178,14 +159,14 @@ def test_four_stages_at_once_and_a_server_that_dies_in_the_middle(server: Server
     """Answers get lost, then nothing is reached, then it is back: every value is there, each once, without a word to a stage."""
     prefix = tmp_path.name
     proxy.mode = "lost"
-    stages = {f"{prefix}-{i}": stage(proxy.uri, tmp_path, f"{prefix}-{i}", points=1000, pause=0.1) for i in range(4)}
+    stages = {f"{prefix}-{i}": stage(f"{prefix}-{i}", tmp_path, 1000, 0.1, **sending(proxy)) for i in range(4)}
     wait_until(lambda: proxy.calls > 3, "calls whose answers get lost")
     proxy.mode = "down"
-    wait_until(lambda: bool(list(tmp_path.rglob("*.trouble.json"))), "the sender sees it")
+    wait_until(lambda: bool(list(tmp_path.rglob("*.trouble.txt"))), "the sender sees it")
     (tmp_path / "enough").touch()
     told = [process.communicate() for process in stages.values()]
     assert all(process.returncode == 0 for process in stages.values())
-    points = {name: int(out.split()[0]) for name, (out, _) in zip(stages, told, strict=True)}
+    points = {name: int(out.split()[1]) for name, (out, _) in zip(stages, told, strict=True)}
     assert any("ebjdat sync" in error for _, error in told), told
     failed = sync(proxy.uri, tmp_path)
     assert failed.returncode == 1
@@ -195,7 +176,7 @@ def test_four_stages_at_once_and_a_server_that_dies_in_the_middle(server: Server
     done = sync(proxy.uri, tmp_path)
     assert done.returncode == 0, done.stderr
     for name in stages:
-        assert curve(server, name) == [(step, 100.0 - step) for step in range(points[name])]
+        assert curve(server, name) == points_of(points[name])
         (run,) = server.runs(f"tags.kind = 'result' and tags.experiment = '{name}'")
         assert (run.data.metrics, run.info.status) == ({"clean_acc": 0.9}, "FINISHED")
     assert "everything was there already" in sync(server.uri, tmp_path).stdout  # the store knows, by whatever way one gets there
@@ -204,26 +185,26 @@ def test_four_stages_at_once_and_a_server_that_dies_in_the_middle(server: Server
 def test_the_next_stage_sends_what_a_server_missed(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     first, second = f"{tmp_path.name}-first", f"{tmp_path.name}-second"
     proxy.mode = "down"
-    stage(proxy.uri, tmp_path, first).communicate()
+    stage(first, tmp_path, **sending(proxy)).communicate()
     proxy.mode = "through"
-    stage(proxy.uri, tmp_path, second, points=5, pause=0.2).communicate()
+    stage(second, tmp_path, pause=0.2, **sending(proxy)).communicate()
     left = tmp_path / "state/tracking"
     wait_until(lambda: not list(left.rglob("*.journal.jsonl")), "sent by itself")
-    assert curve(server, first) == curve(server, second) == [(step, 100.0 - step) for step in range(5)]
+    assert curve(server, first) == curve(server, second) == points_of(5)
 
 
 @pytest.mark.parametrize("server", ["sqlite"], indirect=True)  # what is behind a slow server makes no difference to a stage
 def test_a_slow_server_costs_a_stage_less_than_a_twentieth(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     proxy.mode = "slow"
     name = f"{tmp_path.name}-slow"
-    process = stage(proxy.uri, tmp_path, name, points=1000, pause=0.1)
+    process = stage(name, tmp_path, 1000, 0.1, **sending(proxy))
     wait_until(lambda: proxy.calls > 3, "calls of 2 s each")
     (tmp_path / "enough").touch()
-    points, worked, seconds = map(float, process.communicate()[0].split())
+    points, worked, seconds = map(float, process.communicate()[0].split()[1:])
     assert seconds < worked / 0.95
     proxy.mode = "through"
     assert sync(proxy.uri, tmp_path).returncode == 0
-    assert curve(server, name) == [(step, 100.0 - step) for step in range(int(points))]
+    assert curve(server, name) == points_of(int(points))
 
 
 class Endless(http.server.BaseHTTPRequestHandler):
@@ -257,12 +238,8 @@ def test_an_answer_without_end_is_not_read_on(way: str, tmp_path: Path, monkeypa
     """At most what is allowed is read, whether many bytes come, few that become many, or few in a long time."""
     from ebjdat.tracking import journal, store
     from ebjdat.tracking.publish import Publisher
-    from ebjdat.tracking.tracker import About, Subject, track
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("EBJDAT_TRACKING", "0")
-    with track(Subject("digits", "e", 0, "finetune"), About({}, {}), Path("results/e.journal.jsonl")):
-        pass
+    run_stage()
     monkeypatch.setattr(Endless, "way", way)
     monkeypatch.setattr(Endless, "sent", 0)
     monkeypatch.setattr(store, "MAX_SECONDS", 1.0 if way == "slow" else 120.0)

@@ -10,15 +10,14 @@ import pytest
 
 from ebjdat.tracking import journal
 from ebjdat.tracking.publish import Publisher
-from ebjdat.tracking.tracker import About, Subject, track
 
-from .conftest import TAGS, Mlflow, run_stage
+from .conftest import Mlflow, run_stage, tracked
 
 
 def send_artifact(name: str, store: str = "mlflow.db") -> list[str]:
     """A stage in the working folder with a file of this name, published; what could not be."""
     Path(name).write_text(name)
-    with track(Subject("digits", name, 0, "attack"), About({}, TAGS), Path(f"results/{name}/attack.journal.jsonl")) as tracker:
+    with tracked("attack", name=name) as tracker:
         tracker.artifact(Path(name))
     return Publisher(f"sqlite:///{store}").publish(journal.finished()).errors
 
@@ -97,7 +96,7 @@ def test_a_store_that_cannot_be_reached_is_reported_at_once_without_its_password
     monkeypatch: pytest.MonkeyPatch, address: str, error: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    run_stage("finetune", {"x": 1})
+    run_stage()
     began = time.monotonic()
     (found,) = Publisher(address).publish(journal.finished()).errors
     assert time.monotonic() - began < 10

@@ -1,11 +1,11 @@
-"""What a stage journals: attempts that are continued or begun anew, full disks, damage."""
+"""What a stage journals: attempts that are continued or begun anew, full disks, damage, the machine's load."""
 
 from __future__ import annotations
 
 import math
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,45 +14,37 @@ from ebjdat.settings import flat
 from ebjdat.tracking import address as addresses
 from ebjdat.tracking import journal
 from ebjdat.tracking.publish import Outcome, Publisher
-from ebjdat.tracking.tracker import About, Tracker, numbers
+from ebjdat.tracking.system import sampling
+from ebjdat.tracking.tracker import numbers
 
-from .conftest import ABOUT, STAGES, SUBJECT, TAGS, Mlflow, tracked
-
-ENDLESS = """
-import sys, time
-from pathlib import Path
-from ebjdat.tracking.tracker import About, Subject, track
-with track(Subject("digits", "eb_jdat", 0, "finetune"), About({"a": 1}, %r), Path("results/f.journal.jsonl")) as tracker:
-    for step in range(int(sys.argv[1])):
-        tracker.metrics({"loss": 10.0 - step}, step)
-    print("ready", flush=True)
-    time.sleep(float(sys.argv[2]))
-    tracker.final({"done": 1})
-"""
+from .conftest import STAGES, Mlflow, tracked
+from .server import points_of, stage
 
 
-def test_a_killed_stage_continues_in_its_run_with_each_point_once(store: Mlflow) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", ENDLESS % TAGS, "3", "60"], stdout=subprocess.PIPE, text=True)
-    assert killed.stdout
+def journalled(path: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(event.step, event.metrics) for event in journal.read(path) if event.metrics is not None]
+
+
+def test_a_killed_stage_continues_in_its_run_with_each_value_once(store: Mlflow, tmp_path: Path) -> None:
+    killed = stage("eb_jdat", tmp_path, points=3, hold=60)
     assert killed.stdout.readline() == "ready\n"
     (path,) = journal.unfinished()
     assert journal.is_written(path)
     store.sync()
-    assert {r.info.status for r in store.runs()} == {"RUNNING"}
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    assert set(store.names().values()) == {"RUNNING"}
+    killed.kill()
+    killed.communicate()
     with path.open("a") as file:
         file.write('{"time": 1, "metr')  # killed in the middle of a line
     store.sync()
-    assert {r.info.status for r in store.runs()} == {"KILLED"}
-    subprocess.run([sys.executable, "-c", ENDLESS % TAGS, "5", "0"], check=True)
+    assert set(store.names().values()) == {"KILLED"}
+    assert stage("eb_jdat", tmp_path, points=5).communicate()[1] == ""
     store.sync()
-    assert [r.info.run_name for r in store.runs(STAGES)] == ["eb_jdat/seed0/finetune"]
-    (run,) = store.runs(STAGES)
-    assert run.info.status == "FINISHED"
-    assert store.curve(run) == [(s, 10.0 - s) for s in range(5)]
-    stage_again = subprocess.run([sys.executable, "-c", ENDLESS % {**TAGS, "data_hash": "e"}, "2", "0"], check=False)
-    assert stage_again.returncode == 0
+    run = store.run(STAGES)
+    assert (run.info.run_name, run.info.status) == ("eb_jdat/seed0/finetune", "FINISHED")
+    assert store.curve(run) == points_of(5)
+    assert store.curve(run, "clean_acc") == [(0, 0.9)]
+    assert stage("eb_jdat", tmp_path, points=2, data="e").communicate()[1] == ""
     store.sync()
     assert len(store.runs(STAGES)) == 2  # other data: an attempt of its own
 
@@ -62,17 +54,13 @@ def test_a_killed_stage_continues_only_with_the_same_settings_and_code() -> None
     code = Path("loss.py")
     code.write_text("first")
 
-    def attempts(lr: float, commit: str = "abc") -> list[int]:
-        """Begin, and be killed again. Returns how often each attempt so far was continued."""
-        about = About({"lr": lr}, {**TAGS, "git_commit": commit}, code=[code])
-        Tracker(SUBJECT, about).close("KILLED")
-        return sorted(sum(event.resumed for event in journal.read(path)) for path in journal.unfinished())
+    def attempts(lr: float, commit: str = "abc") -> int:
+        tracked(params={"lr": lr}, code=code, git_commit=commit).close("KILLED")
+        return len(journal.unfinished())
 
-    assert attempts(0.1) == [0]
-    assert attempts(0.1, "def") == [1]
-    assert attempts(0.2) == [0, 1]
+    assert [attempts(0.1), attempts(0.1, "def"), attempts(0.2)] == [1, 1, 2]
     code.write_text("second")
-    assert attempts(0.1) == [0, 0, 1]
+    assert attempts(0.1) == 3
 
 
 def full_disk(*arguments: object, **named: object) -> None:
@@ -80,31 +68,31 @@ def full_disk(*arguments: object, **named: object) -> None:
 
 
 def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    copy = Path("results/e.journal.jsonl")
+    e, f = Path("results/e.journal.jsonl"), Path("results/f.journal.jsonl")
     with pytest.MonkeyPatch.context() as patch, tracked(file="e") as tracker:
         tracker.metrics({"loss": 1.0}, 1)
         patch.setattr(journal.Writer, "write", full_disk)
         tracker.metrics({"loss": 1.0}, 2)
-        tracker.final({"x": 1})
+        tracker.artifact(Path("missing"))
     assert capsys.readouterr().err.count("WARNING: tracking stops for this stage") == 1
-    events = journal.read(copy)  # an output of the stage: it is there, with what could be written
-    assert [event.step for event in events if event.metrics is not None] == [1]
-    assert events[-1].end == "FINISHED"
+    assert journalled(e) == [(1, {"loss": 1.0})]  # an output of the stage: it is there, with what could be written
+    assert journal.read(e)[-1].end == "FINISHED"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.Writer, "__init__", full_disk)
         with tracked(file="f") as tracker:
             tracker.metrics({"loss": 1.0}, 1)
-    assert Path("results/f.journal.jsonl").read_text() == ""
-    outcome = Publisher("sqlite:///unused.db").publish([Path("results/f.journal.jsonl")])
-    assert outcome == Outcome(notes=["results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"])
+    assert f.read_text() == ""
+    note = "results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"
+    assert Publisher("sqlite:///unused.db").publish([f]) == Outcome(notes=[note])
 
 
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from ebjdat.tracking.tracker import About, Subject, track
+from ebjdat.tracking.journal import Subject
+from ebjdat.tracking.tracker import Tracker
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with track(Subject("digits", "e", 0, "finetune"), About({}, {}), Path("results/e.journal.jsonl")) as tracker:
+with Tracker(Subject("digits", "e", 0, "finetune"), {}, {}, Path("results/e.journal.jsonl")) as tracker:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     for step in range(5):
         tracker.picture("samples", bytes(2000), step)
@@ -129,33 +117,34 @@ def test_a_line_that_fits_on_the_disk_in_part_stops_tracking_and_nothing_else(th
 
 def test_a_training_that_is_begun_anew_has_a_journal_of_its_own(store: Mlflow) -> None:
     """Its state was damaged or made on other threads: the points of the killed attempt are not its own."""
-    killed = Tracker(SUBJECT, ABOUT)
+    killed = tracked()
     killed.metrics({"loss": 1.0}, 1)
     killed.close("KILLED")
-    with tracked(file="f") as tracker:
+    with tracked() as tracker:
         tracker.metrics({"loss": 2.0}, 1)
         tracker.metrics({"loss": 3.0}, 2)
     store.sync()
     new, old = sorted(store.runs(STAGES), key=lambda run: run.data.tags["superseded"])
-    assert [value for _, value in store.curve(new)] == [2.0, 3.0]
-    assert [value for _, value in store.curve(old)] == [1.0]
-    assert (new.info.status, old.info.status, old.data.tags["superseded"]) == ("FINISHED", "KILLED", "true")
+    assert (store.curve(new), store.curve(old)) == ([(1, 2.0), (2, 3.0)], [(1, 1.0)])
+    assert (new.info.status, old.info.status, old.data.tags["superseded"]) == ("FINISHED", "FAILED", "true")
     assert not journal.unfinished()
 
 
-def test_a_point_that_is_not_a_number_is_the_same_when_it_is_measured_again() -> None:
-    """As a training that diverged has it: training that continues from there does not begin anew."""
-    points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}]
-    killed = Tracker(SUBJECT, ABOUT)
-    for step, point in enumerate(points):
-        killed.metrics(point, step)
-    killed.close("KILLED")
-    again = Tracker(SUBJECT, ABOUT)
-    for step, point in enumerate([*points, {"loss": 2.0}]):
-        again.metrics(point, step)
-    again.close("KILLED")
+def test_what_a_continued_stage_says_again_is_not_journalled_again() -> None:
+    """Also of a training that diverged: NaN is the same when it is measured again."""
+    points = [{"loss": 1.0, "acc": 0.1}, {"loss": math.nan, "acc": 0.1}, {"loss": math.inf, "acc": 0.1}, {"loss": 2.0}]
+    for number in (3, 4):
+        tracker = tracked()
+        for step, point in enumerate(points[:number]):
+            tracker.metrics(point, step)
+            tracker.picture("samples", b"png", step)
+        tracker.tag("event_1", "diverged")
+        tracker.close("KILLED")
     (path,) = journal.unfinished()
-    assert [event.step for event in journal.read(path) if event.metrics is not None] == [0, 1, 2, 3]
+    assert [step for step, _ in journalled(path)] == [0, 1, 2, 3]
+    events = journal.read(path)
+    assert [event.step for event in events if event.picture] == [0, 1, 2, 3]
+    assert sum(event.tag is not None for event in events) == 1
 
 
 def test_journals_of_one_store_are_not_sent_to_another_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,13 +157,24 @@ def test_journals_of_one_store_are_not_sent_to_another_by_themselves(monkeypatch
 
 
 def test_a_stage_continues_beside_a_damaged_journal_of_its_own() -> None:
-    Tracker(SUBJECT, ABOUT).close("KILLED")
+    tracked().close("KILLED")
     (path,) = journal.unfinished()
     path.write_bytes(path.read_bytes() + b"junk\n")
     with tracked(file="f") as tracker:
         tracker.metrics({"loss": 2.0}, 1)
-    assert [event.metrics for event in journal.read(Path("results/f.journal.jsonl")) if event.metrics] == [{"loss": 2.0}]
+    assert journalled(Path("results/f.journal.jsonl")) == [(1, {"loss": 2.0})]
     assert journal.unfinished() == [path]  # for whoever wants to look at it
+
+
+def test_samples_of_the_machine_come_at_their_time_and_at_the_end() -> None:
+    found: list[dict[str, float]] = []
+    with sampling(found.append, seconds=0.1):
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            sum(range(1000))
+    assert len(found) >= 2
+    assert all(0 < sample["system/system_memory_usage_percentage"] < 100 for sample in found)
+    assert found[0]["system/process_cpu_utilization_percentage"] > 10
 
 
 def test_flat_and_numbers() -> None:

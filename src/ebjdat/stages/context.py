@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ import ebjdat
 from ebjdat.errors import UserError
 from ebjdat.files import git_commit, lock
 from ebjdat.settings import ParamsError, Profile, load, run_name
-from ebjdat.tracking.journal import SUFFIX
-from ebjdat.tracking.tracker import About, Subject, Tracker, track
+from ebjdat.tracking.journal import SUFFIX, Subject
+from ebjdat.tracking.tracker import Tracker
 
 if TYPE_CHECKING:  # the report needs no torch, which takes seconds, reads no data, and does not depend on how that is prepared
     import torch
@@ -43,7 +42,7 @@ class Context:
 
     def track(
         self, subject: Subject, settings: Mapping[str, Any], tags: Mapping[str, str], out: Path, data: Prepared | None = None
-    ) -> AbstractContextManager[Tracker]:
+    ) -> Tracker:
         """Track a stage; its journal will lie beside `out`, the stage's result. settings: all that determines it; tags: method, hashes."""
         record = None
         if data is not None:
@@ -51,10 +50,9 @@ class Context:
             source = Path(self.profile.data.path).name if self.profile.data.path else self.profile.data.name
             record = {"name": self.profile.data.name, "digest": data.data_hash, "source": source, "image_shape": data.image_shape, **splits}
             tags = {**tags, "data_hash": data.data_hash}
-        about = About(settings, {**tags, "git_commit": git_commit()}, record, source_files())
-        return track(subject, about, journal_of(out))
+        return Tracker(subject, settings, {**tags, "git_commit": git_commit()}, journal_of(out), record, source_files())
 
-    def track_result(self, experiment: str, seed: int, stage: str, data: Prepared, out: Path) -> AbstractContextManager[Tracker]:
+    def track_result(self, experiment: str, seed: int, stage: str, data: Prepared, out: Path) -> Tracker:
         """Track a stage of an experiment: its run carries the experiment's resolved settings."""
         entry = self.profile.experiments[experiment]
         protocols = self.profile.evaluation.attack.protocols.items()

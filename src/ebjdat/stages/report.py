@@ -12,7 +12,7 @@ from ebjdat.report.collect import checks_of, collect, read_card
 from ebjdat.report.format import side_by_side, write_audit_markdown, write_markdown
 from ebjdat.report.summary import aggregate, headline, write_csv, write_summary
 from ebjdat.stages.context import Context
-from ebjdat.tracking.tracker import Subject
+from ebjdat.tracking.journal import Subject
 
 # Files shown with each experiment's run in MLflow.
 FIGURES = ("samples.png", "chains.gif", "energy.png", "reliability.png", "finetune_curve.csv")

@@ -19,7 +19,8 @@ from ebjdat.files import digest, git_commit, write_result, write_text
 from ebjdat.jobs import STAGES
 from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.stages.context import Context, alone
-from ebjdat.tracking.tracker import Subject, Tracker
+from ebjdat.tracking.journal import Subject
+from ebjdat.tracking.tracker import Tracker
 from ebjdat.training import checkpoint
 from ebjdat.training.fit import Provenance, divergences, fit, to_checkpoint
 from ebjdat.training.healing import Event

@@ -8,31 +8,21 @@ import os
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
-from ebjdat.errors import UserError, message
-from ebjdat.files import lock, read_json, write_json
+from ebjdat.errors import message
+from ebjdat.files import lock, write_text
 from ebjdat.tracking.address import shown_uri, store_id, tracking_uri, unusable
 from ebjdat.tracking.journal import UNFINISHED, is_written, unfinished
 
 LOG = Path("logs/tracking.log")
 POLL = 1.0  # seconds between two looks at the journals
-MAX_POLL = 30.0  # seconds between two tries of a store that does not answer
-PATIENCE = 60.0  # seconds that such a store is tried after the last stage has ended
-
-
-@cache
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("mlflow") is not None
-    except ImportError:
-        return False
+RETRY, TRIES = 10.0, 6  # seconds between two tries of a store that fails, and how often it is tried after the last stage has ended
 
 
 def is_on() -> bool:
     """Whether journals are published from here: MLflow is installed, and EBJDAT_TRACKING is not 0."""
-    return os.environ.get("EBJDAT_TRACKING", "1") != "0" and _is_installed()
+    return os.environ.get("EBJDAT_TRACKING", "1") != "0" and importlib.util.find_spec("mlflow") is not None
 
 
 def _place(name: str) -> Path:
@@ -69,20 +59,19 @@ def start() -> None:
 
 def note(error: str | None) -> None:
     """Leave an error for `warn`; None: remove it."""
-    place = _place("trouble.json")
+    place = _place("trouble.txt")
     if error is None:
         place.unlink(missing_ok=True)
     elif not place.exists():
-        write_json(place, {"uri": shown_uri(), "error": error, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        write_text(place, f"nothing could be sent to {shown_uri()} since {time.strftime('%Y-%m-%d %H:%M:%S')} ({error})")
 
 
 def warn() -> None:
     """Print, at the end of a stage, that the store does not answer."""
-    with contextlib.suppress(OSError, KeyError, UserError):
+    with contextlib.suppress(OSError, ValueError):
         if is_on():
-            trouble = read_json(_place("trouble.json"))
-            text = f"nothing could be sent to {trouble['uri']} since {trouble['since']} ({trouble['error']})"
-            print(message(f"WARNING: {text}. The journals are kept; the next stage sends them, or `ebjdat sync`"), file=sys.stderr)
+            trouble = _place("trouble.txt").read_text(encoding="utf-8")
+            print(message(f"WARNING: {trouble}. The journals are kept; the next stage sends them, or `ebjdat sync`"), file=sys.stderr)
 
 
 def wait(seconds: float = 30.0) -> None:
@@ -92,37 +81,34 @@ def wait(seconds: float = 30.0) -> None:
         time.sleep(0.2)
 
 
+def _a_stage_runs() -> bool:
+    return any(map(is_written, unfinished(store_id())))
+
+
 def main() -> None:
-    """Publish until every stage has ended and everything is sent, or the store has not answered for too long."""
+    """Publish until every stage has ended and everything is sent, or the store has failed too often."""
     os.nice(5)  # stages come first
-    complete = True
-    while complete:
-        try:
+    with contextlib.suppress(BlockingIOError):  # another process does it
+        while True:
             with lock(_place("sender"), wait=False):
-                complete = _publish_until_all_end()
-        except BlockingIOError:
-            return  # another process does
-        if not any(map(is_written, unfinished(store_id()))):  # asked again: a stage may have begun and relied on this process
-            return
+                _publish_until_all_end()
+            if not _a_stage_runs():  # asked again: one may have begun and relied on this process
+                return
 
 
-def _publish_until_all_end() -> bool:
-    """Returns whether everything was sent."""
+def _publish_until_all_end() -> None:
     from ebjdat.tracking.publish import Publisher  # imports MLflow
 
-    publisher, delay, failing_since = Publisher(tracking_uri()), POLL, None
-    while True:
-        alive = any(map(is_written, unfinished(store_id())))  # before the pass: what stages write until they end is sent in it
+    publisher, tries = Publisher(tracking_uri()), TRIES
+    while tries:
+        runs = _a_stage_runs()  # before the pass: what stages write until they end is sent in it
         with publishing():
-            outcome = publisher.publish(unfinished(store_id()))
-        note(outcome.errors[0] if outcome.errors else None)
-        if outcome.errors:
-            failing_since, delay = failing_since or time.monotonic(), min(2 * delay, MAX_POLL)
-        else:
-            failing_since, delay = None, POLL
-        if not alive and (failing_since is None or time.monotonic() - failing_since > PATIENCE):
-            return failing_since is None
-        time.sleep(delay)
+            errors = publisher.publish(unfinished(store_id())).errors
+        note(errors[0] if errors else None)
+        if not (runs or errors):
+            return
+        tries = TRIES if runs else tries - 1
+        time.sleep(RETRY if errors else POLL)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The journal of a stage: a local file of JSON lines. Its first line says what it is about, its last line how the stage ended.
 
-Journals are the record that tracking works from: a stage writes only here, which costs microseconds and needs no server;
-`publish` brings them into MLflow. A finished journal lies beside the stage's results and is versioned with them.
+A stage writes only here, which takes microseconds and needs no server; `publish` brings journals into MLflow. A finished journal
+lies beside the stage's results and is versioned with them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ValidationError
-
-from ebjdat.files import write_text
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
@@ -26,17 +25,24 @@ MAX_BYTES = 64 * 2**20  # typical journals have up to a few MB
 MAX_LINES = 500_000
 
 
-class Begin(BaseModel, strict=True):
-    """The attempt that a journal is about. kind: "result" (an experiment's stage), "pretraining" or "report"."""
+@dataclass(frozen=True)
+class Subject:
+    """What a journal is about. kind: "result" (an experiment's stage), "pretraining" or "report". The rest is of one attempt."""
 
-    run: str
-    name: str
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    run: str  # the profile's run name: MLflow's experiment
+    name: str  # experiment or pretraining
     seed: int
     stage: str
-    kind: str
-    id: str
-    dvc_exp: str
-    host: str
+    kind: str = "result"
+    id: str = ""
+    dvc_exp: str = ""
+    host: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/seed{self.seed}" + (f" [{self.dvc_exp}]" if self.dvc_exp else "")
 
 
 class Result(BaseModel, strict=True):
@@ -53,16 +59,17 @@ class Result(BaseModel, strict=True):
 class Event(BaseModel, strict=True):
     """A line of a journal: its time in ms, and what happened. The first line has begin, params, tags and data.
 
+    step: epoch of a point of the curves or a picture; `read` numbers the samples of the machine's load ("system").
     sha256: of the file that the line names; in the last line of a finished journal, of all lines before it.
     """
 
     time: int
-    begin: Begin | None = None
+    begin: Subject | None = None
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
     data: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
-    system: dict[str, float] | None = None
+    system: dict[str, float] = {}
     final: dict[str, float] = {}
     step: int = 0
     tag: tuple[str, str] | None = None
@@ -72,9 +79,13 @@ class Event(BaseModel, strict=True):
     model: str = ""
     sha256: str = ""
     result: Result | None = None
-    resumed: bool = False
-    given_up: bool = False
     end: Literal["FINISHED", "FAILED", "KILLED"] | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """Of a first line."""
+        assert self.begin is not None  # checked by `read`
+        return self.begin
 
 
 class Writer:
@@ -94,17 +105,26 @@ class Writer:
             except BlockingIOError:
                 if attempt == LOCK_ATTEMPTS:
                     self._file.close()
-                    raise
+                    raise BlockingIOError(f"{path}: another process writes it") from None
                 time.sleep(0.1)
-        self._file.seek(0)
-        whole = self._file.read().rpartition(b"\n")[0]
-        self._file.truncate(len(whole) + bool(whole))
+        self._file.truncate(len(self._whole_lines()))
 
     def write(self, **event: Any) -> None:
         """Raises OSError when only a part of the line could be written; readers ignore that part, the next writer cuts it off."""
         line = (json.dumps({"time": int(time.time() * 1000), **event}) + "\n").encode()
         if (written := self._file.write(line)) != len(line):
             raise OSError(f"{self.path}: {written} of {len(line)} bytes could be written")
+
+    def sealed(self) -> bytes:
+        """The content of a finished journal: the lines so far, and that the stage finished, with the sha256 of those lines."""
+        lines = self._whole_lines()
+        end = {"time": int(time.time() * 1000), "end": "FINISHED", "sha256": hashlib.sha256(lines).hexdigest()}
+        return lines + json.dumps(end).encode() + b"\n"
+
+    def _whole_lines(self) -> bytes:
+        self._file.seek(0)
+        content = self._file.read()
+        return content[: content.rfind(b"\n") + 1]
 
     def close(self) -> None:
         self._file.close()
@@ -118,7 +138,7 @@ def read(path: Path, limit: int | None = None) -> list[Event]:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{size:,} bytes; {MAX_BYTES:,} are allowed")
     events: list[Event] = []
-    before = hashlib.sha256()
+    before, samples = hashlib.sha256(), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if len(events) == limit or not line.endswith(b"\n"):
@@ -130,28 +150,24 @@ def read(path: Path, limit: int | None = None) -> list[Event]:
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 raise ValueError(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-            if number == 1 and not {"begin", "params", "tags", "data"} <= event.model_fields_set:
+            if number == 1 and not (event.begin and event.begin.id and {"params", "tags", "data"} <= event.model_fields_set):
                 raise ValueError("line 1: does not say what it is about")
             if number > 1 and event.begin:
                 raise ValueError(f"line {number}: begins again")
             if event.end and event.sha256 not in ("", before.hexdigest()):
                 raise ValueError(f"line {number}: its sha256 does not match the lines before it")
+            if event.system:
+                event.step, samples = samples, samples + 1
             before.update(line)
             events.append(event)
+    if size and is_finished(path) and not (events and (limit or events[-1].end)):
+        raise ValueError("lies beside results, where finished ones do, but has no end")
     return events
 
 
-def write_finished(journal: Path | None, status: str, path: Path) -> None:
-    """Copy a journal to where finished ones lie, and seal its last line with the sha256 of those before it.
-
-    The copy is empty where nothing could be journalled. Raises ValueError as `read` does.
-    """
-    text = ""
-    if journal is not None and (events := read(journal)):
-        lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)[: len(events) - bool(events[-1].end)]
-        text = "".join(lines)
-        text += json.dumps({"time": events[-1].time, "end": status, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
-    write_text(path, text)
+def is_finished(path: Path) -> bool:
+    """Whether a journal lies beside results."""
+    return not path.is_relative_to(UNFINISHED)
 
 
 def is_written(path: Path) -> bool:

@@ -80,7 +80,6 @@ class Store:
             uri, self.folder = f"{SQLITE}{path}", path.parent
         self.uri = uri
         self._client: Any = None
-        self._experiments: dict[str, str] = {}
         mlflow.set_tracking_uri(uri)
 
     @property
@@ -93,9 +92,8 @@ class Store:
             self._client = MlflowClient(self.uri)
         return self._client
 
-    def forget(self) -> bool:
-        """After a failure: nothing that is remembered of the store is relied on. Returns whether it answers."""
-        self._experiments.clear()
+    def answers(self) -> bool:
+        """Whether the store answers after a failure; if not, it is connected to anew."""
         try:
             self.client.search_experiments(max_results=1)
         except Exception:
@@ -104,17 +102,14 @@ class Store:
 
     def experiment(self, name: str, home: Path) -> str:
         """The id of an MLflow experiment, created where it does not exist. home: the checkout."""
-        if name not in self._experiments:
-            if found := self.client.get_experiment_by_name(name):
-                self._refuse_moved(found.artifact_location)
-                self._experiments[name] = str(found.experiment_id)
-            else:
-                location = None
-                if self.folder:  # a store outside the checkout is also read from other folders, and stays where it is
-                    location = HERE if home.is_relative_to(self.folder) else (self.folder / ARTIFACTS).as_uri()
-                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
-                self._experiments[name] = str(self.client.create_experiment(name, location, tags=kind))
-        return self._experiments[name]
+        if found := self.client.get_experiment_by_name(name):
+            self._refuse_moved(found.artifact_location)
+            return str(found.experiment_id)
+        location = None
+        if self.folder:  # a store outside the checkout is also read from other folders, and stays where it is
+            location = HERE if home.is_relative_to(self.folder) else (self.folder / ARTIFACTS).as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs with their metrics
+        return str(self.client.create_experiment(name, location, tags=kind))
 
     def _refuse_moved(self, location: str) -> None:
         """Raise TrackingError where an SQLite store would write its artifacts to the place that it was moved from."""

@@ -19,8 +19,7 @@ def sampling(report: Callable[[dict[str, float]], None], seconds: float = SECOND
     stop, process, gpus = threading.Event(), psutil.Process(), _gpus()
 
     def run() -> None:
-        psutil.cpu_percent()  # the first call of a thread only starts the measurement
-        process.cpu_percent()
+        _sample(process, gpus)  # the first one of a thread only starts the measurement
         while not stop.wait(seconds):
             report(_sample(process, gpus))
         report(_sample(process, gpus))
