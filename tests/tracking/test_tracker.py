@@ -82,7 +82,7 @@ def test_a_full_disk_stops_tracking_and_nothing_else(capsys: pytest.CaptureFixtu
         with tracked(file="f") as tracker:
             tracker.metrics({"loss": 1.0}, 1)
     assert f.read_text() == ""
-    note = "results/f.journal.jsonl: empty; its stage could write none when it ran, or it was damaged"
+    note = "results/f.journal.jsonl: empty: its stage could not write it (a full disk?), or it was damaged"
     assert Publisher("sqlite:///unused.db").publish([f]) == Outcome(notes=[note])
 
 

@@ -1,4 +1,4 @@
-"""The process that publishes journals beside the stages: one per checkout and store. Any stage starts it; it ends by itself."""
+"""The process that publishes journals while stages run: one per checkout and store. Any stage starts it; it ends by itself."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def start() -> None:
 
 
 def note(error: str | None) -> None:
-    """Leave an error for `warn`; None: remove it."""
+    """Leave an error for `warn`, or remove it (None)."""
     place = _place("trouble.txt")
     if error is None:
         place.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def warn() -> None:
 
 
 def wait(seconds: float = 30.0) -> None:
-    """Until all journals of this store are published, at most so long; not at all where nothing is published from here."""
+    """Wait until all journals of this store are published, at most this long; not at all where nothing is published from here."""
     deadline = time.monotonic() + seconds
     while is_on() and unfinished(store_id()) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 UNFINISHED = Path("state/tracking")
 SUFFIX = ".journal.jsonl"
-LOCK_ATTEMPTS = 20  # a tenth of a second apart: a reader holds the lock for a moment, to see whether the writer lives
+LOCK_ATTEMPTS = 20  # a tenth of a second apart: a reader holds the lock for a moment, to see whether the writer is alive
 MAX_BYTES = 64 * 2**20  # typical journals have up to a few MB
 MAX_LINES = 500_000
 
@@ -89,7 +89,7 @@ class Event(BaseModel, strict=True):
 
 
 class Writer:
-    """Appends events to a journal, and locks the file, so that readers see that its writer lives.
+    """Appends events to a journal, and locks the file, so that readers see that its writer is alive.
 
     Cuts off a last line that a killed writer left incomplete. Raises BlockingIOError while another process writes it.
     """
@@ -161,7 +161,7 @@ def read(path: Path, limit: int | None = None) -> list[Event]:
             before.update(line)
             events.append(event)
     if size and is_finished(path) and not (events and (limit or events[-1].end)):
-        raise ValueError("lies beside results, where finished ones do, but has no end")
+        raise ValueError("its last line does not say how its stage ended")
     return events
 
 
@@ -171,13 +171,13 @@ def is_finished(path: Path) -> bool:
 
 
 def is_written(path: Path) -> bool:
-    """Whether the process that writes this journal lives."""
+    """Whether the process that writes this journal is alive."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:  # published and deleted by now
+    except FileNotFoundError:  # published and deleted in the meantime
         pass
     return False
 

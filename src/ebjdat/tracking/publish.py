@@ -35,7 +35,7 @@ PARENT, SENT, OLD = "mlflow.parentRunId", "journal_lines", " (superseded)"
 
 @dataclass
 class Outcome:
-    """What a pass did: of how many journals something was sent, which failed and why, and notes."""
+    """What a pass did: how many journals had something new, which failed and why, and notes."""
 
     journals: int = 0
     errors: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Publisher:
         return self._store.client
 
     def publish(self, paths: Iterable[Path]) -> Outcome:
-        """Publish what is new in these journals, in the order of their beginnings; then delete those under state/ that have ended.
+        """Publish what is new in these journals, in the order in which they began; then delete those under state/ that have ended.
 
         The runs of journals beside results become the current ones: `dvc checkout` may have gone back to them.
         """
@@ -89,7 +89,7 @@ class Publisher:
                 if self._done.get(path) != state:
                     begun += [(first.time, first.subject, path, state) for first in read(path, limit=1)]
                 if is_finished(path) and not state[1]:
-                    outcome.notes.append(f"{path}: empty; its stage could write none when it ran, or it was damaged")
+                    outcome.notes.append(f"{path}: empty: its stage could not write it (a full disk?), or it was damaged")
         begun.sort(key=lambda item: item[0])
         results = {(about.run, about.title, about.stage): about.id for _, about, path, _ in begun if is_finished(path)}.values()
         for _, about, path, state in begun:
@@ -174,7 +174,7 @@ class Publisher:
         return run, parent
 
     def _parent(self, first: Event, tags: Mapping[str, str]) -> _Run:
-        """The run of this experiment, seed, settings and data; a new one if there is none."""
+        """The run of this experiment, seed, settings and data; a new one where there is none."""
         about = first.subject
         runs = self._matching(about, {"kind": "result", **{name: tags.get(name, "") for name in HASHES}})
         if about.stage == "finetune":  # what was logged of a training that diverged cannot be taken back
@@ -186,7 +186,7 @@ class Publisher:
         return run
 
     def _create(self, first: Event, name: str, tags: Mapping[str, str]) -> _Run:
-        """A new run; it is superseded until it is chosen."""
+        """A new run. It counts as superseded until `_choose_current` has chosen it."""
         tags, name = {**tags, "superseded": "true"}, name + OLD
         experiment = self._store.experiment(first.subject.run, self._home)
         made = self._client.create_run(experiment, start_time=first.time, run_name=name, tags=tags)
@@ -225,7 +225,7 @@ class Publisher:
             self._client.log_inputs(run.id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
     def _log_other(self, run: _Run, whole: _Run, about: Subject, event: Event) -> None:
-        """Whatever is not a number. whole: the run of experiment and seed, or else the stage's own."""
+        """Log whatever is not a number. whole: the run of experiment and seed, or else the stage's own."""
         if event.tag:
             for one in (run, whole):
                 self._set_tags(one, {event.tag[0]: event.tag[1][:TAG_LENGTH]})
@@ -245,7 +245,7 @@ class Publisher:
             self._client.log_image(run.id, image, key=event.picture, step=event.step, timestamp=event.time)
 
     def _log_file(self, run: _Run, artifact: str = "", model: str = "", sha256: str = "") -> None:
-        """An artifact or a model's checkpoint, while it still is what the stage wrote; a later run may have replaced it."""
+        """Log an artifact or a model's checkpoint, if it still is what the stage wrote; a later run may have replaced it."""
         path = self._home / (artifact or model)
         try:
             if not path.is_file() or digest(path) != sha256:
@@ -310,7 +310,7 @@ def _tags(about: Subject) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _reading(path: Path, outcome: Outcome) -> Iterator[None]:
-    """Report a journal that cannot be read; one that was finished and deleted in the meantime is no error."""
+    """Report a journal that cannot be read. One that was published and deleted in the meantime is no error."""
     try:
         yield
     except FileNotFoundError:
