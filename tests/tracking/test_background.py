@@ -19,15 +19,21 @@ from .server import points_of, stage, wait_until
 
 
 def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Path) -> None:
-    """As under `snakemake --cores 4`, with the process that sends beside them."""
+    """As under `snakemake --cores 4`, with the process that sends beside them: what is done while one stage still runs, too."""
     names = [f"e{i}" for i in range(4)]
-    started = [stage(name, tmp_path, points=50, pause=0.01, EBJDAT_TRACKING="1") for name in names]
-    assert [process.communicate()[1] for process in started] == [""] * 4
+    long = stage(names[0], tmp_path, points=1500, pause=0.1, EBJDAT_TRACKING="1")
+    short = [stage(name, tmp_path, points=50, pause=0.01, EBJDAT_TRACKING="1") for name in names[1:]]
+    assert [process.communicate()[1] for process in short] == [""] * 3
+    wait_until(lambda: len(journal.unfinished()) == 1, "what is done is sent")
+    (tmp_path / "enough").touch()
+    out, said = long.communicate()
+    assert said == ""
     wait_until(lambda: not journal.unfinished(), "everything is sent")
     store = Mlflow(tmp_path / "mlflow.db")
     assert sorted(store.names()) == sorted(f"{name}/seed0{part}" for name in names for part in ("", "/finetune"))
     assert all(run.data.metrics["clean_acc"] == 0.9 for run in store.runs())
-    assert all(store.curve(run) == points_of(50) for run in store.runs(STAGES))
+    points = dict.fromkeys(names, 50) | {names[0]: int(out.split()[1])}
+    assert all(store.curve(run) == points_of(points[run.data.tags["experiment"]]) for run in store.runs(STAGES))
 
 
 @pytest.mark.parametrize(
