@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,7 +18,11 @@ from ebjdat.data import prepared
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
+from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import DataSettings, ModelSettings, Profile, TrainingSettings, load
+
+if TYPE_CHECKING:  # stages take a second to import
+    from .chain import Chain
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +56,53 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a folder that `make` fills once per run, also where several processes (pytest-xdist) share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = base / name, base / f"{name}-made"
+        with (base / f"{name}-lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {str(path): path.lstat() for path in folder.rglob("*") if not path.is_dir()}
+    return {name: (status.st_mtime_ns, status.st_size) for name, status in found.items()}
+
+
+@pytest.fixture(scope="session")
+def chain(once: Once) -> Iterator[Chain]:
+    """A small chain of results, not to be changed (`chain.py`)."""
+    from .chain import Chain, make
+
+    made = Chain(once("chain", make))
+    before = stamps(made.folder)
+    yield made
+    assert stamps(made.folder) == before, "a test changed the chain that all share"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; nothing is sent to MLflow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def profile() -> Profile:
     return load(ROOT / "params/digits.yaml", [str(ROOT / "params/overrides/ci.yaml")])
@@ -60,6 +116,11 @@ def digits() -> Prepared:
 @pytest.fixture(scope="session")
 def train_data(digits: Prepared) -> DeviceData:
     return DeviceData(digits, "train", torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
+    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
 
 
 @pytest.fixture

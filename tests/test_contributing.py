@@ -1,4 +1,7 @@
-"""CONTRIBUTING's worked examples, made in a copy of the project exactly as they are written there, then tested and trained."""
+"""CONTRIBUTING's worked examples, made in a copy of the project exactly as they are written there, then tested and trained.
+
+Their tests run in one process, and commands in forks of one that has imported torch: each alone would take seconds to begin.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
 from .conftest import ROOT
+from .workflow import warm
 
 PLACE = re.compile(
     r"^\*\*`(?P<path>[^`]+)`\*\*, "
@@ -54,12 +58,31 @@ class Copy:
         return place["path"]
 
     def run(self, *command: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder / "src"), "EBJDAT_TRACKING": "0"}
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        path = f"{warm.programs()}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.folder / "src"), "EBJDAT_TRACKING": "0"}
+        words = [warm.programs() / "python", "-m", *command]
+        done = subprocess.run(words, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
+
+    def edits(self, first: str, n: int) -> list[str]:
+        """The file of the first edit, and those that follow."""
+        at = self.done.index(first)
+        return self.done[at : at + n]
+
+    @cached_property
+    def passed(self) -> list[str]:
+        """Tests that pass: the examples' own, and those of the table of metrics, whose document is made anew as is said there."""
+        (self.folder / "docs/metrics.md").write_text(self.run("ebjdat", "metrics", "--markdown"))
+        files = sorted(
+            {path for path in self.done if path.startswith("tests/")} | {"tests/test_metrics.py", "tests/report/test_summary.py"}
+        )
+        said = self.run("pytest", *files, "-k", " or ".join(OWN + METRICS), "-n0", "-rp", "-p", "no:cacheprovider")
+        return re.findall(r"^PASSED tests/\S+::test_(\w+)", said, re.M)
+
+
+OWN = ("logit_pairing", "mala", "awp", "shapes", "margins", "robust_ece")
+METRICS = ("names_that_an_entry_refers", "the_document", "headline")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +90,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return Copy(tmp_path_factory.mktemp("contributing"))
 
 
+def test_every_example_is_applied_passes_its_own_tests_and_is_linted(copy: Copy) -> None:
+    assert len(copy.done) == (ROOT / "CONTRIBUTING.md").read_text().count("\n**`")  # every place that is named
+    assert len(copy.passed) == len(OWN + METRICS)
+    assert all(any(name in passed for passed in copy.passed) for name in OWN + METRICS)
+    copy.run("ruff", "check", "src", "tests")
+    copy.run("ruff", "format", "--check", "src", "tests")
+
+
 def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: Copy) -> None:
     edits = ["src/ebjdat/data/sources.py", "src/ebjdat/registry.py", "params/overrides/shapes.yaml", "tests/data/test_sources.py"]
-    at = copy.done.index(edits[0])
-    assert copy.done[at : at + 4] == edits
-    assert "1 passed" in copy.run("pytest", "tests/data/test_sources.py", "-k", "shapes", "-p", "no:cacheprovider")
+    assert copy.edits(edits[0], 4) == edits
     settings = ("--params", "params/digits.yaml", "--override", "params/overrides/ci.yaml", "--override", "params/overrides/shapes.yaml")
     text = copy.run("ebjdat", "prepare", *settings, "--out", "shapes.npz", "--card", "shapes.json")
     assert text.startswith("shapes: 720 train, 80 validation, 100 test; [1, 16, 16] uint8, 4 classes")
@@ -82,9 +111,7 @@ def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: C
 def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
     edits = ["src/ebjdat/stages/margins.py", "src/ebjdat/jobs.py", "src/ebjdat/cli.py", "workflow/rules/evaluate.smk"]
     edits += ["src/ebjdat/metrics.py", "src/ebjdat/metrics.py", "tests/stages/test_margins.py"]
-    at = copy.done.index(edits[0])
-    assert copy.done[at : at + 7] == edits
-    assert "1 passed" in copy.run("pytest", "tests/stages/test_margins.py", "-p", "no:cacheprovider")
+    assert copy.edits(edits[0], 7) == edits
     plan = copy.run("snakemake", "--dry-run", "--cores", "1", "--nolock")
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
     assert jobs["margins"] == jobs["attack"]
@@ -94,12 +121,7 @@ def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
 
 def test_a_metric_is_three_edits_and_then_in_the_report_mlflow_and_dvc(copy: Copy) -> None:
     edits = ["src/ebjdat/stages/reliability.py", "src/ebjdat/metrics.py", "tests/stages/test_reliability.py"]
-    at = copy.done.index(edits[0])
-    assert copy.done[at : at + 3] == edits
-    (copy.folder / "docs/metrics.md").write_text(copy.run("ebjdat", "metrics", "--markdown"))
-    tests = ("tests/stages/test_reliability.py", "tests/test_metrics.py", "tests/report/test_summary.py")
-    text = copy.run("pytest", *tests, "-k", "robust_ece or document or refers or headline", "-p", "no:cacheprovider")
-    assert "4 passed" in text
+    assert copy.edits(edits[0], 3) == edits
     (copy.folder / "show.py").write_text(
         "from ebjdat.metrics import HEADLINE, SUMMARY\n"
         "from ebjdat.report.format import seed_table\n"
@@ -111,20 +133,12 @@ def test_a_metric_is_three_edits_and_then_in_the_report_mlflow_and_dvc(copy: Cop
     assert "['a', '25.0'" in shown
 
 
-def test_the_examples_are_edits_that_pass_their_own_tests_and_lint(copy: Copy) -> None:
-    assert len(copy.done) == (ROOT / "CONTRIBUTING.md").read_text().count("\n**`")  # every place that is named
-    tests = [path for path in copy.done if path.startswith("tests/")]
-    assert "3 passed" in copy.run("pytest", *tests, "-k", "logit_pairing or mala or awp", "-n0", "-p", "no:cacheprovider")
-    copy.run("ruff", "check", "src", "tests")
-    copy.run("ruff", "format", "--check", "src", "tests")
+def test_strategies_are_listed_and_train_from_the_command_line(copy: Copy) -> None:
     listed = json.loads(copy.run("ebjdat", "methods", "--json"))
     assert listed["methods"]["logit_pairing"]["source"].startswith("ALP")
     assert set(listed["samplers"]["mala"]["defaults"]) == {"steps", "step_size"}
     assert set(listed["updates"]["awp"]["defaults"]) == {"rho"}
     assert "squared logits" in copy.run("ebjdat", "metrics", "pairing")
-
-
-def test_the_examples_train_from_the_command_line(copy: Copy) -> None:
     settings = ("--params", "params/digits.yaml", "--override", "params/overrides/ci.yaml")
     copy.run("ebjdat", "prepare", *settings, "--out", "data.npz", "--card", "card.json")
     outputs = ("--out", "clean.safetensors", "--metrics", "clean.json", "--curve", "clean.csv")

@@ -10,33 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from ebjdat import metrics
 from ebjdat.cli import app
 from ebjdat.files import read_json
 from ebjdat.metrics import METRICS, STAGES, describe
-from ebjdat.settings import merge
-from ebjdat.stages import attack, evaluate, prepare, reliability, report, train
-from ebjdat.stages.context import Context
-from ebjdat.stages.evaluation import Task
 from ebjdat.tracking import journal
 from ebjdat.vocabulary import UnknownNameError
 
+from .chain import OWN, Chain
 from .conftest import ROOT
 
-OWN = "mine"  # a protocol that only this profile has
-FEW = {
-    "n": 2,
-    "pgd": {"step_size": 0.03},
-    "attacks": {
-        "apgd_ce": {"steps": 2},
-        "apgd_t": {"steps": 2, "targets": 2},
-        "fab_t": {"steps": 1, "targets": 1},
-        "square": {"queries": 5},
-    },
-}
 HOMES = {  # headings whose names a file may have
     "pretrain": {"training", "provenance"},
     "finetune": {"training", "provenance"},
@@ -47,47 +32,10 @@ HOMES = {  # headings whose names a file may have
 }
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of every stage for one experiment with everything there is to measure: chains, neighbours, averaged weights, ensembles."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    content = yaml.safe_load((ROOT / "params/digits.yaml").read_text())
-    content["experiments"] = {"ours": {"method": "eb_jdat", "pretraining": "clean", "training": {"ema": 0.9}}}
-    small = yaml.safe_load((ROOT / "params/overrides/ci.yaml").read_text())
-    small["data"]["n_test"] = 20
-    content = merge(content, {key: value for key, value in small.items() if key != "experiments"})
-    protocols = {
-        "standard": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.03}},
-        "released": {"eps": 0.15, "n": 0, "pgd": {"step_size": 0.02}},
-        OWN: {"like": "standard", "eps": 0.1, **FEW},
-    }
-    content["evaluation"]["attack"] = {"protocols": protocols, "transfer": None, "checks": {"n": 5, "steps": 20, "restarts": 1}}
-    generate = {"reference": {"experiment": "ours", "seed": 0}, "protocols": {OWN: {"like": "released", "select": 1.0}}}
-    content["evaluation"]["generate"] |= generate
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("EBJDAT_TRACKING", "0")
-        context, data, before = Context.load(Path("tiny.yaml"), []), Path("data.npz"), Path("results/pretraining/clean/seed0")
-        out = Path("results/ours/seed0")
-        prepare.run(context.profile, data, Path("card.json"))
-        first = train.Outputs(Path("clean.safetensors"), before / "pretrain.json", before / "pretrain_curve.csv")
-        train.pretrain(context, "clean", 0, data, first, None)
-        weights = Path("ours.safetensors")
-        tuned = train.Outputs(weights, out / "finetune.json", out / "finetune_curve.csv")
-        train.finetune(context, "ours", 0, data, first.checkpoint, tuned, None)
-        inputs = {"data": data, "weights": weights, "reference": weights, "samples": out / "samples.npz"}
-
-        def task(**outputs: str) -> Task:
-            return Task("ours", 0, inputs, {name: out / file for name, file in outputs.items()})
-
-        attack.run(context, task(out="attack.json", verdicts="verdicts.parquet"))
-        evaluate.generate(context, task(out="generate.json", samples="samples.npz", grid="samples.png", chains="chains.gif"))
-        evaluate.energy(context, task(out="energy.json", values="energy.npz", figure="energy.png"))
-        reliability.run(context, task(out="reliability.json", values="reliability.npz", figure="reliability.png"))
-        names = ("summary.csv", "metrics.json", "table.csv", "table.md", "report.html", "audit.html", "audit.md")
-        report.run(context, Path("results"), Path("card.json"), report.Outputs(*(Path("results") / name for name in names)))
-    return folder / "results"
+@pytest.fixture
+def written(chain: Chain) -> Path:
+    """Results of every stage."""
+    return chain.results
 
 
 def found(results: Path) -> Iterator[tuple[str, str, Any]]:

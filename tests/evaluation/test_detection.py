@@ -74,9 +74,3 @@ def test_gradient_norm_against_the_jacobian(network: WideResNet) -> None:
         jacobian = torch.autograd.functional.jacobian(lambda at: network(2 * at - 1).logsumexp(1), x[i : i + 1])
         assert isinstance(jacobian, Tensor)
         assert found[i] == pytest.approx(-float(jacobian.norm()), rel=1e-4)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    """Colour images whose pixels all differ."""
-    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))

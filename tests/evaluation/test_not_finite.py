@@ -188,14 +188,11 @@ def test_images_without_a_class_are_not_the_surest_of_one() -> None:
     assert sorted(kept.tolist()) == list(range(3, N))
 
 
-def test_chains_that_end_in_no_image_have_no_distance(network: Any, train_data: Any, digits: Any, profile: Any) -> None:
-    from ebjdat.samplers.starts import StartPool
-
+def test_chains_that_end_in_no_image_have_no_distance(network: Any, pool: Any, digits: Any, profile: Any) -> None:
     with torch.no_grad():
         network.head.bias += math.nan
     asked = profile.evaluation.generate.model_copy(update={"n": 6, "steps": 1, "batch_size": 3})
     chain = profile.training_settings("eb_jdat").chain
-    pool = StartPool.of(train_data, torch.from_numpy(digits.class_mean))
     chain = chain.model_copy(update={"sampler": "sgld", "mode": "eval"})
     fresh, starts = generate.fresh_chains(network, pool, chain, asked)
     assert (fresh.lost, starts.lost) == (6, 0)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ebjdat.data.batches import DeviceData, epoch_batches
-from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.objectives import sampling
 from ebjdat.objectives.sampling import SamplingState, adversarial, negatives, neighbours, sampling_states
@@ -101,11 +100,6 @@ def test_where_neighbours_start(start: str, network: WideResNet, train_data: Dev
     away = neighbours(network, x, train_data.labels[:64], spec, rng) - x
     spread = {"uniform": 0.2 / 3**0.5, "gaussian": 0.002, "clean": 0.0}[start]  # internal: twice the [0, 1] distance
     assert float(away.std()) == pytest.approx(spread, rel=0.05, abs=1e-6)
-
-
-@pytest.fixture
-def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
-    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
 
 
 @pytest.fixture

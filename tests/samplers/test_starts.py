@@ -11,11 +11,6 @@ from ebjdat.data.prepared import Prepared
 from ebjdat.samplers.starts import StartPool, class_gaussians, data, uniform
 
 
-@pytest.fixture(scope="module")
-def pool(digits: Prepared, train_data: DeviceData) -> StartPool:
-    return StartPool.of(train_data, torch.from_numpy(digits.class_mean))
-
-
 def test_class_gaussians_have_the_training_images_mean_and_covariance() -> None:
     """Against numpy's covariance in [-1, 1], on correlated mid-grey images that clamping cannot reach."""
     source = np.random.default_rng(0)

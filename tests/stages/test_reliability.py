@@ -12,53 +12,29 @@ from PIL import Image
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from ebjdat.data import prepared
 from ebjdat.evaluation import calibration, robust
 from ebjdat.files import read_json
 from ebjdat.metrics import describe
 from ebjdat.models.modes import UnitRange
 from ebjdat.settings import load
-from ebjdat.stages import reliability, train
+from ebjdat.stages import reliability
 from ebjdat.stages.context import Context
-from ebjdat.stages.evaluation import Task
 from ebjdat.training import checkpoint
 
+from ..chain import Chain
 from ..conftest import ROOT
+from ..evaluation.test_calibration import slow_ece
 
 
-def slow_ece(p: np.ndarray, labels: np.ndarray, bins: int) -> float:
-    total = 0.0
-    for k in range(bins):
-        inside = [i for i in range(len(p)) if k / bins < max(p[i]) <= (k + 1) / bins]
-        if inside:
-            accuracy = sum(p[i].argmax() == labels[i] for i in inside) / len(inside)
-            confidence = sum(max(p[i]) for i in inside) / len(inside)
-            total += len(inside) / len(p) * abs(accuracy - confidence)
-    return total
-
-
-@pytest.fixture
-def x() -> Tensor:
-    """Colour images whose pixels all differ."""
-    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("EBJDAT_TRACKING", "0")
+def test_the_stage_measures_the_test_split_under_the_trained_network(chain: Chain, here: Path) -> None:
+    """A classifier's, twice."""
     overrides = [str(ROOT / "params/overrides/ci.yaml"), "evaluation.reliability.batch_size=64"]
-    context = Context(load(ROOT / "params/digits.yaml", overrides), "test")
-    data, card = prepared.prepare(context.profile.data)
-    prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
-    weights = tmp_path / "clean.safetensors"
-    train.pretrain(context, "clean", 0, tmp_path / "data.npz", train.Outputs(weights, tmp_path / "c.json", tmp_path / "c.csv"), None)
-    files = {"out": "reliability.json", "values": "reliability.npz", "figure": "reliability.png"}
-    outputs = [{name: tmp_path / folder / file for name, file in files.items()} for folder in "ab"]
-    for out in outputs:
-        reliability.run(context, Task("classifier", 0, {"data": tmp_path / "data.npz", "weights": weights}, out))
-    result, again = (read_json(out["out"]) for out in outputs)
+    context, weights, data = Context(load(ROOT / "params/digits.yaml", overrides), "test"), chain.weights("clean"), chain.data
+    for folder in "ab":
+        reliability.run(context, chain.task("reliability", here / folder, weights, "classifier"))
+    result, again = (read_json(here / folder / "reliability.json") for folder in "ab")
     assert result == again
-    assert Image.open(outputs[0]["figure"]).width > 400
+    assert Image.open(here / "a/reliability.png").width > 400
 
     model = UnitRange(checkpoint.load(weights).network(torch.device("cpu"))).eval()
     images, labels = data.split("test")
@@ -68,7 +44,7 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
         with torch.no_grad():
             return model(at).double().numpy()
 
-    values = np.load(outputs[0]["values"], allow_pickle=False)
+    values = np.load(here / "a/reliability.npz", allow_pickle=False)
     plain = logits(x)
     assert np.allclose(values["logits"], plain, atol=1e-4)
     for suffix, t in (("", 1.0), ("_scaled", result["temperature"])):
@@ -104,10 +80,9 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(tmp_path: P
     loaded = checkpoint.load(weights)
     large = float(torch.finfo(torch.float32).max / np.median(np.abs(plain).max(1)))
     heads = {name: loaded.weights[name] * large for name in ("head.weight", "head.bias")}
-    checkpoint.save(replace(loaded, weights={**loaded.weights, **heads}), tmp_path / "large.safetensors")
-    inputs = {"data": tmp_path / "data.npz", "weights": tmp_path / "large.safetensors"}
-    reliability.run(context, Task("classifier", 0, inputs, outputs[1]))
-    found, others = read_json(outputs[1]["out"]), np.load(outputs[1]["values"], allow_pickle=False)
+    checkpoint.save(replace(loaded, weights={**loaded.weights, **heads}), here / "large.safetensors")
+    reliability.run(context, chain.task("reliability", here / "b", here / "large.safetensors", "classifier"))
+    found, others = read_json(here / "b/reliability.json"), np.load(here / "b/reliability.npz", allow_pickle=False)
     assert 30 < found["n_calibration_not_finite"] < 70
     assert found["n_calibration"] == found["n_ood_in"] == len(others["labels"]) == 100 - found["n_calibration_not_finite"]
     kept = np.abs(plain).max(1) * large < 0.99 * torch.finfo(torch.float32).max

@@ -13,46 +13,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebjdat.data import prepared
 from ebjdat.data.prepared import Prepared
-from ebjdat.models.wrn import build
 from ebjdat.objectives.terms import Terms
-from ebjdat.settings import Profile, TrainingSettings
-from ebjdat.training import checkpoint
-from ebjdat.training.checkpoint import Checkpoint, Header
+from ebjdat.settings import TrainingSettings
 from ebjdat.training.state import TrainingState
+from tests.chain import Chain
 from tests.conftest import ROOT
 from tests.training.conftest import run
 
 
-def command(folder: Path, name: str) -> list[str]:
-    return [
+def test_sigkill_anywhere_and_again_gives_the_same_weights(chain: Chain, tmp_path: Path) -> None:
+    """The real command, killed while it trains, then left alone; against one that was never killed."""
+    command = [
         *(sys.executable, "-m", "ebjdat.cli", "finetune", "--params", str(ROOT / "params/digits.yaml")),
         *("--override", str(ROOT / "params/overrides/ci.yaml"), "--override", "experiments.eb_jdat.training.epochs=2"),
         *("--override", "runtime.checkpoint_minutes=0.0001", "--experiment", "eb_jdat", "--seed", "0"),
-        *("--data", str(folder / "data.npz"), "--initial", str(folder / "initial.safetensors")),
-        *("--out", f"{name}.safetensors", "--metrics", f"{name}.json", "--curve", f"{name}.csv"),
+        *("--data", str(chain.data_path), "--initial", str(chain.weights("scratch"))),
+        *("--out", "out.safetensors", "--metrics", "out.json", "--curve", "out.csv"),
     ]
-
-
-def test_sigkill_anywhere_and_again_gives_the_same_weights(digits: Prepared, profile: Profile, tmp_path: Path) -> None:
-    """The real command, killed while it trains, then left alone; against one that was never killed."""
-    data, card = prepared.prepare(profile.data)
-    prepared.save(data, card, tmp_path / "data.npz", tmp_path / "card.json")
-    model = build(profile.model, 1, 10, 0)
-    header = Header(
-        *("t", "digits", "classifier", 0, profile.model, profile.pretraining_settings("scratch"), (1, 8, 8)),
-        *(data.classes, data.data_hash, "p", "x", {}),
-    )
-    checkpoint.save(Checkpoint(header, model.state_dict(), None, None), tmp_path / "initial.safetensors")
     environment = {**os.environ, "EBJDAT_TRACKING": "0", "OMP_NUM_THREADS": "1"}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    subprocess.run(command(tmp_path, "out"), cwd=tmp_path / "whole", env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=tmp_path / "whole", env=environment, check=True, capture_output=True)
 
     for wait in (0.7, None):  # seconds after the first state of this try was seen
         before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed/state").rglob("*.pt")}
-        process = subprocess.Popen(command(tmp_path, "out"), cwd=tmp_path / "killed", env=environment, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stderr=subprocess.PIPE)
         while wait and process.poll() is None:
             now = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed/state").rglob("*.pt")}
             if now and now != before:

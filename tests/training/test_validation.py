@@ -36,10 +36,10 @@ def test_the_attack_is_the_same_whatever_the_training_does(
 
 
 def test_averaged_weights_have_their_own_scores(
-    digits: Prepared, images: DeviceData, train_data: DeviceData, network: WideResNet, settings: TrainingSettings
+    images: DeviceData, pool: StartPool, network: WideResNet, settings: TrainingSettings
 ) -> None:
     job = Job("t", "eb_jdat", changed(settings, ema=0.9), 0, Path())
-    learner = Learner.of(network, job, StartPool.of(train_data, torch.from_numpy(digits.class_mean)))
+    learner = Learner.of(network, job, pool)
     assert learner.ema is not None
     with torch.no_grad():
         for weight in learner.ema.module.parameters():

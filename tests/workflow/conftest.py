@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ import yaml
 
 from ebjdat.settings import merge
 
-from ..conftest import ROOT
+from ..conftest import ROOT, Once
 from . import warm
 
 TINY = {
@@ -35,21 +32,6 @@ TINY = {
 }
 
 
-@cache
-def warm_python() -> Path:
-    """The folder of a `python` that starts `python -m ebjdat` sooner; what serves it ends with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="ebjdat-warm-"))
-    atexit.register(shutil.rmtree, folder)
-    server = subprocess.Popen(
-        [sys.executable, "-P", str(Path(warm.__file__)), str(folder / "asked")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    atexit.register(server.kill)
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-    warm.client(folder / "bin", folder / "asked")
-    return folder / "bin"
-
-
 @dataclass(frozen=True)
 class Project:
     """A checkout. `run` runs a program of the environment there and returns its output."""
@@ -62,6 +44,7 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(self.folder / "src"),
             "EBJDAT_TRACKING": "0",
+            "DVC_SITE_CACHE_DIR": str(self.folder.parent / "dvc"),  # else in /var/tmp, for good
             **more,
         }
 
@@ -70,7 +53,7 @@ class Project:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**made, "PATH": f"{warm_python()}:{made['PATH']}"},
+            env={**made, "PATH": f"{warm.programs()}:{made['PATH']}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -79,9 +62,16 @@ class Project:
         assert not ok or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}"
         return done.stdout
 
+    def copy(self, folder: Path) -> Project:
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder)
+
     def planned(self, *options: str) -> dict[str, int]:
         """Jobs that Snakemake would run, by rule."""
-        return self.jobs(self.run("snakemake", "--dry-run", "--cores", "2", *options))
+        return self.jobs(self.plan(*options))
+
+    def plan(self, *options: str) -> str:
+        return self.run("snakemake", "--dry-run", "--cores", "2", *options)
 
     @staticmethod
     def jobs(text: str) -> dict[str, int]:
@@ -89,10 +79,10 @@ class Project:
         table = re.search(r"^job +count\n[- ]+\n(.*?)^total", text, re.M | re.S)
         return {line.split()[0]: int(line.split()[1]) for line in table[1].splitlines()} if table else {}
 
-    def planned_targets(self) -> set[str]:
+    @staticmethod
+    def targets(plan: str) -> set[str]:
         """Outputs of the jobs that Snakemake would run."""
-        text = self.run("snakemake", "--dry-run", "--cores", "2")
-        return {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+        return {name for line in re.findall(r"^    output: (.*)$", plan, re.M) for name in line.split(", ")}
 
     def status(self) -> dict[str, object]:
         """Stages that DVC would run, and why, once its first stage has written what they depend on."""
@@ -139,7 +129,40 @@ def checkout(folder: Path, *experiments: str) -> Project:
     return made
 
 
-@pytest.fixture(scope="package")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Two experiments that share nothing but the data."""
-    return checkout(tmp_path_factory.mktemp("project") / "checkout", "classifier", "eb_jdat")
+def ran(text: str) -> set[str]:
+    """Stages that `dvc repro` ran."""
+    return {name for name in re.findall(r"Running stage '([^']+)'", text) if name.split(":")[-1] != "digests"}
+
+
+@pytest.fixture(scope="session")
+def made_by_snakemake(once: Once) -> Project:
+    """Two experiments that share nothing but the data, and all their results. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        checkout(folder / "checkout", "classifier", "eb_jdat").run("snakemake", "--cores", "2")
+
+    return Project(once("snakemake", make) / "checkout")
+
+
+@pytest.fixture(scope="session")
+def made_by_dvc(once: Once) -> Project:
+    """`dvc repro` has made everything, its dvc.lock is committed, and a folder beside it is the DVC remote. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        made = checkout(folder / "checkout", "classifier")
+        assert len(ran(made.run("dvc", "repro"))) == 1 + 1 + 5 + 1
+        made.run("dvc", "remote", "add", "--default", "beside", str(folder / "remote"))
+        made.run("dvc", "push")
+        made.commit("results")
+
+    return Project(once("dvc", make) / "checkout")
+
+
+@pytest.fixture
+def after_snakemake(made_by_snakemake: Project, tmp_path: Path) -> Project:
+    return made_by_snakemake.copy(tmp_path / "checkout")
+
+
+@pytest.fixture
+def after_dvc(made_by_dvc: Project, tmp_path: Path) -> Project:
+    return made_by_dvc.copy(tmp_path / "checkout")

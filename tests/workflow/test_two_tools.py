@@ -1,43 +1,28 @@
-"""Snakemake and DVC, the real programs, on one tiny project: whoever ran, the other has nothing to do.
-
-The tests build on each other in this order, because every run costs a minute.
-"""
+"""Snakemake and DVC, the real programs, on copies of one tiny project with its results: whoever ran, the other has nothing to do."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+import yaml
 
 from ebjdat.settings import join_overrides
 
 from ..conftest import ROOT
 from ..golden import record as golden
-from .conftest import Project
+from .conftest import Project, ran
 
 DOWNSTREAM = {"finetune": 1, "attack": 1, "generate": 1, "energy": 1, "reliability": 1, "report": 1}
 
 
-def ran(text: str) -> set[str]:
-    """Stages that `dvc repro` ran."""
-    return {name for name in re.findall(r"Running stage '([^']+)'", text) if name.split(":")[-1] != "digests"}
-
-
 def stamps(project: Project) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in (project.folder / "checkpoints").rglob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def after_snakemake(project: Project) -> Project:
-    project.run("snakemake", "--cores", "2")
-    return project
 
 
 def test_dvc_yaml_is_up_to_date_with_the_snakefile() -> None:
@@ -55,10 +40,10 @@ def test_after_snakemake_neither_tool_has_anything_to_do(after_snakemake: Projec
     assert stamps(after_snakemake) == before
 
 
-def test_results_are_those_of_the_golden_record(after_snakemake: Project) -> None:
+def test_results_are_those_of_the_golden_record(made_by_snakemake: Project) -> None:
     """To the bit on a machine like the one that made it; elsewhere the same files with the same names in them."""
     before = json.loads((ROOT / "tests/golden/tiny.json").read_text())
-    now = json.loads(json.dumps(golden.record(after_snakemake.folder, "digits")))
+    now = json.loads(json.dumps(golden.record(made_by_snakemake.folder, "digits")))
     assert {file: sorted(content) for file, content in now.items()} == {file: sorted(content) for file, content in before.items()}
     if now["machine"] == before["machine"]:
         assert golden.differences(before, now) == []
@@ -72,7 +57,7 @@ runpy.run_module("ebjdat", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("stage", ["show", "report", "attack"])
-def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, after_snakemake: Project, tmp_path: Path) -> None:
+def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, after_snakemake: Project) -> None:
     """torch takes seconds, its compiler as many again."""
     words = [stage, "--params", "params/digits.yaml"]
     if stage != "show":
@@ -80,8 +65,7 @@ def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, af
         command = re.search(rf"python -m ebjdat ({stage} .*?--(?:experiment eb_jdat|card) .*?)(?: 2>&1| > )", log)
         assert command
         words = shlex.split(command[1])
-    copy = shutil.copytree(after_snakemake.folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".snakemake", ".dvc"))
-    modules = Project(copy).run("python", "-c", LOADED, *words).split("loaded:")[1].split()
+    modules = after_snakemake.run("python", "-c", LOADED, *words).split("loaded:")[1].split()
     assert "ebjdat.settings" in modules
     assert "torch._dynamo" not in modules
     assert ("torch" in modules) == (stage == "attack")
@@ -89,9 +73,7 @@ def test_what_takes_long_to_import_is_imported_where_it_is_needed(stage: str, af
 
 def test_snakemakes_own_report_has_every_result_with_its_caption(after_snakemake: Project) -> None:
     after_snakemake.run("snakemake", "--report", "snakemake-report.html")
-    page = after_snakemake.folder / "snakemake-report.html"
-    text = page.read_text()
-    page.unlink()
+    text = (after_snakemake.folder / "snakemake-report.html").read_text()
     for name in ("table.md", "report.html", "audit.html", "samples.png", "chains.gif", "energy.png", "reliability.png"):
         assert name in text
     captions = (
@@ -105,18 +87,14 @@ def test_snakemakes_own_report_has_every_result_with_its_caption(after_snakemake
 
 
 def test_snakemake_reruns_what_a_finetuning_parameter_changes_and_nothing_else(after_snakemake: Project) -> None:
-    file = after_snakemake.folder / "params/digits.yaml"
-    old = file.read_text()
     after_snakemake.change(experiments={"eb_jdat": {"training": {"optimizer": {"lr": 0.01}}}})
-    planned = after_snakemake.planned()
-    assert {k: v for k, v in planned.items() if k not in ("all", "record")} == DOWNSTREAM
-    touched = {t for t in after_snakemake.planned_targets() if t.startswith(("checkpoints/", "results/digits/"))}
+    plan = after_snakemake.plan()
+    assert {k: v for k, v in after_snakemake.jobs(plan).items() if k not in ("all", "record")} == DOWNSTREAM
+    touched = {t for t in after_snakemake.targets(plan) if t.startswith(("checkpoints/", "results/digits/"))}
     single = {t for t in touched if not re.fullmatch(r"results/digits/[a-z.]+", t)}
     assert single
     assert all("/eb_jdat/seed0" in t for t in single)
-    status = after_snakemake.status()
-    file.write_text(old)
-    assert set(status) == {"finetune-eb_jdat-seed0", "report"}  # those that read the setting itself
+    assert set(after_snakemake.status()) == {"finetune-eb_jdat-seed0", "report"}  # those that read the setting itself
 
 
 def test_dvc_reruns_what_snakemake_planned_and_leaves_nothing_for_it(after_snakemake: Project) -> None:
@@ -133,25 +111,20 @@ def test_a_row_of_the_family_reruns_what_stands_on_it_alone(after_snakemake: Pro
     file = after_snakemake.folder / "params/digits.yaml"
     old = file.read_text()
     after_snakemake.change(bases={"jempp": {"chain": {"step_size": 0.05}}})
-    planned = after_snakemake.planned()
-    assert {k: v for k, v in planned.items() if k not in ("all", "record")} == DOWNSTREAM
-    assert not any("/classifier/" in name for name in after_snakemake.planned_targets())
+    plan = after_snakemake.plan()
+    assert {k: v for k, v in after_snakemake.jobs(plan).items() if k not in ("all", "record")} == DOWNSTREAM
+    assert not any("/classifier/" in name for name in after_snakemake.targets(plan))
     assert set(after_snakemake.status()) == {"finetune-eb_jdat-seed0", "report"}
     file.write_text(old)
     after_snakemake.change(bases={"sadajem": {"chain": {"step_size": 0.05}}})
     assert after_snakemake.planned() == {}
-    file.write_text(old)
 
 
 def test_key_order_and_comments_of_the_profile_mean_nothing(after_snakemake: Project) -> None:
     file = after_snakemake.folder / "params/digits.yaml"
-    old = file.read_text()
-    import yaml
-
-    file.write_text("# a comment\n" + yaml.safe_dump(yaml.safe_load(old), sort_keys=True))
+    file.write_text("# a comment\n" + yaml.safe_dump(yaml.safe_load(file.read_text()), sort_keys=True))
     assert after_snakemake.planned() == {}
     assert ran(after_snakemake.run("dvc", "repro")) == set()
-    file.write_text(old)
 
 
 EDITS = {
@@ -179,13 +152,10 @@ def test_an_edit_of_code_reruns_what_can_execute_it_under_both(what: str, after_
     path = after_snakemake.folder / "src/ebjdat" / file
     before = path.read_text()
     path.write_text(before.replace(old, new, 1))
-    try:
-        assert path.read_text() != before
-        planned = after_snakemake.planned()
-        assert {rule: n for rule, n in planned.items() if rule not in ("all", "record")} == jobs
-        assert set(after_snakemake.status()) == stages  # what follows from them shows only once they have run
-    finally:
-        path.write_text(before)
+    assert path.read_text() != before
+    assert {rule: n for rule, n in after_snakemake.planned().items() if rule not in ("all", "record")} == jobs
+    assert set(after_snakemake.status()) == stages  # what follows from them shows only once they have run
+    path.write_text(before)
     assert after_snakemake.status() == {}
 
 
@@ -220,7 +190,6 @@ def test_weights_of_inception_are_an_input(after_snakemake: Project) -> None:
     given = "evaluation.generate.inception_weights=given.pth"
     (after_snakemake.folder / "given.pth").touch()
     text = after_snakemake.run("snakemake", "--dry-run", "--config", "profile=cifar10-folder", f"overrides={given}")
-    (after_snakemake.folder / "given.pth").unlink()
     using = re.findall(r"^rule (\w+):\n    input: .*, given\.pth", text, re.M)
     assert using
     assert set(using) == {"generate"}
@@ -236,14 +205,12 @@ def test_overridden_runs_keep_to_themselves(after_snakemake: Project) -> None:
     assert commands
     assert all(words == [b for a, b in pairwise(command) if a == "--override"] for command in commands)
     assert len(re.findall(rf"^    input: .*, {re.escape(path)}$", text, re.M)) == 2  # reliability of both experiments
-    (after_snakemake.folder / path).unlink()
     for name in ("x{a}.zip", "a, b.zip"):
         (after_snakemake.folder / name).touch()
         refused = after_snakemake.run(
             "snakemake", "--dry-run", "--config", f'overrides=["evaluation.reliability.ood_path={name}"]', ok=False
         )
-        (after_snakemake.folder / name).unlink()
         assert f"{name!r}: braces and ', ' in a path mean something else" in refused
-    outputs = {name for line in re.findall(r"^    output: (.*)$", text, re.M) for name in line.split(", ")}
+    outputs = after_snakemake.targets(text)
     assert outputs
     assert all(re.match(r"(data|checkpoints|results)/digits\+[0-9a-f]{6}/", name) for name in outputs)

@@ -1,6 +1,6 @@
 """DVC's side of the pipeline, with the real programs on one experiment: graphs, clones, branches, profiles, experiments, links, kills.
 
-Tests share one checkout whose chain has run once, and leave it as they found it, committed.
+Each test has a copy of one checkout whose chain has run once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,32 +21,15 @@ import yaml
 from mlflow import MlflowClient
 
 from ..conftest import ROOT
-from .conftest import Project, checkout
-from .test_two_tools import ran
+from .conftest import Project, checkout, ran
 
 LATE = {"energy": 1, "report": 1, "record": 1, "all": 1}  # what a change of evaluation.energy makes run
 
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """`dvc repro` has made everything, its dvc.lock is committed, and a folder beside it is the DVC remote."""
-    made = checkout(tmp_path_factory.mktemp("versions") / "checkout", "classifier")
-    text = made.run("dvc", "repro")
-    assert len(ran(text)) == 1 + 1 + 5 + 1
-    made.run("dvc", "remote", "add", "--default", "beside", str(made.folder.parent / "remote"))
-    made.run("dvc", "push")
-    made.commit("results")
-    return made
-
-
 @pytest.fixture
-def project(main: Project) -> Iterator[Project]:
-    """The shared checkout at its first results, whatever the test does to it."""
-    yield main
-    main.run("git", "checkout", "-qf", "main")
-    main.run("git", "clean", "-fdq")
-    main.run("dvc", "config", "cache.type", "copy")
-    main.run("dvc", "checkout", "--force", "--relink")
+def project(after_dvc: Project) -> Project:
+    """The checkout at its first results."""
+    return after_dvc
 
 
 def clone(project: Project, folder: Path) -> Project:
@@ -224,7 +206,6 @@ def test_branches_with_results_of_their_own_are_switched_by_dvc_checkout_alone(p
     project.run("git", "checkout", "main", "--", "dvc.lock")
     project.run("dvc", "checkout")
     assert project.planned() == LATE
-    project.run("git", "checkout", "-qf", "other")
 
 
 def test_experiments_of_dvc_from_a_clone(project: Project, tmp_path: Path) -> None:
