@@ -181,18 +181,23 @@ def diverging(**more: str) -> Context:
     return context("diverging", **own)
 
 
-def sent(out: train.Outputs, folder: Path) -> Any:
-    """A client of the store to which the training's journal was sent."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all, since making it takes seconds; each test has an MLflow experiment of its own there."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+def sent(out: train.Outputs, store: str) -> Any:
+    """A client of the store, to which the training's journal was sent."""
     from mlflow import MlflowClient
 
     from ebjdat.tracking.publish import Publisher
 
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    assert Publisher(uri).publish([journal_of(out.metrics)]).errors == []
-    return MlflowClient(uri)
+    assert Publisher(store).publish([journal_of(out.metrics)]).errors == []
+    return MlflowClient(store)
 
 
-def test_recoveries_are_in_the_result_and_in_mlflow(chain: Chain, here: Path) -> None:
+def test_recoveries_are_in_the_result_and_in_mlflow(chain: Chain, here: Path, store: str) -> None:
     out = finetuned(diverging(), chain, here)
     result = read_json(out.metrics)
     assert result["collapse_epoch"] == 1
@@ -200,7 +205,7 @@ def test_recoveries_are_in_the_result_and_in_mlflow(chain: Chain, here: Path) ->
     assert "a new noise seed" in result["events"][0]
     assert "the rate x 0.1" in result["events"][1]
     assert checkpoint.load(out.checkpoint).header.metrics["recoveries"] == result["recoveries"]
-    client = sent(out, here)
+    client = sent(out, store)
     runs = client.search_runs([client.get_experiment_by_name("diverging").experiment_id])
     assert len(runs) == 2
     for run in runs:  # the experiment's and its stage's
@@ -209,14 +214,14 @@ def test_recoveries_are_in_the_result_and_in_mlflow(chain: Chain, here: Path) ->
         assert [run.data.tags[f"event_{i}"] for i in range(1, len(result["events"]) + 1)] == result["events"]
 
 
-def test_a_collapse_that_is_only_recorded_is_no_recovery(chain: Chain, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapse_that_is_only_recorded_is_no_recovery(chain: Chain, here: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And done again without one, nothing of it is left on the experiment's current run."""
     recorded = context("recorded", **{"epochs": "2", "healing.mode": "record", "healing.gap": "1.0e-9"})
     out = finetuned(recorded, chain, here)
     result = read_json(out.metrics)
     assert (result["collapse_epoch"], result["recoveries"], len(result["events"])) == (1, 0, 1)
     assert checkpoint.load(out.checkpoint).header.events == tuple(result["events"])
-    client = sent(out, here)
+    client = sent(out, store)
     where = [client.get_experiment_by_name("recorded").experiment_id]
     for run in client.search_runs(where):
         assert run.data.metrics["recoveries"] == 0
@@ -224,14 +229,15 @@ def test_a_collapse_that_is_only_recorded_is_no_recovery(chain: Chain, here: Pat
         assert (run.data.tags["base"], run.data.tags["form"]) == ("jempp", "paper")
 
     monkeypatch.setattr(healing, "symptoms", lambda *_: ())
-    sent(finetuned(recorded, chain, here), here)
+    sent(finetuned(recorded, chain, here), store)
     (current,) = client.search_runs(where, "tags.kind = 'result' and tags.superseded = 'false'")
     assert "event_1" not in current.data.tags
     assert "collapse_epoch" not in current.data.metrics
 
 
 def test_an_experiment_has_the_network_of_its_pretraining(chain: Chain, here: Path) -> None:
-    narrow, plain = context("narrow", "pretraining.clean.model.norm=none", "pretraining.clean.epochs=0"), trained(here, "pretrain")
+    narrow = context("narrow", "pretraining.clean.model.norm=none", "pretraining.clean.epochs=0", epochs="0")
+    plain = trained(here, "pretrain")
     train.pretrain(narrow, "clean", 0, chain.data_path, plain, None)
     loaded = checkpoint.load(finetuned(narrow, chain, here, plain.checkpoint).checkpoint)
     assert loaded.header.model.norm == "none"

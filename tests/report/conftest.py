@@ -15,38 +15,32 @@ from .results import fill
 
 
 @pytest.fixture(scope="session")
-def made(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the small profile, one seed. Not to be changed."""
-    folder = tmp_path_factory.mktemp("results") / "digits"
-    fill(profile, folder)
-    return folder
-
-
-@pytest.fixture
-def filled(made: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-@pytest.fixture(scope="session")
 def three_seeds() -> Profile:
     return load(ROOT / "params/digits.yaml", ["seeds=[0, 1, 2]"])
 
 
 @pytest.fixture(scope="session")
+def made(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the small profile, one seed. Not to be changed."""
+    return fill(profile, tmp_path_factory.mktemp("results") / "digits")
+
+
+@pytest.fixture(scope="session")
 def made_three(three_seeds: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of three seeds. Not to be changed."""
-    folder = tmp_path_factory.mktemp("results") / "three"
-    fill(three_seeds, folder)
-    return folder
+    return fill(three_seeds, tmp_path_factory.mktemp("results") / "three")
+
+
+@pytest.fixture
+def filled(made: Path, tmp_path: Path) -> Path:
+    """The results of one seed, to be changed."""
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture
 def filled_three(made_three: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    shutil.copytree(made_three, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+    """Those of three seeds, to be changed."""
+    return Path(shutil.copytree(made_three, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture

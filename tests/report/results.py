@@ -52,11 +52,11 @@ HEALTHY = {"collapse_epoch": None, "recoveries": 0, "events": []}
 DIVERGED = {"collapse_epoch": 2, "recoveries": 1, "events": ["epoch 2, step 5: seen; done"]}
 
 
-def attack_result(correct: int, autoattack: bool) -> dict[str, Any]:
+def attack_result(correct: int) -> dict[str, Any]:
     """Of 100 examples and an ensemble on 20: PGD leaves 50 (released: 70), the ensemble 9 (released: 14)."""
     nested: dict[str, Any] = {}
     for protocol, (pgd, ensemble) in {"standard": (50, 9), "released": (70, 14), "standard_l2": (60, 11)}.items():
-        counts = {"clean": (correct, 100), "pgd20": (pgd, 100)} | ({"autoattack": (ensemble, 20)} if autoattack else {})
+        counts = {"clean": (correct, 100), "pgd20": (pgd, 100), "autoattack": (ensemble, 20)}
         nested[protocol] = {attack: {"correct": k, "acc": k / n} for attack, (k, n) in counts.items()} | {
             "": {"n_test": 100, "n_attack": 20}
         }
@@ -75,20 +75,20 @@ def change(path: Path, **values: Any) -> None:
     write_result(path, {name: value for name, value in changed.items() if value is not None or name not in values})
 
 
-def write_verdicts(path: Path, profile: Profile, correct: int, autoattack: bool = True, pgd: int = 50, ensemble: int = 9) -> None:
+def write_verdicts(path: Path, profile: Profile, correct: int, pgd: int = 50, ensemble: int = 9) -> None:
     """The first examples are robust."""
     rows = [{"weights": "ema", "protocol": "standard", "index": i, "clean": False, "pgd20": False, "autoattack": False} for i in range(100)]
     for name in profile.evaluation.attack.protocols:
         for i in range(100):
-            clean, verdict = i < correct, i < ensemble if autoattack and i < 20 else None
+            clean, verdict = i < correct, i < ensemble if i < 20 else None
             row = {"weights": "raw", "protocol": name, "index": i, "label": i % 10, "prediction": i % 10 if clean else (i + 1) % 10}
             rows.append({**row, "clean": clean, "pgd20": i < pgd if clean else None, "autoattack": verdict, "worst": i < 9})
     pd.DataFrame(rows).sample(frac=1, random_state=0).to_parquet(path)  # order is in `index`
     seal(path.with_name("attack.json"))
 
 
-def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
-    """Result files of every experiment and seed."""
+def fill(profile: Profile, results: Path) -> Path:
+    """Result files of every experiment and seed, in that folder."""
     pictures = results / "pictures"
     pictures.mkdir(parents=True)
     grid = sample_grids({"fresh": (np.zeros((20, 1, 8, 8), np.uint8), np.arange(20) % 10)}, tuple("0123456789"), 2)
@@ -102,8 +102,8 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
             write_result(folder / "finetune.json", trained)
             curve = pd.DataFrame({"epoch": [1, 2], "validation_clean_acc": [0.5, 0.9], "energy_clean": [-1, -2]})
             curve.to_csv(folder / "finetune_curve.csv")
-            write_result(folder / "attack.json", attack_result(correct, autoattack))
-            write_verdicts(folder / "verdicts.parquet", profile, correct, autoattack)
+            write_result(folder / "attack.json", attack_result(correct))
+            write_verdicts(folder / "verdicts.parquet", profile, correct)
             write_result(folder / "generate.json", {**SAMPLES, "frechet": 12.5 + i})
             write_result(folder / "energy.json", {f"energy_{k}": float(i) for k in ENERGIES} | ENERGY | {"energy_gap_adversarial": 2.0 + i})
             random = np.random.default_rng(i)
@@ -118,6 +118,7 @@ def fill(profile: Profile, results: Path, autoattack: bool = True) -> None:
             (folder / "pretrain_curve.csv").write_text("epoch\n1\n")
     for path in results.rglob("seed*/*.json"):
         seal(path)
+    return results
 
 
 def with_metrics(runs: list[RunResult], **metrics: dict[str, Any]) -> list[RunResult]:

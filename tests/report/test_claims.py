@@ -26,16 +26,12 @@ def full(*overrides: str) -> Profile:
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method, five seeds. Not to be changed."""
-    folder = tmp_path_factory.mktemp("five") / "results"
-    fill(full("seeds=[0, 1, 2, 3, 4]"), folder)
-    return folder
+    return fill(full("seeds=[0, 1, 2, 3, 4]"), tmp_path_factory.mktemp("five") / "results")
 
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar") / "results"
-    fill(load(ROOT / "params/cifar10.yaml"), folder)
-    return folder
+    return fill(load(ROOT / "params/cifar10.yaml"), tmp_path_factory.mktemp("cifar") / "results")
 
 
 def judged(profile: Profile, results: Path, claim: claims.Claim, **metrics: dict[str, Any]) -> claims.Finding:
