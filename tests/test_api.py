@@ -52,6 +52,7 @@ def test_evaluate_refuses_what_it_would_measure_wrongly() -> None:
         ebjdat.evaluate(model, x, y, "standart")
 
 
+@pytest.mark.slow
 def test_train_and_load_a_checkpoint(digits: Prepared, tmp_path: Path) -> None:
     network, header = ebjdat.train(ROOT / "params/digits.yaml", "pgd_at", tmp_path / "pgd_at.safetensors", overrides=SMALL)
     assert (header.method, header.seed, header.training.epochs) == ("pgd_at", 0, 1)

@@ -206,6 +206,7 @@ rule all:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_workflow_that_is_stopped_says_so_in_one_line(number: signal.Signals, code: int, tmp_path: Path) -> None:
     (tmp_path / "Snakefile").write_text(SNAKEFILE)

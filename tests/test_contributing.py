@@ -18,6 +18,7 @@ import pytest
 from .conftest import ROOT
 from .workflow import warm
 
+pytestmark = pytest.mark.slow
 PLACE = re.compile(
     r"^\*\*`(?P<path>[^`]+)`\*\*, "
     r"(?P<how>at its end|a new file|in `(?P<name>\w+)`(, before `(?P<entry>\w+)`)?|before `(?P<line>[^`]+)`"

@@ -159,6 +159,7 @@ def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
     assert next(c for c in result["checks"] if c["name"] == "a transferred attack is weaker")["passed"] is True
 
 
+@pytest.mark.slow
 def test_the_bench_of_attacks_runs_on_a_network_from_elsewhere(folder: Path) -> None:
     words = "--model somenets:whitened --weights whitened.pt --data digits.npz --n 1 --eps 0.5 --json b.json --threads 1 --search fp32"
     command = [sys.executable, str(ROOT / "workflow/scripts/bench_attacks.py"), *words.split()]
@@ -167,6 +168,7 @@ def test_the_bench_of_attacks_runs_on_a_network_from_elsewhere(folder: Path) -> 
     assert read_json(folder / "b.json")["equal_verdicts"] == {"fp32": 1.0}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_verdicts(folder: Path) -> None:
     words = ["--model", "somenets:whitened", "--weights", "whitened.safetensors"]
     quick = "{like: standard, eps: 0.05, pgd: {step_size: 0.01}, n: 40, attacks: {fab_t: {steps: 20}, square: {queries: 200}}}"

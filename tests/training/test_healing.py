@@ -141,6 +141,7 @@ def wild(settings: TrainingSettings) -> TrainingSettings:
     )
 
 
+@pytest.mark.slow
 def test_a_hundred_times_the_rate_recovers_and_finishes_the_same_way_every_time(
     wild: TrainingSettings, digits: Prepared, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_hundred_times_the_rate_recovers_and_finishes_the_same_way_every_time(
     assert again.events == result.events
 
 
+@pytest.mark.slow
 def test_killed_at_every_save_it_recovers_to_the_same_weights(wild: TrainingSettings, digits: Prepared, tmp_path: Path) -> None:
     """Every step, every end of an epoch and every recovery is saved and then interrupted."""
     whole = run(digits, wild, tmp_path / "whole")

@@ -26,6 +26,7 @@ def test_the_last_epoch_always_competes(digits: Prepared, settings: TrainingSett
     assert result.selected.score == (result.rows[-1]["validation_clean_acc"] + result.rows[-1]["validation_robust_acc"]) / 2 > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", FULL.experiments)
 def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str, digits: Prepared, tmp_path: Path) -> None:
     """Every experiment of the full comparison for one short epoch, twice: the same seed gives the same weights."""
@@ -44,6 +45,7 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
     assert (result.selected.ema is not None) == (settings.ema is not None) == ("ema_validation_clean_acc" in logged)
 
 
+@pytest.mark.slow
 def test_an_interrupted_epoch_continues_bit_for_bit(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

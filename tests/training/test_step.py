@@ -211,6 +211,7 @@ def test_a_slice_keeps_that_images_of_both_terms_are_the_same() -> None:
     assert other.y.tolist() == [2, 3]
 
 
+@pytest.mark.slow
 def test_compiled_steps_agree_and_a_network_is_left_as_it_was(tmp_path: Path) -> None:
     """In a process of its own, since torch.compile keeps what it made: near the eager step, to the rounding of fused layers.
 

@@ -146,16 +146,16 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("what", EDITS)
-def test_an_edit_of_code_reruns_what_can_execute_it_under_both(what: str, after_snakemake: Project) -> None:
-    file, old, new, jobs, stages = EDITS[what]
-    path = after_snakemake.folder / "src/ebjdat" / file
-    before = path.read_text()
-    path.write_text(before.replace(old, new, 1))
-    assert path.read_text() != before
-    assert {rule: n for rule, n in after_snakemake.planned().items() if rule not in ("all", "record")} == jobs
-    assert set(after_snakemake.status()) == stages  # what follows from them shows only once they have run
-    path.write_text(before)
+def test_an_edit_of_code_reruns_what_can_execute_it_under_both(after_snakemake: Project) -> None:
+    """Each edit by itself: it is taken back before the next."""
+    for what, (file, old, new, jobs, stages) in EDITS.items():
+        path = after_snakemake.folder / "src/ebjdat" / file
+        before = path.read_text()
+        path.write_text(before.replace(old, new, 1))
+        assert path.read_text() != before
+        assert {rule: n for rule, n in after_snakemake.planned().items() if rule not in ("all", "record")} == jobs, what
+        assert set(after_snakemake.status()) == stages, what  # what follows from them shows only once they have run
+        path.write_text(before)
     assert after_snakemake.status() == {}
 
 
