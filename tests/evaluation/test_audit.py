@@ -55,6 +55,7 @@ def test_two_and_three_classes_have_a_protocol_of_their_own() -> None:
         AttackSettings.model_validate({"protocols": {"standard": protocol, "standard_binary": {**protocol, "norm": "L2"}}})
 
 
+@pytest.mark.slow
 def test_every_figure_can_be_recomputed_from_the_verdicts() -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)

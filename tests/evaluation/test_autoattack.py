@@ -87,6 +87,7 @@ def test_a_network_that_needs_its_layout_keeps_it() -> None:
     assert set(verdicts.robust) == {"pgd20", "apgd_ce", "apgd_t", "fab_t", "square"}
 
 
+@pytest.mark.slow
 def test_bf16_search_leaves_verdicts_to_fp32() -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)
@@ -98,6 +99,7 @@ def test_bf16_search_leaves_verdicts_to_fp32() -> None:
     assert with_all[~fp32.robust_under(names)].sum() <= 1
 
 
+@pytest.mark.slow
 def test_released_fab_works_in_the_brighter_half_alone(linear: Linear) -> None:
     """As in pyautoattack on [-1, 1] images: its box cuts below mid grey, so that dark images are never broken by it."""
     eps = 0.08

@@ -28,6 +28,7 @@ def caught(model: nn.Module, x: Tensor, y: Tensor, source: nn.Module | None = No
     return {check["name"]: check["passed"] for check in found["checks"]}
 
 
+@pytest.mark.slow
 def test_an_honest_network_passes_every_check() -> None:
     model, x = Curved().eval(), images()
     found = caught(model, x, labelled(model, x), Linear())
@@ -35,6 +36,7 @@ def test_an_honest_network_passes_every_check() -> None:
     assert caught(model, x, labelled(model, x))["a transferred attack is weaker"] is None
 
 
+@pytest.mark.slow
 def test_masked_gradients_are_caught() -> None:
     """Each hides the same network in its own way; every one is caught by what sees that way, and by more than one check."""
     model, x = Curved().eval(), images()

@@ -35,6 +35,7 @@ def test_the_interval_holds_the_true_area_as_often_as_it_says(area: float) -> No
     assert 0.925 <= held / 500 <= 0.995  # nominal 0.95, more near 1; 500 samples: standard error 0.01
 
 
+@pytest.mark.slow
 def test_the_interval_against_a_bootstrap_and_at_its_ends() -> None:
     rng = np.random.default_rng(1)
     inside, outside = rng.normal(1.0, size=200), rng.normal(size=150)

@@ -88,6 +88,7 @@ def test_a_file_of_inceptions_weights_is_not_unpacked_or_run(
         frechet.choose_extractor(network, asked(tmp_path / "weights.pth"), CPU, 3)
 
 
+@pytest.mark.slow
 def test_inceptions_features_and_logits_from_a_weights_file(tmp_path: Path, network: WideResNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch-fidelity's own network with random weights from a file: the whole path but the published numbers."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

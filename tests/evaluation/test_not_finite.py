@@ -59,6 +59,7 @@ def settings(eps: float = EPS) -> AttackSettings:
     return AttackSettings.model_validate({"protocols": protocols, "batch_size": 16, "checks": {"n": N, "steps": 20, "restarts": 1}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [math.nan, -math.inf])
 def test_few_such_images_are_wrong_under_every_attack_whatever_their_label(score: float) -> None:
     """Three images of class 0, which argmax would call right. Everything is as where the network is wrong on them."""
