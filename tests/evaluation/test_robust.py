@@ -20,6 +20,7 @@ from ..conftest import Linear
 from ..networks import Curved, N, images, labelled, settings
 
 
+@pytest.mark.slow
 def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
     x = images()
     y = labelled(linear, x)
@@ -39,6 +40,7 @@ def test_verdicts_are_exactly_those_of_a_linear_network(linear: Linear) -> None:
     assert verdicts.excess <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.012), ("L2", 0.035)])
 def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None:
     """Its own run_standard_evaluation, with the same seed and batches, on a network that is not linear."""
