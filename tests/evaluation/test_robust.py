@@ -61,6 +61,7 @@ def test_verdicts_are_those_of_plain_pyautoattack(norm: str, eps: float) -> None
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_released_protocol_adds_its_noise_and_halves_the_radius(linear: Linear) -> None:
     x = torch.rand(2000, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     asked = settings(0.1)
@@ -92,6 +93,7 @@ def test_outside_measures_how_far_an_image_left_its_ball(norm: str) -> None:
     assert robust.ball_violation(torch.zeros_like(x), torch.full_like(x, -0.02), norm, 0.01).max() == 0  # noise had left [0, 1]
 
 
+@pytest.mark.slow
 def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images()
     y = labelled(linear, x, wrong=0)
