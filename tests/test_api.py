@@ -69,6 +69,11 @@ def test_train_and_load_a_checkpoint(digits: Prepared, tmp_path: Path) -> None:
         ebjdat.load_checkpoint(tmp_path / "pgd_at.safetensors", averaged=True)
     with pytest.raises(ParamsError, match="'pgd-at' is not in this profile; did you mean 'pgd_at'"):
         ebjdat.train(ROOT / "params/digits.yaml", "pgd-at", tmp_path / "x.safetensors")
+    start = tmp_path / "pgd_at.clean.safetensors"
+    made, untrained = start.read_bytes(), [*SMALL, "experiments.pgd_at.training.epochs=0"]
+    for seed, same in ((0, True), (1, False)):  # kept: an interrupted fine-tuning continues only from the same file
+        ebjdat.train(ROOT / "params/digits.yaml", "pgd_at", tmp_path / "pgd_at.safetensors", seed=seed, overrides=untrained)
+        assert (start.read_bytes() == made) == same
 
 
 def test_import_loads_nothing() -> None:

@@ -13,9 +13,11 @@ from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust, verdicts
 from ebjdat.evaluation.audit import limited
 from ebjdat.evaluation.verdicts import ProtocolResult
+from ebjdat.jobs import STAGES
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import UNIT
 from ebjdat.settings import ParamsError, load, nearest, usual_protocols
+from ebjdat.settings.profile import Pretraining
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Header
 from ebjdat.training.fit import train_checkpoint
@@ -108,8 +110,19 @@ def train(
         raise ParamsError(f"{experiment!r} is not in this profile; {nearest(experiment, list(chosen.experiments))}")
     entry, out, on = chosen.experiments[experiment], Path(out), torch.device(device)
     data, _ = prepared.prepare(chosen.data)
-    name, model = entry.pretraining, chosen.model_settings(entry.pretraining)
-    initial = out.with_name(f"{out.stem}.{name}{out.suffix}")
-    train_checkpoint(chosen.pretraining[name].method, model, chosen.pretraining_settings(name), data, initial, seed=seed, device=on)
-    train_checkpoint(entry.method, model, chosen.training_settings(experiment), data, out, seed=seed, device=on, initial=initial)
+    start, initial = chosen.pretraining[entry.pretraining], out.with_name(f"{out.stem}.{entry.pretraining}{out.suffix}")
+    code = STAGES["pretrain"].digest(chosen, entry.pretraining)
+    if not _is_made(initial, start, data.data_hash, seed, code):
+        train_checkpoint(start.method, start.model, start.training, data, initial, seed=seed, device=on, code=code)
+    code = STAGES["finetune"].digest(chosen, experiment)
+    train_checkpoint(entry.method, entry.model, entry.training, data, out, seed=seed, device=on, initial=initial, code=code)
     return load_checkpoint(out, on)
+
+
+def _is_made(path: Path, start: Pretraining, data_hash: str, seed: int, code: str) -> bool:
+    """Whether the file holds this pretraining. It is then kept: an interrupted fine-tuning continues only from the same file."""
+    try:
+        header = checkpoint.load(path, data_hash=data_hash, model=start.model, method=start.method).header
+    except checkpoint.CheckpointError:
+        return False
+    return (header.training, header.seed, header.code) == (start.training, seed, code)

@@ -101,18 +101,19 @@ def train_checkpoint(
     seed: int = 0,
     device: torch.device | None = None,
     initial: Path | None = None,
+    code: str = "",
     hooks: Hooks | None = None,
 ) -> Checkpoint:
     """Train a method on prepared data and write its checkpoint to `out`. The same arguments give the same weights.
 
-    Its state lies beside `out` until that is written; a killed training continues from it. device: the CPU by default. Raises
-    DataError, CheckpointError and TrainingError as `fit`.
+    Its state lies beside `out` until that is written; a killed training continues from it, if it was made by the same `code`.
+    device: the CPU by default. Raises DataError, CheckpointError and TrainingError as `fit`.
     """
     job = Job(out.stem, method, training, seed, out.with_name(f".{out.name}.state"))
-    state = fit(job, model, data, device or torch.device("cpu"), initial, hooks=hooks)
+    state = fit(job, model, data, device or torch.device("cpu"), initial, code, hooks)
     params_hash = digest(method, model.model_dump(), training.model_dump(), seed)[:16]
     seconds = "finetune_seconds" if initial else "pretrain_seconds"
-    made = to_checkpoint(job, model, data, state, seconds, Provenance(job.title, params_hash, git_commit()))
+    made = to_checkpoint(job, model, data, state, seconds, Provenance(job.title, params_hash, git_commit(), code))
     checkpoint.save(made, out)
     shutil.rmtree(job.state, ignore_errors=True)
     return made
