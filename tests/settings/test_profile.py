@@ -100,7 +100,7 @@ def test_the_papers_form_and_profile_have_the_recipes_as_published() -> None:
     ("overrides", "changed"),
     [
         (["runtime.threads=2", "runtime.device=auto", "report.paper=null"], set()),
-        (["data.path=elsewhere", "data.label=mine"], set()),
+        (["data.root=elsewhere", "data.label=mine"], set()),
         (["experiments.eb_jdat.training.epochs=2"], {"eb_jdat"}),
         (["experiments.jempp.method=eb_jdat"], {"jempp"}),
         (["pretraining.clean.epochs=2"], {"pgd_at", "jempp", "eb_jdat"}),

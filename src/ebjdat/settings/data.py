@@ -50,7 +50,7 @@ class DataSettings(Settings):
     def consistent(self) -> Self:
         if "path" in self.record.reads and not self.path:
             raise ValueError(f"source {self.source!r} needs `path`, a folder or archive (.tar.xz, .tar.gz, .zip) of class folders")
-        for name in ("size", "channels", "background", "classes", "follow_links"):
+        for name in ("path", "size", "channels", "background", "classes", "follow_links"):
             if name not in self.record.reads and getattr(self, name) != type(self).model_fields[name].default:
                 readers = " or ".join(repr(source) for source, record in registry.SOURCES.items() if name in record.reads)
                 raise ValueError(f"`{name}` is for source {readers}; {self.source!r} does not read it")
