@@ -56,6 +56,8 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[s
         ("experiments.a/b", {"method": "classifier", "pretraining": "scratch"}, "should match pattern"),
         ("experiments.pgd_at.training.batch_size", 5000, "experiments.pgd_at.training.batch_size: 5000 is larger"),
         ("experiments.eb_jdat.training", {"chain": {"sampler": "sgld", "clamp": 0.1}}, "chain.clamp: is not read by sampler 'sgld'"),
+        ("experiments.pgd_at.training", {"update": {"rho": 0.1}}, "training.update.rho: is not read by update 'plain'; it reads none"),
+        ("data.path", "images.zip", "data: `path` is for source 'folder'; 'digits' does not read it"),
         ("experiments.jempp.base", "jem", "method 'jempp' has no base 'jem'; allowed: jempp"),
         ("experiments.pgd_at.form", "released", "method 'pgd_at' has no form 'released'; allowed: none"),
         ("experiments.eb_jdat.form", "papper", "'papper' is unknown; did you mean 'paper'?"),
@@ -88,6 +90,11 @@ def test_a_wrong_setting_over_a_wrong_setting_is_reported_too(raw: dict[str, Any
     assert "training.adversary.eps: input should be less than or equal to 1, found 2" in text
     assert "experiments.pgd_at.training.adversary.eps: input should be less than or equal to 1, found 3" in text
     assert text.startswith("2 problems")
+
+
+def test_the_reference_classifier_is_an_experiment_under_inceptions_features_too(refusal: Refusal) -> None:
+    colour = ["data={source: cifar10, test: null}", "training.augment.flip=false", "evaluation.generate.extractor=inception"]
+    assert "generate.reference.experiment: 'nobody' is not an" in refusal([*colour, "evaluation.generate.reference.experiment=nobody"])
 
 
 def test_mirrored_digits_are_refused_wherever_they_are_switched_on(refusal: Refusal) -> None:

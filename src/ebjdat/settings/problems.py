@@ -11,13 +11,19 @@ from pydantic import BaseModel, ValidationError
 from ebjdat import registry
 from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
 from ebjdat.settings.profile import ProfileFile
-from ebjdat.settings.training import ChainSettings
+from ebjdat.settings.training import ChainSettings, UpdateSettings
 from ebjdat.settings.types import mapping, merge, nearest, section, shown
 
 Where = tuple[str | int, ...]
 Problem = tuple[Where, str]
 Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (a file's name, or an override, its raw settings), weakest first
 
+# Sections of a training in which one key names a strategy: section -> (that key, the strategies, the strategy by default). No
+# schedule: a trial run's override replaces every experiment's.
+CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
+    "chain": ("sampler", registry.SAMPLERS, ChainSettings().sampler),
+    "update": ("name", registry.UPDATES, UpdateSettings().name),
+}
 # Chain settings that some samplers ignore.
 READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
 # Keys of the profile's training.chain that no training would use: every base sets them, or has a sampler that ignores them.
@@ -40,13 +46,12 @@ def of_profile(
     """
     if error:
         yield from _stated_in(raw, of_validation(ProfileFile, error))
-    yield from _chains(raw, whole)
+    yield from _unread(raw, whole)
     yield from _pretrainings(raw)
     if evaluation:
         if evaluation.attack.transfer is not None:
             yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
-        if evaluation.generate.extractor != "inception":
-            yield from _missing_run(raw, ("evaluation", "generate", "reference"), evaluation.generate.reference)
+        yield from _missing_run(raw, ("evaluation", "generate", "reference"), evaluation.generate.reference)  # read with any extractor
 
 
 def of_validation(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
@@ -116,14 +121,17 @@ def _entries(raw: Mapping[str, Any], kind: str) -> dict[str, Mapping[str, Any]]:
     return {name: entry for name, entry in mapping(raw.get(kind)).items() if isinstance(entry, Mapping)}
 
 
-def _chains(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
-    """Chain settings that nothing reads."""
+def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Settings that the strategy of their section does not read, and chain settings that nothing does."""
     for kind in ("pretraining", "experiments"):
         for name, entry in _entries(raw, kind).items():
-            sampler = str(section(whole[kind][name], "training.chain.sampler") or ChainSettings().sampler)
-            reads = registry.SAMPLERS[sampler].reads if sampler in registry.SAMPLERS else tuple(READ_BY_SAMPLERS)
-            for key in sorted(READ_BY_SAMPLERS & set(mapping(section(entry, "training.chain"))) - set(reads)):
-                yield (kind, name, "training", "chain", key), f"is not read by sampler {sampler!r}; it reads {', '.join(reads)}"
+            for part, (key, strategies, default) in CHOSEN.items():
+                chosen = str(section(whole[kind][name], f"training.{part}.{key}") or default)
+                if chosen in strategies:
+                    reads, known = strategies[chosen].reads, {read for row in strategies.values() for read in row.reads}
+                    for unread in sorted(known & set(mapping(section(entry, f"training.{part}"))) - set(reads)):
+                        what = f"is not read by {'sampler' if part == 'chain' else part} {chosen!r}; it reads {', '.join(reads) or 'none'}"
+                        yield (kind, name, "training", part, unread), what
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 
