@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from ebjdat import jobs
 from ebjdat.cli import app
+from ebjdat.jobs import STAGES
 from ebjdat.layout import Layout
 from ebjdat.settings import Profile, load
 
@@ -50,15 +52,33 @@ def test_every_command_is_one_that_the_command_line_takes(profile: Profile) -> N
         }
 
 
-def test_what_is_read_changes_with_a_setting_of_the_job_alone(profile: Profile) -> None:
-    """And where and how fast it runs changes nothing."""
-
-    def changed(override: str) -> set[str]:
-        other = load(ROOT / "params/digits.yaml", [str(ROOT / "params/overrides/ci.yaml"), override])
-        return {job.title for job in jobs.jobs(profile) if jobs.depends_on(profile, job) != jobs.depends_on(other, job)}
-
-    assert changed("runtime.threads=7") == set()
-    assert changed("experiments.eb_jdat.training.weights.w2=0.123") == {"finetune-eb_jdat-seed0", "report"}
-    assert changed("evaluation.generate.seed=12345") == {"report", *(f"generate-{e}-seed0" for e in profile.experiments)}
-    assert changed("experiments.eb_jdat.note=another") == {"report"}
-    assert changed("bases.jem.chain.steps=3") == set()  # no experiment inherits it
+@pytest.mark.parametrize(
+    ("setting", "jobs_of"),
+    [
+        ("runtime.threads=7", {}),  # where and how fast it runs changes nothing
+        ("bases.jem.chain.steps=3", {}),  # no experiment inherits it
+        ("experiments.eb_jdat.note=another", {}),
+        ("experiments.eb_jdat.training.weights.w2=0.123", {"finetune": ["eb_jdat"]}),
+        ("pretraining.clean.epochs=7", {"pretrain": ["clean"]}),
+        ("model.width=3", {"pretrain": ["scratch", "clean"], "finetune": ...}),
+        ("evaluation.generate.seed=12345", {"generate": ...}),
+        ("evaluation.energy.n=99", {"energy": ...}),
+        ("evaluation.reliability.bins=7", {"reliability": ...}),
+        ("data.root=elsewhere", {"prepare": [""], "reliability": ...}),
+        ("evaluation.attack.seed=3", {"attack": ..., "energy": ..., "reliability": ...}),
+        ("evaluation.attack.protocols.standard.eps=0.111", {"attack": ..., "energy": ..., "reliability": ...}),
+        ("evaluation.attack.protocols.released.eps=0.111", {"attack": ..., "reliability": ...}),
+        ("evaluation.attack.protocols.released.n=3", {"attack": ...}),
+        ("evaluation.attack.checks.restarts=2", {"attack": ...}),
+    ],
+)
+def test_a_setting_changes_what_is_read_by_the_jobs_that_it_is_for(setting: str, jobs_of: dict[str, Any], profile: Profile) -> None:
+    """And by the report, which shows all that determines a result. ...: those of every experiment."""
+    other = load(ROOT / "params/digits.yaml", [str(ROOT / "params/overrides/ci.yaml"), setting])
+    changed = {
+        job.title for job in jobs.jobs(profile) if STAGES[job.stage].reads(profile, job.name) != STAGES[job.stage].reads(other, job.name)
+    }
+    names = {stage: profile.experiments if of is ... else of for stage, of in jobs_of.items()}
+    expected = {jobs.Job(stage, name, 0 if name else "").title for stage, of in names.items() for name in of}
+    assert changed - {"report"} == expected
+    assert ("report" in changed) == (bool(expected) or "note" in setting)

@@ -11,7 +11,7 @@ from typing import Any
 from ebjdat import codehash, registry
 from ebjdat.layout import Layout, place, pretraining_place
 from ebjdat.registry import Entry
-from ebjdat.settings import Profile, flat
+from ebjdat.settings import STANDARD, Profile, flat
 
 # Where settings name a strategy: the end of the key's path, or what is followed by the strategies' own keys.
 NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
@@ -160,11 +160,13 @@ def _attack(profile: Profile, name: str) -> dict[str, Any]:
     return {"attack": profile.attack_settings(name).model_dump(mode="json")}
 
 
-def _pgd(profile: Profile, name: str) -> dict[str, Any]:
-    """Of the attack's settings, those of its PGD."""
+def _pgd(profile: Profile, name: str, *protocols: str) -> dict[str, Any]:
+    """Of the attack's settings, those of its PGD under these protocols (none named: under all)."""
     attack = profile.attack_settings(name).model_dump(mode="json", include={"protocols", "seed", "batch_size"})
-    protocols = {k: {key: v for key, v in p.items() if key not in ("n", "attacks")} for k, p in attack["protocols"].items()}
-    return {"attack": {**attack, "protocols": protocols}}
+    chosen = {k: attack["protocols"][k] for k in protocols or attack["protocols"]}
+    return {
+        "attack": {**attack, "protocols": {k: {key: v for key, v in p.items() if key not in ("n", "attacks")} for k, p in chosen.items()}}
+    }
 
 
 def _generate(profile: Profile, name: str) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _generate(profile: Profile, name: str) -> dict[str, Any]:
 
 
 def _energy(profile: Profile, name: str) -> dict[str, Any]:
-    return {"energy": profile.evaluation.energy.model_dump(mode="json"), **_pgd(profile, name)}
+    return {"energy": profile.evaluation.energy.model_dump(mode="json"), **_pgd(profile, name, STANDARD)}
 
 
 def _reliability(profile: Profile, name: str) -> dict[str, Any]:
