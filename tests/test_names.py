@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ebjdat.names import ResultName, flat_name, flat_results, take_apart
 
-PROTOCOLS = ("standard", "released", "standard_l2")  # one begins like another
+PROTOCOLS = ("standard", "released", "standard_l2", "released_l2")  # some begin like another
 NAMES = {
     "clean_acc": ResultName("acc", "clean"),
     "released_pgd20_acc": ResultName("acc", "pgd20", "released"),

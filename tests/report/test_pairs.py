@@ -17,6 +17,7 @@ from .results import write_verdicts
 
 def test_pairs_of_models_are_compared_on_the_same_examples(profile: Profile, filled: Path) -> None:
     write_verdicts(filled / "pgd_at/seed0/verdicts.parquet", profile, 90, pgd=80, ensemble=20)
+    write_verdicts(filled / "eb_jdat/seed0/verdicts.parquet", profile, 90, pgd=57)  # another p: Holm's factors differ from pair to pair
     compared = {(p["a"], p["b"]): p for p in pairwise(profile, filled, 0, "pgd20")}
     assert len(compared) == 6
     pair = compared["classifier", "pgd_at"]

@@ -62,6 +62,7 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("evaluation.attack.protocols.released.attacks={cw: {}}", "'cw' is unknown"),
         (f"{L2}.attacks.sqare=null", "'sqare' is unknown; did you mean 'square'"),
         (f"{L2}.like=standrd", "`like` 'standrd' is unknown; did you mean 'standard'"),
+        ("evaluation.generate.protocols.released.select=0.5", "protocols.released: its name fixes its values"),
         ("evaluation.generate.extractor=inception", "Inception is for natural images"),
         ("evaluation.reliability.ood=[auto, noise]", "`ood` is 'auto' or a list of sets, not both"),
         ("evaluation.reliability.ood=folder", "ood 'folder' needs `ood_path`"),
