@@ -73,11 +73,6 @@ class Method(Entry):
         """Whether it trains on chains, and so keeps a replay buffer."""
         return "negatives" in self.samples
 
-    @property
-    def has_adversaries(self) -> bool:
-        """Whether it trains on adversarial neighbours."""
-        return "adversarial" in self.samples
-
 
 @dataclass(frozen=True)
 class Source(Entry):

@@ -48,6 +48,7 @@ def show(
     """Print a finished profile's table, and where its report and the MLflow UI are."""
     from rich.table import Column, Table
 
+    from ebjdat.layout import Layout
     from ebjdat.metrics import TABLE
     from ebjdat.report.collect import collect, read_card
     from ebjdat.report.format import cell_parts, header_parts
@@ -56,10 +57,11 @@ def show(
 
     override = [*override, *split_overrides(overrides)]
     profile, run = load(params, override), run_name(params, override)
-    results = Path("results") / run
+    layout = Layout(run)
+    results = Path(layout.result("", "table.csv")).parent
     if not (results / "table.csv").exists():
         raise ParamsError(f"{results}/table.csv: this profile has not been run yet; `make reproduce` runs it")
-    frame = aggregate(profile, collect(profile, results, read_card(Path("data") / run / "card.json")["data_hash"]))
+    frame = aggregate(profile, collect(profile, results, read_card(Path(layout.card))["data_hash"]))
     heads = [Column(plain(*header_parts(m, frame))) for m in TABLE]
     table = Table("experiment", *heads, title=plain(results.name), title_justify="left", show_lines=True, padding=(0, 0, 0, 1))
     for _, record in frame.iterrows():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
@@ -110,9 +110,6 @@ class Vocabulary:
         self.places = places
         self.find = lru_cache(10_000)(self._find)
         self._patterns = cache(self._compiled)
-
-    def __iter__(self) -> Iterator[Metric]:
-        return iter(self.entries)
 
     def describe(self, name: str, protocols: Collection[str] = ()) -> Metric:
         """The entry of a name, exact names before patterns: "released_pgd20_acc" -> "[ema_][<protocol>_]pgd<steps>_acc".

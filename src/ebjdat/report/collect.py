@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ebjdat import jobs
 from ebjdat.errors import brief
 from ebjdat.files import FILES, read_result, reading
+from ebjdat.layout import place, pretraining_place
 from ebjdat.metrics import NEEDED, VOCABULARY
 from ebjdat.settings import Profile
 
@@ -73,8 +74,8 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[RunResult]:
     runs = []
     for name, experiment in profile.experiments.items():
         for seed in profile.seeds:
-            parts = {stage: stage_result(results / name / f"seed{seed}" / f"{stage}.json", stage, protocols) for stage in STAGES}
-            before = stage_result(results / "pretraining" / experiment.pretraining / f"seed{seed}" / "pretrain.json", "pretrain", protocols)
+            parts = {stage: stage_result(results / place(name, seed) / f"{stage}.json", stage, protocols) for stage in STAGES}
+            before = stage_result(results / pretraining_place(experiment.pretraining, seed) / "pretrain.json", "pretrain", protocols)
             metrics: dict[str, Any] = {"collapse_epoch": None}
             for part in parts.values():
                 metrics |= {name: value for name, value in part.items() if name not in OF_THE_FILE}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
@@ -79,29 +81,25 @@ def sample_grids(
     return figure
 
 
-def energy_histograms(marginal: Mapping[str, Mapping[str, Values]], joint: Mapping[str, Mapping[str, Values]]) -> Figure:
-    """A row per title, E(x) left and E(x, y) right: clean, adversarial and generated images on one axis."""
-    figure, axes = plt.subplots(
-        len(marginal),
-        2,
-        figsize=(9, (2.3 if len(marginal) < 7 else 1.5) * len(marginal) + 0.4),
-        squeeze=False,
-        layout="constrained",
-        sharex=False,
-    )
-    for row, title in enumerate(marginal):
-        for axis, groups, label in ((axes[row, 0], marginal[title], "E(x)"), (axes[row, 1], joint[title], "E(x, y)")):
-            finite = {name: values[np.isfinite(values)] for name, values in groups.items()}
-            edges = bins(list(finite.values()))
-            for name, values in finite.items():
-                if len(values):
-                    axis.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, alpha=0.45, color=COLOURS[name], label=name)
-                    axis.axvline(values.mean(), color=COLOURS[name], linewidth=1.2)
-            axis.set_title(f"{title}: {label}", fontsize=9, loc="left")
-            axis.set_yticks([])
-            axis.spines["left"].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+def energy_histograms(panels: Mapping[str, Mapping[str, Values]]) -> Figure:
+    """Panels side by side, title -> group -> energies (N,): clean, adversarial and generated images on one axis."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.7), layout="constrained")
+    for axis, (title, groups) in zip(axes, panels.items(), strict=True):
+        draw_histograms(axis, title, {name: values[np.isfinite(values)] for name, values in groups.items()}, alpha=0.45)
+    axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_histograms(axis: Axes, title: str, groups: Mapping[str, Values], **style: Any) -> None:
+    """The density of finite energies (N,) of each group, and a line at its mean. What lies beyond the bins is in the outermost."""
+    edges = bins(list(groups.values())).tolist()
+    for name, values in groups.items():
+        if len(values):
+            axis.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, color=COLOURS[name], label=name, **style)
+            axis.axvline(values.mean(), color=COLOURS[name], linewidth=1.2)
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
 
 
 def bins(groups: Sequence[Values]) -> Values:

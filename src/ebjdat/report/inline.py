@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ebjdat.report.figures import COLOURS, Values, bins
+from ebjdat.report.figures import COLOURS, Values, draw_histograms
 from ebjdat.report.format import cell, header
 from ebjdat.vocabulary import Metric
 
@@ -48,16 +48,7 @@ def energies(groups: Mapping[str, Mapping[str, Values]]) -> Figure:
     """Below each other, E(x) and E(x, y): clean, adversarial and generated images on one axis. groups: title -> group -> energies."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(4.4, 1.9 * len(groups)), squeeze=False, layout="constrained")
     for axis, (title, values) in zip(axes[:, 0], groups.items(), strict=True):
-        edges = bins(list(values.values()))
-        for name, energies_of_group in values.items():
-            if not len(energies_of_group):
-                continue
-            clipped = np.clip(energies_of_group, edges[0], edges[-1])
-            axis.hist(clipped, edges, density=True, histtype="stepfilled", alpha=0.4, color=COLOURS[name], label=name)
-            axis.axvline(energies_of_group.mean(), color=COLOURS[name], linewidth=1.2)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_yticks([])
-        axis.spines["left"].set_visible(False)
+        draw_histograms(axis, title, values, histtype="stepfilled", alpha=0.4)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower left")
     return figure
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageSequence
 
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
+from ebjdat.layout import Layout, place
 from ebjdat.metrics import PANELS, TABLE
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline
@@ -172,7 +173,7 @@ def experiment_sections(site: Site, table: pd.DataFrame) -> list[dict[str, Any]]
     sections = []
     for i, record in enumerate(table.to_dict("records")):
         name, method = record["experiment"], record["method"]
-        folder, own = site.results / name / f"seed{seed}", [run for run in site.runs if run.experiment == name]
+        folder, own = site.results / place(name, seed), [run for run in site.runs if run.experiment == name]
         histograms = energies_of(folder / "energy.npz")
         curve = read_curve(folder / "finetune_curve.csv")
         checks = checks_of(own)
@@ -263,12 +264,12 @@ def differing_settings(profile: Profile) -> dict[str, dict[str, Any]]:
 
 def reproduce(run: str, results: Path, result: RunResult, overrides: Sequence[str]) -> tuple[str, str]:
     """The commands that reproduce a run's results, and notes on what they cannot settle."""
-    folder = results / result.experiment / f"seed{result.seed}"
-    commits = {stage: read_json(folder / f"{stage}.json").get("git_commit", "unknown") for stage in STAGES}
+    at = place(result.experiment, result.seed)
+    commits = {stage: read_json(results / at / f"{stage}.json").get("git_commit", "unknown") for stage in STAGES}
     # a stage that ran at another commit than its training ran later; Snakemake kept the training, so its code had not changed
     chosen = next((c for c in reversed(commits.values()) if c != result.git_commit), result.git_commit)
     config = [f"profile={run.split('+')[0]}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
-    targets = [f"results/{run}/{result.experiment}/seed{result.seed}/{stage}.json" for stage in STAGES]
+    targets = [Layout(run).result(at, f"{stage}.json") for stage in STAGES]
     lines = [shlex.join(["snakemake", "--cores", "all", "--config", *config, "--", *targets])]
     notes = []
     if len(set(commits.values())) > 1:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ebjdat.files import FileError, reading
 from ebjdat.intervals import mcnemar
+from ebjdat.layout import place
 from ebjdat.names import STANDARD
 from ebjdat.settings import Profile
 
@@ -24,7 +25,7 @@ def correct_examples(results: Path, experiment: str, seed: int, column: str) -> 
     column: of verdicts.parquet, "clean", "pgd20" or "autoattack". An example that is wrong without an attack was not attacked, so
     it is null under pgd20 and counts as wrong; under autoattack null is beyond the first n, and is left out.
     """
-    path = results / experiment / f"seed{seed}" / "verdicts.parquet"
+    path = results / place(experiment, seed) / "verdicts.parquet"
     with reading(path, largest=None):
         rows = pq.ParquetFile(path).metadata.num_rows  # a few bytes can encode any number of equal rows
         if rows > MOST_VERDICTS:

@@ -98,7 +98,7 @@ def energy(context: Context, task: Task) -> None:
 
         write_npz(task.outputs["values"], {**marginal, **{f"joint_{k}": v for k, v in joint.items()}})
         title = f"{task.experiment}, seed {task.seed}"
-        histograms = figures.energy_histograms({title: marginal}, {title: joint})
+        histograms = figures.energy_histograms({f"{title}: E(x)": marginal, f"{title}: E(x, y)": joint})
         write_atomic(task.outputs["figure"], lambda path: figures.save(histograms, path))
 
 

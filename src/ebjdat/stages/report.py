@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ebjdat.errors import printable
 from ebjdat.files import write_json
+from ebjdat.layout import Layout, place
 from ebjdat.report import claims, page
 from ebjdat.report.collect import checks_of, collect, read_card
 from ebjdat.report.format import side_by_side, write_audit_markdown, write_markdown
@@ -47,9 +48,8 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     subject = Subject(context.run, "report", 0, "report", kind="report")
     with context.track(subject, {}, {"data_hash": card["data_hash"]}, out.html) as tracker:
         for result in runs:
-            hashes, place = {"params_hash": result.params_hash, "data_hash": result.data_hash}, f"{result.experiment}/seed{result.seed}"
-            files = [results / place / file for file in FIGURES]
-            weights = Path("checkpoints") / context.run / f"{place}.safetensors"
+            hashes, at = {"params_hash": result.params_hash, "data_hash": result.data_hash}, place(result.experiment, result.seed)
+            files, weights = [results / at / file for file in FIGURES], Path(Layout(context.run).checkpoint(at))
             tracker.result(result.experiment, result.seed, hashes, result.metrics, files, weights)
         for path in (out.html, out.audit_html, out.table_csv, out.summary):
             tracker.artifact(path)
