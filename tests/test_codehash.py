@@ -6,7 +6,8 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,14 @@ def test_a_sampler_is_for_the_trainings_and_chains_that_name_it(changed: Changed
         ("ebjdat.evaluation.autoattack", "TIE = ", "TIE = 0 + ", ("attack",)),
         ("ebjdat.evaluation.calibration", "return ", "return 0 or ", ("reliability",)),
         ("ebjdat.evaluation.frechet", "def frechet_distance(", "@torch.no_grad()\ndef frechet_distance(", ("generate",)),
+        # every training is validated under it; the other stages attack with it
+        (
+            "ebjdat.samplers.pgd",
+            "F.cross_entropy(model",
+            "0 + F.cross_entropy(model",
+            ("pretrain", "finetune", "attack", "energy", "reliability"),
+        ),
+        ("ebjdat.report.figures", '"font.size": 9', '"font.size": 8', ("generate", "energy", "reliability", "report")),
         ("ebjdat.data.sources", "def digits(", "@staticmethod\ndef digits(", ("prepare",)),
         ("ebjdat.data.decode", "return ", "return 0 or ", ("reliability",)),  # of a folder of OOD images; digits are no files
     ],
@@ -128,6 +137,29 @@ def test_what_settings_compute_counts(before: Digests, changed: Changed) -> None
     found = changed(edit[0], replaced(*edit))
     assert of(before, "attack") <= found
     assert not found & of(before, "prepare", "pretrain", "finetune", "generate")
+
+
+def test_what_a_strategys_row_says_counts_but_not_where_it_comes_from() -> None:
+    row, digest = registry.METHODS["jempp"], partial(codehash.digest, ["ebjdat.stages.train:finetune"])
+    for change, same in (
+        ({"samples": ()}, False),
+        ({"selection": "robust"}, False),
+        ({"reads": ("steps",)}, False),
+        ({"source": "x"}, True),
+    ):
+        assert (digest([replace(row, **change)]) == digest([row])) == same
+
+
+def test_templates_count_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = [text for text in STAGES["report"].texts if "/" in text]
+    assert all(any((ROOT / "src/ebjdat").glob(pattern)) for pattern in patterns)
+    monkeypatch.setattr(codehash.ebjdat, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "report").mkdir()
+    digests = []
+    for content in ("one", "two"):
+        (tmp_path / "report/page.html.j2").write_text(content)
+        digests.append(codehash.digest([], texts=patterns))
+    assert digests[0] != digests[1]
 
 
 def test_every_registry_of_strategies_is_asked() -> None:

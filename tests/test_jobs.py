@@ -58,6 +58,7 @@ def test_every_command_is_one_that_the_command_line_takes(profile: Profile) -> N
         ("runtime.threads=7", {}),  # where and how fast it runs changes nothing
         ("bases.jem.chain.steps=3", {}),  # no experiment inherits it
         ("experiments.eb_jdat.note=another", {}),
+        ("pretraining.spare={method: pgd_at, epochs: 1}", {}),  # no experiment starts from it: there is no such job
         ("experiments.eb_jdat.training.weights.w2=0.123", {"finetune": ["eb_jdat"]}),
         ("pretraining.clean.epochs=7", {"pretrain": ["clean"]}),
         ("model.width=3", {"pretrain": ["scratch", "clean"], "finetune": ...}),
@@ -78,7 +79,14 @@ def test_a_setting_changes_what_is_read_by_the_jobs_that_it_is_for(setting: str,
     changed = {
         job.title for job in jobs.jobs(profile) if STAGES[job.stage].reads(profile, job.name) != STAGES[job.stage].reads(other, job.name)
     }
+    assert jobs.jobs(other) == jobs.jobs(profile)
     names = {stage: profile.experiments if of is ... else of for stage, of in jobs_of.items()}
     expected = {jobs.Job(stage, name, 0 if name else "").title for stage, of in names.items() for name in of}
     assert changed - {"report"} == expected
     assert ("report" in changed) == (bool(expected) or "note" in setting)
+
+
+def test_the_report_runs_again_with_every_file_that_its_pages_show(profile: Profile) -> None:
+    read = jobs.inputs(profile, Layout("digits"), jobs.Job("report"))["results"]
+    shown = {"finetune_curve.csv", "verdicts.parquet", "samples.png", "chains.gif", "energy.npz", "reliability.png"}
+    assert {Path(file).name for file in read} == shown | {f"{stage}.json" for stage, spec in STAGES.items() if spec.of == "experiment"}
