@@ -118,6 +118,18 @@ def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: Sampl
         assert len(begun.chains.x) == len(begun.chains.slots) == n
 
 
+@pytest.mark.parametrize("first", [2, sampling.PLANNED_STEPS, sampling.PLANNED_STEPS + 1])
+def test_an_interrupted_epoch_goes_on_with_the_same_chains(first: int, state: SamplingState, pool: StartPool) -> None:
+    whole, rest = (
+        list(sampling_states(state.settings, state.buffer, pool, ("test",), begin, sampling.PLANNED_STEPS + 3)) for begin in (0, first)
+    )
+    for one, other in zip(whole[first:], rest, strict=True):
+        assert one.chains is not None
+        assert other.chains is not None
+        assert torch.equal(one.chains.slots, other.chains.slots)
+        assert torch.equal(one.chains.x, other.chains.x)
+
+
 def test_draws_leave_the_network_alone_and_respect_the_budget(
     state: SamplingState, network: WideResNet, train_data: DeviceData, settings: TrainingSettings, rng: torch.Generator
 ) -> None:
