@@ -96,8 +96,8 @@ def train(
     """Train an experiment of a profile from its pretraining, on the profile's data, and write its checkpoint to `out`.
 
     profile: e.g. "params/digits.yaml". overrides: as on the command line: YAML files or "key.path=value".
-    Returns what `load_checkpoint(out)` does. The pretraining's checkpoint is written beside `out`. A training that was interrupted
-    continues when it is called again. The same arguments give the same weights on the same machine.
+    Returns what `load_checkpoint(out)` does. The pretraining's checkpoint is written beside `out` and used again. A training that was
+    interrupted continues when it is called again. The same arguments give the same weights on the same machine.
 
     Raises ParamsError for settings that are wrong, DataError for the images, TrainingError where training diverged for good.
 

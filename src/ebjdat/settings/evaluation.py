@@ -189,8 +189,6 @@ class AttackSettings(Settings):
                     f"protocols.{name}: its name fixes norm, range, noise, noise_on, pgd.steps, pgd.restarts and attacks; "
                     f"add a protocol `like: {name}`"
                 )
-        if "ema" in self.protocols:
-            raise ValueError("protocols: prefix ema_ is reserved for averaged weights; use another name")
         return self
 
 
@@ -235,8 +233,6 @@ class GenerateSettings(Settings):
     def presets_unchanged(self) -> Self:
         if STANDARD not in self.protocols:
             raise ValueError(f"protocols: {STANDARD!r} is missing; it is always reported")
-        if "ema" in self.protocols:
-            raise ValueError("protocols: prefix ema_ is reserved for averaged weights; use another name")
         for name, row in registry.SAMPLE_PROTOCOLS.items():
             if name in self.protocols and self.protocols[name].model_dump(exclude={"like"}) != row.defaults:
                 raise ValueError(f"protocols.{name}: its name fixes its values; add a protocol `like: {name}`")

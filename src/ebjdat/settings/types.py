@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ebjdat import yamlfile
 from ebjdat.errors import UserError
+from ebjdat.names import AVERAGED
 from ebjdat.pixels import Budget
 
 LONGEST_NAME = 100  # characters of a name; it becomes part of folder names (at most 255 bytes) and of MLflow names
@@ -62,6 +63,13 @@ def one_printable_line(value: str) -> str:
     return value
 
 
+def unlike_other_results(protocol: str) -> str:
+    """A protocol's name is part of names of results: it must not look like averaged weights' or like an interval's end."""
+    if f"{protocol}_".startswith(AVERAGED) or protocol.endswith(("_low", "_high")):
+        raise ValueError("prefix ema_ is reserved for averaged weights, endings _low and _high for intervals; use another name")
+    return protocol
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -87,7 +95,7 @@ Label = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValida
 Fraction01 = Annotated[float, Number, Field(ge=0, le=1)]
 Epsilon = Annotated[Budget, Field(gt=0, le=1)]
 EntryName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)]
-ProtocolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=LONGEST_NAME)]  # part of metric names
+ProtocolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=LONGEST_NAME), AfterValidator(unlike_other_results)]
 Norm = Literal["Linf", "L2"]
 
 
