@@ -11,7 +11,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from ebjdat.evaluation import autoattack, checks, robust
-from ebjdat.evaluation.verdicts import result
+from ebjdat.evaluation.verdicts import Verdicts, pgd_name, result
 from ebjdat.intervals import wilson
 from ebjdat.names import flat_results
 from ebjdat.settings import AttackSettings, ProtocolSettings
@@ -141,6 +141,25 @@ def test_batches_and_restarts_of_pgd_hit_their_own_examples() -> None:
     assert 3 < int(expected.sum()) < 30
 
 
+def test_an_interrupted_pgd_goes_on_with_its_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Curved().eval(), images(40)
+    y, asked, attack = labelled(model, x), settings(0.012, 0, batch_size=7), robust.pgd_batch
+    whole = robust.evaluate(model, x, y, "standard", asked)
+    calls: list[Any] = []
+
+    def interrupting(*arguments: Any) -> Tensor:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return attack(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(robust, "pgd_batch", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            robust.evaluate(model, x, y, "standard", asked, tmp_path)
+    assert torch.equal(robust.evaluate(model, x, y, "standard", asked, tmp_path).robust["pgd20"], whole.robust["pgd20"])
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)
@@ -207,14 +226,27 @@ def test_evaluation_is_in_eval_mode_fp32_and_leaves_the_network_as_it_was() -> N
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_pgd_beside_the_ensemble_is_of_the_ensembles_examples() -> None:
+    protocol, y = settings(0.012, 2).protocols["quick"], torch.zeros(4, dtype=torch.int64)
+    attacked = {name: torch.tensor([1, 0, -1, -1], dtype=torch.int8) for name in protocol.attacks}
+    pgd = torch.tensor([1, 0, 1, 1], dtype=torch.int8)
+    found = result(protocol, Verdicts(y, y, robust={pgd_name(protocol): pgd, **attacked}, classes=10))
+    assert found.ensemble is not None
+    assert (found.ensemble.pgd.correct, found.ensemble.pgd.n, found.pgd.correct, found.pgd.n) == (1, 2, 3, 4)
+
+
 def test_a_protocol_counts_restarts_as_the_worst_of_them() -> None:
     model, x = Curved().eval(), images(40)
     y = labelled(model, x)
     one = settings(0.012, 0)
-    step = {"steps": 3, "step_size": 0.012}
+    step = {"steps": 3, "step_size": 0.001}  # so short that it matters where they start
     several = {**one.protocols, "few": ProtocolSettings(eps=0.012, n=0, pgd=step, attacks={})}
     several["many"] = ProtocolSettings(eps=0.012, n=0, pgd={**step, "restarts": 4}, attacks={})
     asked = one.model_copy(update={"protocols": several})
     few, many = (robust.evaluate(model, x, y, name, asked).robust_under(["pgd3"]) for name in ("few", "many"))
-    assert not (many & ~few).any()
     assert many.sum() <= few.sum()
+    protocol = several["many"]
+    starts = [robust.pgd_start(x, 0, protocol, asked.seed, restart) for restart in range(4)]
+    each = torch.stack([model(robust.pgd_batch(model, x, y, protocol, start)).argmax(1) == y for start in starts])
+    assert torch.equal(many, (model(x).argmax(1) == y) & each.all(0))
+    assert (each.all(0) != each[-1]).any()  # some image withstands the last start alone
