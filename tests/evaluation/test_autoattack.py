@@ -137,3 +137,7 @@ def test_autoattacks_own_word_on_square_is_heard() -> None:
     verdicts = robust.evaluate(model, x, labelled(model, x), "quick", settings(0.05))
     assert any("Square Attack has decreased" in text for text in verdicts.flags)
     assert any("zero gradient" in text for text in verdicts.flags)
+
+
+def test_a_targeted_attack_aims_at_all_other_classes_at_most() -> None:
+    assert [autoattack.aimed_at(EnsembleSettings(targets=9), classes) for classes in (4, 10, 100)] == [3, 9, 9]
