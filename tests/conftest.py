@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,10 +61,10 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
     """`once(name, make)`: a folder that `make` fills once per run, also where several processes (pytest-xdist) share the tests."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = base if worker_id == "master" else base.parent
 
     def get(name: str, make: Callable[[Path], object]) -> Path:
         folder, made = base / name, base / f"{name}-made"

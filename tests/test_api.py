@@ -20,6 +20,7 @@ from .conftest import ROOT, Linear
 SMALL = [str(ROOT / "params/overrides/ci.yaml"), "training.epochs=1"]
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_the_exact_robustness_of_a_linear_network() -> None:
     model, x = Linear(), 0.5 + 0.2 * (torch.rand(24, 1, 4, 4, generator=torch.Generator().manual_seed(1)) - 0.5)
     y = model(x).argmax(1)

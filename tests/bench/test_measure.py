@@ -83,6 +83,7 @@ def test_the_matrix_rate_is_one() -> None:
     assert "matrix" in how or "convolution" in how
 
 
+@pytest.mark.slow
 def test_bench_prints_and_saves_one_object(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     words = ["--params", str(ROOT / "params/digits.yaml"), "--model", "10-1", "--batch", "16", "--repeats", "3"]

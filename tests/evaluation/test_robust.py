@@ -109,6 +109,7 @@ def test_an_attack_that_leaves_its_ball_breaks_nothing_and_fails_a_check(linear:
     assert (check.passed, check.value) == (False, pytest.approx(float((1 - 2 * x).abs().max()) - 1e-4, rel=1e-3))
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_breaks_nothing(linear: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images()
     assert robust.ball_violation(x * torch.nan, x, "L2", 0.1).tolist() == [1.0] * N
@@ -196,6 +197,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_verdicts(tmp_p
     assert len(calls) < 100
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_batches_change_no_verdict(tmp_path: Path) -> None:
     model, x = Linear().eval(), images(40)
     y = labelled(model, x)

@@ -106,6 +106,7 @@ def run(*arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_a_network_from_elsewhere_gets_the_same_files(folder: Path) -> None:
     words = ["--model", "somenets:whitened", "--weights", "whitened.pt", "--data", "digits.npz", "--out", "out/whitened.json", *FAST, *LESS]
     override = ["--override", "protocols.standard.eps=0.05", "--override", "protocols.standard.pgd.step_size=0.0125", "--threads", "1"]
@@ -131,6 +132,7 @@ def test_a_network_from_elsewhere_gets_the_same_files(folder: Path) -> None:
     assert not list((folder / "out").glob(".*state*"))
 
 
+@pytest.mark.slow
 def test_a_torchvision_network_on_class_folders(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 1), ("test", 5)):
@@ -290,6 +292,7 @@ def test_two_classes_are_refused_with_what_works(folder: Path) -> None:
         assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     model = external_model("somenets:whitened", folder / "whitened.safetensors")
     images, labels, notes = external.images_of(folder / "digits.npz")

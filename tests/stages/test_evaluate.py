@@ -55,6 +55,7 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
     return network.eval()
 
 
+@pytest.mark.slow
 def test_the_stage_writes_measures_samples_and_pictures(tmp_path: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the command line; what is in the files is recomputed from the samples and the checkpoints.
 

@@ -18,6 +18,7 @@ from .conftest import STAGES, Mlflow, run_stage
 from .server import points_of, stage, wait_until
 
 
+@pytest.mark.slow
 def test_four_processes_on_a_store_that_does_not_exist_lose_nothing(tmp_path: Path) -> None:
     """As under `snakemake --cores 4`, with the process that sends beside them: what is done while one stage still runs, too."""
     names = [f"e{i}" for i in range(4)]

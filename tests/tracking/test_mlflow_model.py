@@ -59,6 +59,7 @@ def test_the_logged_model_classifies_images_in_the_unit_range(store: Mlflow, dig
     assert list(again.predict(images)["class"]) == list(found["class"])
 
 
+@pytest.mark.slow
 def test_a_model_is_logged_once_whichever_call_is_lost(empty_store: bytes, tmp_path: Path) -> None:
     """Every call from the one on that asks for a model fails in turn, before it is done; then all is sent again."""
 

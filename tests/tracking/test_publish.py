@@ -310,6 +310,7 @@ def store_with_a_loss(path: Path, empty: bytes, fatal: int, after: bool) -> tupl
     return store, calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.torture), pytest.param(3, marks=pytest.mark.torture)])
 def test_whichever_call_is_lost_everything_arrives_and_each_once(empty_store: bytes, tmp_path: Path, first: int) -> None:
     """Every third call of sending two attempts of a stage fails in turn, before or after it is done; then it is sent again.

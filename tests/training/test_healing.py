@@ -168,6 +168,7 @@ def test_killed_at_every_save_it_recovers_to_the_same_weights(wild: TrainingSett
     assert same(whole, result)
 
 
+@pytest.mark.slow
 def test_it_goes_back_to_the_last_healthy_epoch(settings: TrainingSettings, digits: Prepared, tmp_path: Path) -> None:
     """The rate jumps a millionfold after epoch 2: epochs 1 and 2 are kept, epoch 3 is done again at the old rate."""
     jump = changed(
@@ -240,6 +241,7 @@ def sick_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healing, "symptoms", lambda *_: next(verdicts, ()))
 
 
+@pytest.mark.slow
 def test_each_rung_reaches_what_it_is_to_change(
     settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def schedule_end(settings: TrainingSettings) -> float:
     return settings.optimizer.lr * schedules.onecycle(settings.schedule, 3, 4, 1)
 
 
+@pytest.mark.slow
 def test_noise_differs_from_step_to_step_epoch_to_epoch_and_seed_to_seed(
     settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
