@@ -67,6 +67,9 @@ class Box:
     folder: Path
     site: Path
 
+    def copy(self, folder: Path) -> Box:
+        return Box(Path(shutil.copytree(self.folder, folder, symlinks=True)), self.site)
+
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "DVC", "MLFLOW", "EBJDAT", "GIT"))}
         return {**kept, "PYTHONPATH": str(self.site)}
@@ -119,8 +122,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="module")
-def box(home: Project) -> Box:
-    """Packed, and moved to another place."""
+def packed(home: Project) -> Box:
+    """Packed, and moved to another place. Not to be changed."""
     home.run(*BOX, "pack", "box", "--experiments", "classifier", "--stages", "finetune")
     assert home.run("git", "status", "--porcelain") == ""
     folder, site = home.folder.parent / "elsewhere/box", home.folder.parent / "site"
@@ -139,10 +142,61 @@ def box(home: Project) -> Box:
     return Box(folder, site)
 
 
+@dataclass(frozen=True)
+class Story:
+    """A box that was killed, stopped for time, asked to stop, and run to its end; and what it said after each."""
+
+    box: Box
+    time_is_up: str
+    asked_to_stop: str
+    status: str
+    stages: set[str]
+    last: str
+
+
+@pytest.fixture(scope="module")
+def story(packed: Box, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    box = packed.copy(tmp_path_factory.mktemp("run") / "box")
+    box.stopped(signal.SIGKILL, "prepare", r": python")  # the stage does not outlive it
+    deadline = time.monotonic() + 60
+    while "another run.py, or a stage of one that was killed" in (time_is_up := box.run("--minutes", "0.00001", code=None)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    asked_to_stop = box.stopped(signal.SIGTERM, TRAINING, r"epoch +2/")
+    status, stages = box.run("--status"), set(box.done())
+    return Story(box, time_is_up, asked_to_stop, status, stages, box.run())
+
+
+@pytest.fixture(scope="module")
+def box(story: Story) -> Box:
+    """Run to its end. Not to be changed."""
+    return story.box
+
+
 @pytest.fixture
 def spoilt(box: Box, tmp_path: Path) -> Box:
-    """A copy of the box, for a test to spoil."""
-    return Box(Path(shutil.copytree(box.folder, tmp_path / "box", symlinks=True)), box.site)
+    """A copy of the box that was run, for a test to spoil."""
+    return box.copy(tmp_path / "box")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A checkout that had another result and took the box; and what it said, unasked and with --force."""
+
+    here: Project
+    unasked: str
+    kept: str
+    forced: str
+
+
+@pytest.fixture(scope="module")
+def taken(home: Project, box: Box, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    here = home.copy(tmp_path_factory.mktemp("taker") / "checkout")
+    other = here.folder / RESULT
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    unasked = refused(here, box.folder)
+    return Taken(here, unasked, other.read_text(), here.run(*BOX, "take", str(box.folder), "--force"))
 
 
 def refused(home: Project, box: Path, *options: str, limit: str = "unlimited") -> str:
@@ -161,8 +215,8 @@ def refused(home: Project, box: Path, *options: str, limit: str = "unlimited") -
     return text
 
 
-def test_what_the_box_holds_and_asks_for(box: Box) -> None:
-    manifest = json.loads((box.folder / "box.json").read_text())
+def test_what_the_box_holds_and_asks_for(packed: Box) -> None:
+    manifest = json.loads((packed.folder / "box.json").read_text())
     assert [stage["name"] for stage in manifest["stages"]] == list(STAGES)
     assert all(stage["command"][:2] == ["-m", "ebjdat"] and "--threads" not in stage["command"] for stage in manifest["stages"])
     assert JOURNAL in manifest["stages"][2]["outputs"]
@@ -170,12 +224,13 @@ def test_what_the_box_holds_and_asks_for(box: Box) -> None:
     texts = [path.read_text() for path in modules if path.name not in ("publish.py", "store.py", "mlflow_model.py")]  # of MLflow
     imported = {name for text in texts for name in re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE)}
     assert set(manifest["imports"]) == imported - set(sys.stdlib_module_names) - {"ebjdat"}
-    assert "No module named 'mlflow'" in box.python("-c", "import mlflow", code=1)
-    assert "0 of 3 stages of digits are done" in box.run("--status")
-    assert not (box.folder / "done.json").exists()
+    assert "No module named 'mlflow'" in packed.python("-c", "import mlflow", code=1)
+    assert "0 of 3 stages of digits are done" in packed.run("--status")
+    assert not (packed.folder / "done.json").exists()
 
 
-def test_nothing_runs_where_a_package_is_missing_or_what_was_packed_has_changed(spoilt: Box) -> None:
+def test_nothing_runs_where_a_package_is_missing_or_what_was_packed_has_changed(packed: Box, tmp_path: Path) -> None:
+    spoilt = packed.copy(tmp_path / "box")
     (spoilt.folder / CODE).open("a").write("# edited there\n")
     assert f"{CODE}: changed since the box was packed" in spoilt.run(code=2)
     spoilt.edit("box.json", lambda manifest: manifest["imports"].update(no_such_module="no-such-package==1.0"))
@@ -195,25 +250,19 @@ def test_a_damaged_list_is_one_line_there_and_here(home: Project, spoilt: Box, n
         assert said.count("\n") == 1
 
 
-def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
-    box.stopped(signal.SIGKILL, "prepare", r": python")  # the stage does not outlive it
-    deadline = time.monotonic() + 60
-    while "another run.py, or a stage of one that was killed" in (said := box.run("--minutes", "0.00001", code=None)):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert "time is up: run it again to continue with prepare" in said
-    text = box.stopped(signal.SIGTERM, TRAINING, r"epoch +2/")
-    assert "[1/3] prepare continues: python" in text
-    assert f"SIGTERM: {TRAINING} is asked to stop" in text
-    assert "training continues where it was" in text
-    assert f"run it again to continue with {TRAINING}" in text
-    assert set(box.done()) == set(STAGES)
-    assert f"begun   {TRAINING}" in box.run("--status")
-    text = box.run()
-    assert f"[3/3] {TRAINING} continues: python -m ebjdat finetune" in text
-    assert "prepare: done\n" in text
-    assert "continues at epoch" in text
-    assert "3 of 3 stages are done; copy this folder back" in text
+def test_it_runs_in_pieces_and_loses_nothing(story: Story) -> None:
+    box = story.box
+    assert "time is up: run it again to continue with prepare" in story.time_is_up
+    assert "[1/3] prepare continues: python" in story.asked_to_stop
+    assert f"SIGTERM: {TRAINING} is asked to stop" in story.asked_to_stop
+    assert "training continues where it was" in story.asked_to_stop
+    assert f"run it again to continue with {TRAINING}" in story.asked_to_stop
+    assert story.stages == set(STAGES)
+    assert f"begun   {TRAINING}" in story.status
+    assert f"[3/3] {TRAINING} continues: python -m ebjdat finetune" in story.last
+    assert "prepare: done\n" in story.last
+    assert "continues at epoch" in story.last
+    assert "3 of 3 stages are done; copy this folder back" in story.last
     assert "3 of 3 stages of digits are done" in box.run("--status")
     events = [json.loads(line) for line in (box.folder / JOURNAL).read_text().splitlines()]
     assert [e["step"] for e in events if "metrics" in e] == list(range(1, EPOCHS + 1))
@@ -225,7 +274,8 @@ def test_it_runs_in_pieces_and_loses_nothing(box: Box) -> None:
     assert os.uname().nodename not in (box.folder / "done.json").read_text()
 
 
-def test_two_never_run_in_one_folder(spoilt: Box) -> None:
+def test_two_never_run_in_one_folder(packed: Box, tmp_path: Path) -> None:
+    spoilt = packed.copy(tmp_path / "box")
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(15)"
     spoilt.edit("box.json", lambda manifest: manifest["stages"][0].update(command=["-c", deaf]))
     spoilt.stopped(signal.SIGKILL, "prepare", r"\ndeaf")
@@ -343,16 +393,13 @@ def test_results_of_other_code_settings_or_data_are_refused(home: Project, spoil
     assert re.search(r"packed at commit [0-9a-f]{12}, here is [0-9a-f]{12}-dirty; docs/box.md", text)
 
 
-def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_tools_own(home: Project, box: Box) -> None:
-    other = home.folder / RESULT
-    other.parent.mkdir(parents=True)
-    other.write_text("{}")
-    assert f"{RESULT}: another one is here" in refused(home, box.folder)
-    assert other.read_text() == "{}"
-    text = home.run(*BOX, "take", str(box.folder), "--force")
-    assert "took 3 of 3 stages" in text
-    assert other.read_bytes() == (box.folder / RESULT).read_bytes()
-    assert json.loads(other.read_text())["git_commit"] == home.run("git", "rev-parse", "--short=12", "HEAD").strip()
+def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_tools_own(taken: Taken, box: Box) -> None:
+    home, result = taken.here, taken.here.folder / RESULT
+    assert f"{RESULT}: another one is here" in taken.unasked
+    assert taken.kept == "{}"
+    assert "took 3 of 3 stages" in taken.forced
+    assert result.read_bytes() == (box.folder / RESULT).read_bytes()
+    assert json.loads(result.read_text())["git_commit"] == home.run("git", "rev-parse", "--short=12", "HEAD").strip()
     # what is left is what was not run there
     assert home.planned() == {"attack": 1, "generate": 1, "energy": 1, "reliability": 1, "report": 1, "record": 1, "all": 1}
     assert not set(STAGES).intersection(home.status())
@@ -365,7 +412,8 @@ def test_other_results_are_not_overwritten_unasked_and_what_is_taken_is_both_too
     assert cached.read_bytes() == (box.folder / WEIGHTS).read_bytes()
 
 
-def test_their_journals_fill_mlflow(home: Project, box: Box) -> None:
+def test_their_journals_fill_mlflow(taken: Taken) -> None:
+    home = taken.here
     uri = f"sqlite:///{home.folder.parent / 'fresh.db'}"
     assert "2 journals" in home.run("python", "-m", "ebjdat", "sync", MLFLOW_TRACKING_URI=uri, EBJDAT_TRACKING="1")
     client = MlflowClient(uri)
@@ -377,7 +425,8 @@ def test_their_journals_fill_mlflow(home: Project, box: Box) -> None:
     assert len(client.get_metric_history(finetune.info.run_id, "loss")) == EPOCHS
 
 
-def test_what_is_up_to_date_here_is_taken_along_instead_of_run_again(home: Project) -> None:
+def test_what_is_up_to_date_here_is_taken_along_instead_of_run_again(taken: Taken) -> None:
+    home = taken.here
     text = home.run(*BOX, "pack", "second", "--stages", "reliability")
     assert "second: 1 stages of digits" in text
     files = json.loads((home.folder / "second/box.json").read_text())["files"]

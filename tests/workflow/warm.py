@@ -2,7 +2,8 @@
 libraries: seconds less for each.
 
 The package itself is imported in the fork, from the checkout that it runs in. Commands reach it through programs that stand first on
-PATH (CLIENT), with their arguments, folder, environment and open files; every other call of that `python` is the real one's.
+PATH (CLIENT), with their arguments, folder, environment, open files and limit of file sizes; every other call of that `python` is
+the real one's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -33,7 +35,7 @@ MODULES = ("ebjdat", "pytest")  # of `python -m`
 PROGRAMS = ("snakemake", "dvc")
 
 CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, resource, socket, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 if name != "python":
     order = {{"module": name, "arguments": words}}
@@ -46,7 +48,8 @@ else:
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"x"], [0, 1, 2])
-    server.sendall(json.dumps({{**order, "folder": os.getcwd(), "environment": dict(os.environ)}}).encode())
+    order |= {{"folder": os.getcwd(), "environment": dict(os.environ), "file_size": resource.getrlimit(resource.RLIMIT_FSIZE)}}
+    server.sendall(json.dumps(order).encode())
     server.shutdown(socket.SHUT_WR)
     status = server.recv(16)
 sys.exit(int(status or 1))
@@ -102,6 +105,7 @@ def serve(address: str) -> Callable[[], object]:
     for number, kept in enumerate(files):
         os.dup2(kept, number)
         os.close(kept)
+    resource.setrlimit(resource.RLIMIT_FSIZE, order["file_size"])
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
