@@ -20,6 +20,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "chain.start": registry.STARTS,
     "adversary.score": registry.SCORES,
     "update.name": registry.UPDATES,
+    "weights.examples.name": registry.WEIGHTINGS,
     "optimizer.name": registry.OPTIMIZERS,
     "schedule.name": registry.SCHEDULES,
     "attacks": registry.ATTACKS,

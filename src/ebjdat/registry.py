@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# What a method belongs to. The last is joint energy-based and trained on adversarial neighbours.
-Family = Literal["classifier", "adversarial training", "joint energy-based", "robust joint energy-based"]
+# What a method belongs to. energy: models p(x) as well; joint: that, and trained on adversarial neighbours; distilled: from a teacher.
+Family = Literal["standard", "adversarial", "energy", "joint", "distilled"]
 
 
 @dataclass(frozen=True)
@@ -96,49 +96,143 @@ class Source(Entry):
 # The code that "released" means. The paper links another address, whose release may differ.
 RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
+_TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}}
+_ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
+
 METHODS: Mapping[str, Method] = {
-    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="classifier"),
+    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard"),
     "pgd_at": Method(
         "ebjdat.objectives.recipes:pgd_at",
         "Madry et al. 2018, arXiv 1706.06083",
-        family="adversarial training",
+        family="adversarial",
         samples=("adversarial",),
         selection="robust",
     ),
     "trades": Method(
         "ebjdat.objectives.recipes:trades",
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
-        family="adversarial training",
+        family="adversarial",
         samples=("adversarial",),
         selection="robust",
-        defaults={"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}},
+        defaults=_TRADES_ATTACK,
         logs=(Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))"),),
+    ),
+    "weat_nat": Method(
+        "ebjdat.objectives.recipes:trades",
+        "WEAT (natural), Mirza et al. 2024, arXiv 2407.06315",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={**_TRADES_ATTACK, "weights": {"beta": 6.0, "examples": {"name": "weat"}}},
+    ),
+    "weat_adv": Method(
+        "ebjdat.objectives.recipes:weat_adv",
+        "WEAT (adversarial), Mirza et al. 2024, arXiv 2407.06315",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={**_TRADES_ATTACK, "weights": {"beta": 7.0, "examples": {"name": "weat"}}},
+    ),
+    "mart": Method(
+        "ebjdat.objectives.recipes:mart",
+        "MART, Wang et al. 2020 (ICLR), YisenWang/MART",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"start": "gaussian", "mode": "eval"}, "weights": {"beta": 5.0}},
+        logs=(Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y"),),
+    ),
+    "der": Method(
+        "ebjdat.objectives.recipes:der",
+        "DER-style, after arXiv 2505.22486; its form and strength are not confirmed",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        logs=(_ENERGY_CHANGE,),
+    ),
+    "der_random": Method(
+        "ebjdat.objectives.recipes:der_random",
+        "control of der: the same penalty at a random corner of the ball",
+        family="adversarial",
+        samples=("adversarial", "corner"),
+        selection="robust",
+        logs=(_ENERGY_CHANGE,),
+    ),
+    "s2o": Method(
+        "ebjdat.objectives.recipes:s2o",
+        "S2O on PGD-AT, Jin et al., arXiv 2203.06020",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"mode": "eval"}, "weights": {"targets": 0.05}},
+        logs=(Logged("second_order", "nats", "lower", "KL from S2O's targets, of x and x̃ together"),),
+    ),
+    "s2o_trades": Method(
+        "ebjdat.objectives.recipes:s2o_trades",
+        "S2O on TRADES, Jin et al., arXiv 2203.06020",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
+    ),
+    "fgsm": Method(
+        "ebjdat.objectives.recipes:pgd_at",
+        "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
+    ),
+    "rs_fgsm": Method(
+        "ebjdat.objectives.recipes:pgd_at",
+        "RS-FGSM, Wong et al. 2020, arXiv 2001.03994",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}},
+    ),
+    "n_fgsm": Method(
+        "ebjdat.objectives.recipes:pgd_at",
+        "N-FGSM, de Jorge et al. 2022, arXiv 2202.01181",
+        family="adversarial",
+        samples=("adversarial",),
+        selection="robust",
+        defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}},
+    ),
+    "gradalign": Method(
+        "ebjdat.objectives.recipes:gradalign",
+        "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
+        family="adversarial",
+        samples=("adversarial", "uniform"),
+        selection="robust",
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
+        logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
     ),
     "jem": Method(
         "ebjdat.objectives.recipes:jem",
         "JEM, Grathwohl et al. 2020, arXiv 1912.03263",
-        family="joint energy-based",
+        family="energy",
         samples=("negatives",),
         bases=("jem",),
     ),
     "jempp": Method(
         "ebjdat.objectives.recipes:jem",
         "JEM++, Yang & Ji 2021, arXiv 2109.09032",
-        family="joint energy-based",
+        family="energy",
         samples=("negatives",),
         bases=("jempp",),
     ),
     "sadajem": Method(
         "ebjdat.objectives.recipes:jem",
         "SADA-JEM, Yang et al. 2022, arXiv 2209.07959",
-        family="joint energy-based",
+        family="energy",
         samples=("negatives",),
         bases=("sadajem",),
     ),
     "eb_jdat": Method(
         "ebjdat.objectives.recipes:eb_jdat",
         "EB-JDAT, arXiv 2505.19459",
-        family="robust joint energy-based",
+        family="joint",
         samples=("negatives", "adversarial"),
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
@@ -210,6 +304,8 @@ FORMS: Mapping[str, Preset] = {
 SAMPLES: Mapping[str, Entry] = {
     "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
+    "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
+    "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
 }
 
 # Scores that adversarial neighbours ascend.
@@ -238,6 +334,16 @@ STARTS: Mapping[str, Entry] = {
 UPDATES: Mapping[str, Entry] = {
     "plain": Entry("ebjdat.training.updates:plain", "one backward pass, one optimiser step"),
     "sam": Entry("ebjdat.training.updates:sam", "SAM, arXiv 2010.01412; adaptive: ASAM, arXiv 2102.11600", reads=("rho", "adaptive")),
+    "awp": Entry("ebjdat.training.updates:awp", "AWP, Wu et al. 2020, arXiv 2004.05884", reads=("rho", "after")),
+    "awp_random": Entry("ebjdat.training.updates:awp_random", "control of awp: random directions", reads=("rho", "after")),
+}
+
+# How much each example counts in the loss of an adversarial training.
+WEIGHTINGS: Mapping[str, Entry] = {
+    "uniform": Entry("ebjdat.objectives.weighting:uniform", "all alike"),
+    "kl_dro": Entry("ebjdat.objectives.weighting:kl_dro", "KL-DRO, Hu & Hong 2013; the reducer of arXiv 2605.05415", reads=("radius",)),
+    "term": Entry("ebjdat.objectives.weighting:term", "TERM, Li et al. 2021, arXiv 2007.01162", reads=("tilt",)),
+    "weat": Entry("ebjdat.objectives.weighting:weat", "WEAT, Mirza et al. 2024, arXiv 2407.06315"),
 }
 
 OPTIMIZERS: Mapping[str, Entry] = {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ebjdat.data.batches import Batch
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives import recipes
+from ebjdat.objectives.terms import Terms
 from ebjdat.settings import TrainingSettings, WeightSettings, load
 from tests.conftest import ROOT
 
@@ -208,3 +211,184 @@ def test_the_released_loss_from_its_definition(
     p_x, p_xadv, p_y = w
     expected = p_x * (f(chains) - f(density)) + p_y * cross_entropy(x) + p_xadv * (f(moved) - f(density)) + p_y * cross_entropy(moved)
     assert float(terms.loss.detach()) == pytest.approx(expected, abs=1e-5)  # float32
+
+
+# ---- adversarial trainings beyond PGD-AT and TRADES
+
+K = 4
+
+
+class Rows(Table):
+    """A table of random logits: images 0 to 4 are clean, 5 to 9 adversarial, 10 to 14 corners."""
+
+    def __init__(self, classes: int = K) -> None:
+        super().__init__((2 * torch.randn(15, classes, generator=torch.Generator().manual_seed(1))).tolist())
+
+
+LABELS = torch.tensor([0, 1, 1, 0, 1])
+OTHER = {"adversarial": torch.arange(5, 10), "corner": torch.arange(10, 15)}
+SAME = {"adversarial": torch.arange(5), "corner": torch.arange(5)}
+FIVE = Batch(x=torch.arange(5), x_density=torch.arange(5), y=LABELS)
+
+
+def probabilities(model: Rows, rows: Tensor) -> Tensor:
+    return model.rows.detach()[rows].softmax(1)
+
+
+def divergences(p: Tensor, q: Tensor) -> list[float]:
+    return [sum(a * math.log(a / b) for a, b in zip(x.tolist(), y.tolist(), strict=True) if a) for x, y in zip(p, q, strict=True)]
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled", "mean_matched"])
+def test_mart_by_hand(control: str) -> None:
+    model = Rows()
+    p, q = probabilities(model, FIVE.x), probabilities(model, OTHER["adversarial"])
+    missed = [1 - float(p[i, y]) for i, y in enumerate(LABELS)]
+    given = {"none": missed, "shuffled": [missed[-1], *missed[:-1]], "mean_matched": [sum(missed) / 5] * 5}[control]
+    bce = [-math.log(q[i, y]) - math.log(1.0001 - max(float(q[i, k]) for k in range(K) if k != y)) for i, y in enumerate(LABELS)]
+    expected = [b + 5 * w * kl for b, w, kl in zip(bce, given, divergences(p, q), strict=True)]
+    terms = recipes.mart(model, FIVE, OTHER, WeightSettings(beta=5.0, control=control))
+    assert float(terms.loss.detach()) == pytest.approx(sum(expected) / 5, abs=1e-5)
+
+
+def test_marts_margin_is_the_cross_entropy_of_two_classes() -> None:
+    """K = 2: 1 - max p_k = p_y, so BCE = 2 CE, up to the guard of 1e-4."""
+    model = Rows(classes=2)
+    loss = recipes.mart(model, FIVE, OTHER, WeightSettings(beta=0.0)).loss
+    assert float(loss) == pytest.approx(2 * float(F.cross_entropy(model(OTHER["adversarial"]), LABELS)), rel=2e-3)
+
+
+def test_mart_pulls_clean_images_up_through_its_weight() -> None:
+    """The gradient passes 1 - p_y(x): without it, the clean row's gradient is only that of the divergence."""
+    model = Rows()
+    (full,) = torch.autograd.grad(recipes.mart(model, FIVE, OTHER, WeightSettings()).loss, model.rows)
+    clean, adversarial = model(FIVE.x), model(OTHER["adversarial"]).detach()
+    p = clean.softmax(1)
+    weight = 1 - p.gather(1, LABELS[:, None])[:, 0]
+    kl = (p * (clean.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
+    (by_hand,) = torch.autograd.grad((6 * weight * kl).mean(), model.rows)
+    assert torch.allclose(full[:5], by_hand[:5], atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", [recipes.trades, recipes.weat_adv])
+def test_weat_weighs_trades_by_energy(recipe: Callable[..., Terms]) -> None:
+    """Weights from E(x); with one energy for all, a constant times the unweighted loss; a shift of all logits changes them."""
+    model = Rows()
+    with torch.no_grad():
+        model.rows -= model.rows.logsumexp(1, keepdim=True) - 3.0  # E = -3 for every row
+    bare = recipe(model, FIVE, OTHER, WeightSettings(beta=7.0)).loss
+    weighted = recipe(model, FIVE, OTHER, WeightSettings(beta=7.0, examples={"name": "weat"})).loss
+    assert float(weighted) == pytest.approx(float(bare) / math.log(1 + math.exp(3)), rel=1e-5)
+    first = FIVE.x if recipe is recipes.trades else OTHER["adversarial"]
+    kl = sum(divergences(probabilities(model, FIVE.x), probabilities(model, OTHER["adversarial"]))) / 5
+    assert float(bare) == pytest.approx(float(F.cross_entropy(model(first), LABELS)) + 7 * kl, abs=1e-4)
+    with torch.no_grad():
+        model.rows += 4.0
+    moved = recipe(model, FIVE, OTHER, WeightSettings(beta=7.0, examples={"name": "weat"})).loss
+    assert float(moved) == pytest.approx(float(bare) / math.log(1 + math.exp(7)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "rows"), [(recipes.der, "adversarial"), (recipes.der_random, "corner")])
+def test_der_adds_the_energy_change(recipe: Callable[..., Terms], rows: str) -> None:
+    model = Rows()
+    energy = -model.rows.detach().logsumexp(1)
+    ce = float(F.cross_entropy(model(OTHER["adversarial"]), LABELS))
+    change = float((energy[FIVE.x] - energy[OTHER[rows]]).abs().mean())
+    assert float(recipe(model, FIVE, OTHER, WeightSettings(delta=0.5)).loss) == pytest.approx(ce + 0.5 * change, abs=1e-5)
+    with torch.no_grad():  # the same number for every class: another energy of both, the same change
+        model.rows += 9.0
+    assert float(recipe(model, FIVE, OTHER, WeightSettings(delta=0.5)).loss) == pytest.approx(ce + 0.5 * change, abs=1e-5)
+
+
+def test_second_order_targets() -> None:
+    """Rows are distributions with 0.2 on their class; scale-free; equal among other classes where A is a multiple of 1."""
+    z = torch.randn(7, K, generator=torch.Generator().manual_seed(3))
+    targets = recipes.second_order_targets(z)
+    second = [[abs(sum(float(z[b, i] * z[b, j]) for b in range(7))) for j in range(K)] for i in range(K)]
+    for i in range(K):
+        apart = [max(second[i]) - second[i][j] if i != j else 0.0 for j in range(K)]
+        assert targets[i].tolist() == pytest.approx([0.2 if i == j else 0.8 * apart[j] / sum(apart) for j in range(K)], abs=1e-5)
+    assert torch.allclose(recipes.second_order_targets(10 * z), targets, atol=1e-6)
+    flat = torch.full((K, K), 0.8 / 3).fill_diagonal_(0.2)
+    assert torch.allclose(recipes.second_order_targets(torch.eye(K)), flat)
+    assert torch.allclose(recipes.second_order_targets(torch.ones(2, K)), flat)  # all off-diagonals are the row's maximum
+
+
+@pytest.mark.parametrize(("recipe", "t", "beta"), [(recipes.s2o, 0.05, 0.0), (recipes.s2o_trades, 0.15, 6.0)])
+def test_s2o_by_hand(recipe: Callable[..., Terms], t: float, beta: float) -> None:
+    model = Rows()
+    p, q = probabilities(model, FIVE.x), probabilities(model, OTHER["adversarial"])
+    of_clean, of_moved = (recipes.second_order_targets(model.rows.detach()[rows])[LABELS] for rows in (FIVE.x, OTHER["adversarial"]))
+    pair = [a + b for a, b in zip(divergences(of_clean, p), divergences(of_moved, q), strict=True)]
+    first = F.cross_entropy(model(FIVE.x if beta else OTHER["adversarial"]), LABELS)
+    expected = (1 - 2 * t) * float(first) + t * sum(pair) / 5 + beta * sum(divergences(p, q)) / 5
+    assert float(recipe(model, FIVE, OTHER, WeightSettings(targets=t, beta=beta)).loss) == pytest.approx(expected, abs=1e-5)
+
+
+def test_s2os_control_is_label_smoothing() -> None:
+    """The mean of all rows of M for each class. With logits whose M has equal rows but for the diagonal, nothing changes."""
+    model = Rows()
+    mean = recipes.second_order_targets(model.rows.detach()[FIVE.x]).mean(0)
+    p = probabilities(model, FIVE.x)
+    loss = recipes.s2o(model, FIVE, SAME, WeightSettings(targets=0.5, control="mean_matched")).loss
+    assert float(loss) == pytest.approx(2 * 0.5 * sum(divergences(mean.expand(5, K), p)) / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [recipes.trades, recipes.mart, recipes.weat_adv, recipes.der, recipes.der_random])
+def test_without_a_perturbation_consistency_terms_are_zero(recipe: Callable[..., Terms]) -> None:
+    model = Rows()
+    strong, weak = (recipe(model, FIVE, SAME, WeightSettings(beta=value, delta=value)).loss for value in (9.0, 0.0))
+    assert float(strong) == pytest.approx(float(weak), abs=1e-6)
+
+
+class LinearSoftmax(nn.Module):
+    """Logits W x of flat images."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, 16, generator=torch.Generator().manual_seed(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+def test_gradalign_of_a_linear_network_with_two_classes_is_zero() -> None:
+    """There, input gradients at all points of one label are parallel: the cosine is 1; with more classes it is not."""
+    rng = torch.Generator().manual_seed(5)
+    x = torch.rand(6, 1, 4, 4, generator=rng)
+    samples = {"adversarial": x + 0.1, "uniform": x + 0.3 * torch.rand(x.shape, generator=rng)}
+    batch = Batch(x, x, torch.tensor([0, 1, 0, 1, 1, 0]))
+    for classes, aligned in ((2, True), (5, False)):
+        model = LinearSoftmax(classes)
+        strong, weak = (recipes.gradalign(model, batch, samples, WeightSettings(delta=value)).loss for value in (1.0, 0.0))
+        assert (abs(float(strong - weak)) < 1e-5) == aligned
+
+
+def test_gradalign_by_finite_differences() -> None:
+    """1 - cos of input gradients that are differences of the loss; its own gradient passes the second point alone. float64."""
+    rng = torch.Generator().manual_seed(6)
+    x = torch.rand(2, 1, 4, 4, generator=rng, dtype=torch.float64)
+    samples = {"adversarial": x, "uniform": x + torch.rand(x.shape, generator=rng, dtype=torch.float64)}
+    batch, model = Batch(x, x, torch.tensor([0, 2])), LinearSoftmax(3).double()
+
+    def slope(at: Tensor, y: Tensor) -> Tensor:
+        moved = [
+            F.cross_entropy(model(at + h), y) - F.cross_entropy(model(at - h), y) for h in 1e-6 * torch.eye(16).double().view(16, 1, 4, 4)
+        ]
+        return torch.stack(moved).detach() / 2e-6
+
+    pairs = [(slope(x[i : i + 1], batch.y[i : i + 1]), slope(samples["uniform"][i : i + 1], batch.y[i : i + 1])) for i in range(2)]
+    cosines = [float(F.cosine_similarity(a, b, dim=0)) for a, b in pairs]
+    ce = float(F.cross_entropy(model(x), batch.y))
+    terms = recipes.gradalign(model, batch, samples, WeightSettings(delta=0.7))
+    assert float(terms.loss) == pytest.approx(ce + 0.7 * (2 - sum(cosines)) / 2, abs=1e-5)
+    assert torch.autograd.grad(terms.loss, model.weight)[0].abs().sum() > 0
+
+
+def test_gradalign_counts_an_image_without_a_gradient_as_aligned() -> None:
+    model = LinearSoftmax(3)
+    with torch.no_grad():
+        model.weight.zero_()
+    x = torch.rand(2, 1, 4, 4)
+    terms = recipes.gradalign(model, Batch(x, x, torch.tensor([0, 1])), {"adversarial": x, "uniform": x}, WeightSettings(delta=5.0))
+    assert float(terms.loss) == pytest.approx(math.log(3), abs=1e-6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.objectives import sampling
@@ -149,3 +150,40 @@ def test_draws_leave_the_network_alone_and_respect_the_budget(
     after = network.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if "num_batches" not in k)
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("fgsm", 1.739), ("rs_fgsm", 1.545), ("n_fgsm", 2.655)],  # of 3 x 32 x 32 pixels at 8/255, away from 0 and 1
+)
+def test_single_steps_have_their_published_lengths(name: str, length: float, rng: torch.Generator) -> None:
+    """Expected L2 lengths by integrating the coordinates' densities: eps sqrt(d); E min(|u + 1.25 s|, 1)^2; 1 + 4/3 under N-FGSM."""
+    preset = registry.METHODS[name].defaults["adversary"]
+    spec = AdversarySettings.model_validate({"eps": "8/255", "step_size": "2/255", "mode": "eval", **preset})
+
+    class Slope(torch.nn.Module):
+        """Two classes, whose difference is a sum of pixels with random signs."""
+
+        signs = torch.randint(0, 2, (3 * 32 * 32,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            score = (x.flatten(1) * self.signs).sum(1) / 100
+            return torch.stack([score, -score], 1)
+
+    x, y = torch.zeros(8, 3, 32, 32), torch.tensor([0, 1] * 4)
+    moved = neighbours(Slope(), x, y, spec, rng)
+    lengths = (moved - x).flatten(1).norm(dim=1) / 2  # in [0, 1] pixels
+    assert float(lengths.mean()) == pytest.approx(length, rel=0.005)
+    assert float(lengths.std()) < 0.05
+
+
+def test_uniform_points_and_corners_of_the_ball(state: SamplingState, train_data: DeviceData, rng: torch.Generator) -> None:
+    batch, spec = next(epoch_batches(train_data, 64, state.settings.augment, 0, 0)), state.settings.adversary
+    at = {
+        name: (make(None, batch, state, rng) - batch.x) / 2 for name, make in (("uniform", sampling.uniform), ("corner", sampling.corner))
+    }  # type: ignore[arg-type]
+    inside = (batch.x.abs() < 1 - 2 * spec.eps).expand_as(batch.x)
+    assert torch.allclose(at["corner"][inside].abs(), torch.tensor(spec.eps))
+    assert float((at["corner"][inside] > 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(at["uniform"].abs().max()) <= spec.eps + 1e-6
+    assert float(at["uniform"][inside].std()) == pytest.approx(spec.eps / 3**0.5, rel=0.05)

@@ -57,7 +57,7 @@ def taken(bench: PipelineStep, model: WideResNet, settings: TrainingSettings) ->
     batch, state = next(bench._work())
     buffer = copy.deepcopy(state.buffer)
     samples = one.sample(batch, SamplingState(settings, buffer, state.chains), generator(CPU, "test"))
-    return one.update(batch, samples).scalars(), model.state_dict()
+    return one.update(batch, samples, bench.when).scalars(), model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_step_equals_the_naive_one(experiment: str, variant: str) -> None:
         random = naive.Randomness(torch.zeros(0), torch.zeros(0), torch.zeros(0), uniform)
     optimizer = torch.optim.SGD(theirs.parameters(), settings.optimizer.lr, 0.9, weight_decay=settings.optimizer.weight_decay)
     loss = naive.step(of.method, theirs, optimizer, (batch.x, batch.x_density, batch.y), held, random, settings)
-    terms = bench.step.update(batch, bench.step.sample(batch, state, generator(CPU, "noise")))
+    terms = bench.step.update(batch, bench.step.sample(batch, state, generator(CPU, "noise")), bench.when)
     assert float(terms.loss) == pytest.approx(loss, rel=1e-4)
     if bench.learner.buffer is not None:
         assert (bench.learner.buffer.images - held).abs().max() < 1e-4
@@ -159,7 +159,7 @@ def test_bf16_is_for_layers_alone() -> None:
     batch, state = next(bench.work)
     samples = bench.step.sample(batch, state, bench.noise)
     assert {value.dtype for value in samples.values()} == {torch.float32}
-    terms = bench.step.update(batch, samples)
+    terms = bench.step.update(batch, samples, bench.when)
     assert {value.dtype for value in terms.scalars().values()} == {torch.float32}
     assert {p.dtype for p in bench.model.parameters()} == {torch.float32}
     bench.model.eval()
@@ -183,7 +183,7 @@ def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypat
     samples = bench.step.sample(batch, state, bench.noise)
     assert seen == [(True, True)]
     entered.clear()
-    bench.step.update(batch, samples)
+    bench.step.update(batch, samples, bench.when)
     assert entered == ["bf16", "bf16"]
     flags: list[tuple[bool, bool]] = []
 
@@ -196,7 +196,7 @@ def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypat
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     changed = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"precision": "tf32"}}))
     with pytest.raises(ZeroDivisionError):
-        Step("eb_jdat", changed, bench.model, bench.learner.optimizer).update(batch, samples)
+        Step("eb_jdat", changed, bench.model, bench.learner.optimizer).update(batch, samples, bench.when)
     assert flags == [(True, True)]
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
     assert not bench.model.recompute

@@ -35,6 +35,7 @@ from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.training.state import Job, Learner
 from ebjdat.training.step import Step
+from ebjdat.training.updates import When
 
 PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # kind of sample -> name of its part
 LEAST_SECONDS = 0.5  # of one timing: short steps are timed several at once
@@ -75,6 +76,7 @@ class PipelineStep:
         self.learner = Learner.of(self.model, Job("bench", case.method, settings, 0, Path()), self.pool)
         self.step = Step(case.method, settings, self.model, self.learner.optimizer)
         self.noise = generator(device, "bench")
+        self.when = When(0, self.noise)
         self.work = self._work()
 
     def _work(self) -> Iterator[tuple[Batch, SamplingState]]:
@@ -89,7 +91,7 @@ class PipelineStep:
 
     def __call__(self) -> None:
         batch, state = next(self.work)
-        self.step.update(batch, self.step.sample(batch, state, self.noise))
+        self.step.update(batch, self.step.sample(batch, state, self.noise), self.when)
 
     def plan(self) -> Plan | None:
         """What training does for PLANNED_STEPS steps at once. Steps here use one plan over and over; its time is added to theirs."""
@@ -267,7 +269,7 @@ def step_flops(bench: PipelineStep) -> int:
     step = Step(bench.case.method, bench.case.settings.model_copy(update={"compute": compute}), bench.model, bench.learner.optimizer)
     batch, state = next(bench.work)
     with FlopCount() as counter:
-        step.update(batch, step.sample(batch, state, bench.noise))
+        step.update(batch, step.sample(batch, state, bench.noise), bench.when)
     return counter.flops
 
 
@@ -293,7 +295,7 @@ def parts_of(bench: PipelineStep, planned: float, repeats: int) -> tuple[dict[st
         seconds["data"].append(timed(fetch, device, 1) + planned)
         for name in names:
             seconds[PARTS[name]].append(timed(lambda n=name: sample(n), device, 1))  # type: ignore[misc]
-        seconds["update"].append(timed(lambda: step.update(held["work"][0], {n: held[n] for n in names}), device, 1))
+        seconds["update"].append(timed(lambda: step.update(held["work"][0], {n: held[n] for n in names}, bench.when), device, 1))
     parts = {name: median(values) for name, values in seconds.items()}
     outside = parts["data"] + median(timed(bench.learner.optimizer.step, device, 1) for _ in range(repeats))
     for name in names:

@@ -56,6 +56,10 @@ def check(method: str, settings: TrainingSettings) -> None:
         wrong.append(
             f"adversary.start {settings.adversary.start!r}, score {settings.adversary.score!r} (only uniform; {', '.join(SCORES)})"
         )
+    if method in ("pgd_at", "eb_jdat") and (settings.adversary.step_ratio is not None or settings.adversary.start_ratio != 1):
+        wrong.append("adversary.step_ratio or start_ratio")
+    if settings.weights.examples.name != "uniform":
+        wrong.append(f"weights.examples {settings.weights.examples.name!r} (only uniform)")
     if method in ("pgd_at", "eb_jdat") and settings.adversary.norm != "Linf":
         wrong.append("adversary.norm 'L2' (only Linf)")
     if method in ("pgd_at", "eb_jdat") and settings.adversary.mode != "eval":

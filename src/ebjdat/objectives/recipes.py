@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebjdat import registry
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
 from ebjdat.models.logits import predicted
 from ebjdat.objectives.terms import Samples, Terms
+from ebjdat.objectives.weighting import controlled
 from ebjdat.settings import WeightSettings
+
+MART_GUARD = 1.0001  # within MART's logarithm, in its authors' code
+S2O_CLASS, S2O_OTHERS = 0.2, 0.8  # shares of S2O's targets: the class itself, all others together
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -20,6 +28,32 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
     """Logits (B, K), their cross-entropy and their accuracy."""
     logits = model(x)
     return logits, F.cross_entropy(logits, y), _accuracy(logits, y)
+
+
+def _divergences(of: Tensor, from_: Tensor) -> Tensor:
+    """KL(softmax(of) || softmax(from_)) for each example: (B,), in nats; gradients flow through both."""
+    return F.kl_div(from_.log_softmax(1), of.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def _mean(losses: Tensor, logits: Tensor, weights: WeightSettings) -> Tensor:
+    """Mean of losses (B,), each example weighted as the settings say; `logits` are those of its clean image where the method sees it."""
+    weigh = registry.load(registry.WEIGHTINGS, weights.examples.name)
+    return (controlled(weigh(losses.detach(), logits.detach(), weights.examples), weights.control) * losses).mean()
+
+
+def _logged(
+    y: Tensor, clean: Tensor | None, adversarial: Tensor, **terms: Tensor
+) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+    """What adversarial trainings log, from logits (B, K): clean cross-entropy, the rest by name, mean energies."""
+    ce = None if clean is None else F.cross_entropy(clean.detach(), y)
+    logged = {} if clean is None else {"batch_clean_acc": _accuracy(clean, y)}
+    logged |= {name: value.detach() for name, value in terms.items()}
+    energies = {} if clean is None else {"clean": marginal_energy(clean.detach()).mean()}
+    return (
+        ce,
+        {**logged, "batch_robust_acc": _accuracy(adversarial, y)},
+        {**energies, "adversarial": marginal_energy(adversarial.detach()).mean()},
+    )
 
 
 def _generation(
@@ -46,25 +80,121 @@ def classifier(model: nn.Module, batch: Batch, samples: Samples, weights: Weight
 
 def pgd_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
-    logits, ce, accuracy = _classified(model, samples["adversarial"], batch.y)
-    logged = {"ce_robust": ce.detach(), "batch_robust_acc": accuracy}
-    return Terms(ce, logged=logged, energies={"adversarial": marginal_energy(logits.detach()).mean()})
+    logits = model(samples["adversarial"])
+    ce = F.cross_entropy(logits, batch.y, reduction="none")
+    return Terms(_mean(ce, logits, weights), *_logged(batch.y, None, logits, ce_robust=ce.mean()))
 
 
 def trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
-    logits, ce, accuracy = _classified(model, batch.x, batch.y)
-    adversarial_logits = model(samples["adversarial"])
-    kl = F.kl_div(adversarial_logits.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
-    return Terms(
-        ce + weights.beta * kl,
-        ce.detach(),
-        {"batch_clean_acc": accuracy, "kl": kl.detach(), "batch_robust_acc": _accuracy(adversarial_logits, batch.y)},
-        {
-            "clean": marginal_energy(logits.detach()).mean(),
-            "adversarial": marginal_energy(adversarial_logits.detach()).mean(),
-        },
-    )
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: F.cross_entropy(clean, y, reduction="none"))
+
+
+def weat_adv(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """CE(x~) + beta KL(p(.|x) || p(.|x~)), weighted by energy (WEAT, Mirza et al. 2024); its other variant has TRADES's CE(x)."""
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: F.cross_entropy(adversarial, y, reduction="none"))
+
+
+def _with_divergence(
+    model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings, first: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Terms:
+    """Mean of a loss of (clean logits, adversarial logits, labels) -> (B,), and beta KL(p(.|x) || p(.|x~))."""
+    clean, adversarial = model(batch.x), model(samples["adversarial"])
+    kl = _divergences(clean, adversarial)
+    loss = _mean(first(clean, adversarial, batch.y) + weights.beta * kl, clean, weights)
+    return Terms(loss, *_logged(batch.y, clean, adversarial, kl=kl.mean()))
+
+
+def mart(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """BCE(x~) + beta (1 - p_y(x)) KL(p(.|x) || p(.|x~)) (MART, Wang et al. 2020, eq. 11); the weight has a gradient, too.
+
+    BCE: -log p_y(x~) - log(1 - max_{k != y} p_k(x~)). Controls give the weights of the KL term to other examples.
+    """
+    clean, adversarial = model(batch.x), model(samples["adversarial"])
+    others = adversarial.softmax(1).scatter(1, batch.y[:, None], 0.0).amax(1)
+    bce = F.cross_entropy(adversarial, batch.y, reduction="none") - (MART_GUARD - others).log()
+    missed = 1 - clean.softmax(1).gather(1, batch.y[:, None])[:, 0]
+    kl = _divergences(clean, adversarial)
+    loss = (bce + weights.beta * controlled(missed, weights.control) * kl).mean()
+    return Terms(loss, *_logged(batch.y, clean, adversarial, kl=kl.mean(), bce=bce.mean()))
+
+
+def der(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """CE(x~) + delta mean |E(x) - E(x~)| ("DER-style", after arXiv 2505.22486, whose form and strength were not seen)."""
+    return _with_energy_change(model, batch, samples, weights, samples["adversarial"])
+
+
+def der_random(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """The control of `der`: the energy change at a random corner of the ball instead of the adversarial neighbour."""
+    return _with_energy_change(model, batch, samples, weights, samples["corner"])
+
+
+def _with_energy_change(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings, moved: Tensor) -> Terms:
+    clean, adversarial = model(batch.x), model(samples["adversarial"])
+    energy = marginal_energy(adversarial if moved is samples["adversarial"] else model(moved))
+    change = (marginal_energy(clean) - energy).abs()
+    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
+    loss = _mean(ce + weights.delta * change, clean, weights)
+    return Terms(loss, *_logged(batch.y, clean, adversarial, ce_robust=ce.mean(), energy_change=change.mean()))
+
+
+def gradalign(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """CE(x~) + delta (1 - cos(g(x), g(x + u))), g the input gradient of the cross-entropy (Andriushchenko & Flammarion 2020).
+
+    u is uniform in the ball. Gradients flow through g(x + u) alone; an image without a gradient counts as aligned (arXiv 2007.02617).
+    """
+    adversarial = model(samples["adversarial"])
+    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
+    fixed, other = (_input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
+    lengths = fixed.norm(dim=1) * other.norm(dim=1)
+    aligned = torch.where(lengths > 0, (fixed * other).sum(1) / lengths.clamp_min(1e-30), 1.0)
+    loss = _mean(ce + weights.delta * (1 - aligned), adversarial, weights)
+    return Terms(loss, *_logged(batch.y, None, adversarial, ce_robust=ce.mean(), alignment=aligned.mean()))
+
+
+def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, graph: bool) -> Tensor:
+    """Gradient of each image's cross-entropy (B, C H W); graph: it can be differentiated."""
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x, create_graph=graph)
+    return gradient.flatten(1)
+
+
+def s2o(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """(1 - 2 t) CE(x~) + t [KL(q || p(.|x)) + KL(q~ || p(.|x~))] (S2O on PGD-AT, arXiv 2203.06020; t = `targets`, published 0.05)."""
+    clean, adversarial = model(batch.x), model(samples["adversarial"])
+    second = _second_order(clean, batch.y, weights) + _second_order(adversarial, batch.y, weights)
+    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
+    loss = _mean((1 - 2 * weights.targets) * ce + weights.targets * second, clean, weights)
+    return Terms(loss, *_logged(batch.y, clean, adversarial, ce_robust=ce.mean(), second_order=second.mean()))
+
+
+def s2o_trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """(1 - 2 t) CE(x) + t [the same two] + beta KL(p(.|x) || p(.|x~)) (S2O on TRADES; published t 0.15)."""
+
+    def first(clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
+        second = _second_order(clean, y, weights) + _second_order(adversarial, y, weights)
+        return (1 - 2 * weights.targets) * F.cross_entropy(clean, y, reduction="none") + weights.targets * second
+
+    return _with_divergence(model, batch, samples, weights, first)
+
+
+def _second_order(logits: Tensor, y: Tensor, weights: WeightSettings) -> Tensor:
+    """KL(q || softmax(logits)) for each example (B,), q the row of its class in `second_order_targets`."""
+    q = controlled(second_order_targets(logits.detach()), weights.control)[y]
+    return (torch.xlogy(q, q) - q * logits.log_softmax(1)).sum(1)
+
+
+def second_order_targets(logits: Tensor) -> Tensor:
+    """S2O's targets (K, K) from a batch's logits (B, K): each row is a distribution with 0.2 on its own class.
+
+    With A = sum z z', the other classes share 0.8 in proportion to max_k |A_ik| - |A_ij|; equally, where all these are 0.
+    """
+    second = (logits.T @ logits).abs()
+    off = 1 - torch.eye(len(second), dtype=second.dtype, device=second.device)
+    apart = (second.amax(1, keepdim=True) - second) * off
+    total = apart.sum(1, keepdim=True)
+    shares = torch.where(total > 0, apart / total.clamp_min(torch.finfo(total.dtype).tiny), off / off.sum(1, keepdim=True))
+    return S2O_OTHERS * shares + S2O_CLASS * (1 - off)
 
 
 def jem(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:

@@ -69,12 +69,29 @@ def adversarial(model: WideResNet, batch: Batch, state: SamplingState, generator
     return neighbours(model, batch.x, batch.y, state.settings.adversary, generator)
 
 
+def uniform(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """A uniform point of each image's ball: (B, C, H, W) in [-1, 1]."""
+    spec = state.settings.adversary
+    return random_point(batch.x, internal_radius(spec), spec.norm, INTERNAL, generator)
+
+
+def corner(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Each image moved by the radius up or down in every pixel, at random: (B, C, H, W) in [-1, 1]."""
+    sign = torch.randint(0, 2, batch.x.shape, generator=generator, device=batch.x.device) * 2 - 1
+    return (batch.x + internal_radius(state.settings.adversary) * sign).clamp(*INTERNAL)
+
+
+def internal_radius(spec: AdversarySettings) -> float:
+    """eps in the internal range."""
+    return internal_distance(spec.eps) if spec.range == "unit" else spec.eps
+
+
 def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
     """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise."""
     as_internal = internal_distance if spec.range == "unit" else float
-    eps, step_size = as_internal(spec.eps), as_internal(spec.step_size)
+    eps, step_size = as_internal(spec.eps), as_internal(spec.step)
     if spec.start == "uniform":
-        start = random_point(x, eps, spec.norm, INTERNAL, generator)
+        start = random_point(x, spec.start_ratio * eps, spec.norm, INTERNAL, generator)
     elif spec.start == "gaussian":
         start = x + internal_distance(GAUSSIAN_START) * torch.randn(x.shape, generator=generator, device=x.device)
     else:

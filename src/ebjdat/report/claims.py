@@ -30,7 +30,7 @@ WHY_OF_GAPS = {
     "fails": "the gap is larger, and the intervals do not overlap",
     "open": "the intervals overlap",
 }
-ROBUST: Family = "robust joint energy-based"
+ROBUST: Family = "joint"
 ONE_SEED = "one seed: about these two networks, not yet about the methods"
 TRAINING_CHECKS = "checks during training (docs/healing.md)"
 ENOUGH = 3  # seeds, for a claim about training
@@ -200,7 +200,7 @@ def stated_protocol(e: Evidence, eb_jdat: str) -> Finding | None:
 
 
 def _against_adversarial_training(e: Evidence, eb_jdat: str, column: str, claim: str, paper: str, protocol: str) -> Finding | None:
-    trained = e.of_family("adversarial training")
+    trained = e.of_family("adversarial")
     if not trained:
         return None
     against = max(trained, key=lambda name: best.value if (best := e.accuracy(name, column)) else 0.0)
@@ -288,22 +288,22 @@ def _narrows(
 
 def training_closes_first_gap(e: Evidence, _: str) -> Finding | None:
     claim = "Adversarial training narrows the gap of energies between clean and adversarial images"
-    return _narrows(e, "energy_gap_adversarial", e.first("adversarial training"), e.first("classifier"), claim, "1.46 against 10.18")
+    return _narrows(e, "energy_gap_adversarial", e.first("adversarial"), e.first("standard"), claim, "1.46 against 10.18")
 
 
 def jem_closes_second_gap(e: Evidence, _: str) -> Finding | None:
     claim = "A JEM narrows the gap of energies between clean and generated images"
-    return _narrows(e, "energy_gap_generated", e.jem, e.first("adversarial training", "classifier"), claim)
+    return _narrows(e, "energy_gap_generated", e.jem, e.first("adversarial", "standard"), claim)
 
 
 def closes_first_gap(e: Evidence, eb_jdat: str) -> Finding | None:
     claim = "EB-JDAT narrows the first gap further than adversarial training"
-    return _narrows(e, "energy_gap_adversarial", eb_jdat, e.first("adversarial training"), claim)
+    return _narrows(e, "energy_gap_adversarial", eb_jdat, e.first("adversarial"), claim)
 
 
 def closes_second_gap(e: Evidence, eb_jdat: str) -> Finding | None:
     claim = "EB-JDAT narrows the second gap further than adversarial training"
-    return _narrows(e, "energy_gap_generated", eb_jdat, e.first("adversarial training", "classifier"), claim)
+    return _narrows(e, "energy_gap_generated", eb_jdat, e.first("adversarial", "standard"), claim)
 
 
 def alignment_prevents_collapse(e: Evidence, eb_jdat: str) -> Finding | None:

@@ -81,6 +81,8 @@ class AdversarySettings(Settings):
     eps: Epsilon
     steps: Steps = 10
     step_size: Epsilon
+    step_ratio: Positive | None = None  # step_size in units of eps; None: step_size itself
+    start_ratio: Positive = 1.0  # radius of the uniform start, in units of eps; beyond 1, only without `project`
     range: Literal["unit", "internal"] = (
         "unit"  # unit of eps and step_size; internal: half as far in [0, 1] pixels, as in the released code
     )
@@ -88,13 +90,28 @@ class AdversarySettings(Settings):
     project: StrictBool = True  # back into the eps-ball after each step; the released code does not
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
 
+    @property
+    def step(self) -> float:
+        """Size of a step, in the unit of eps."""
+        return self.step_size if self.step_ratio is None else self.step_ratio * self.eps
+
     @model_validator(mode="after")
     def step_within(self) -> Self:
-        if self.step_size > 2 * self.eps:
-            raise ValueError(f"step_size {self.step_size:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
+        if self.step > 2 * self.eps:
+            raise ValueError(f"step_size {self.step:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
+        if self.start_ratio > 1 and self.project:
+            raise ValueError(f"start_ratio {self.start_ratio:.4g} leaves the ball, into which `project` brings it back; set project: false")
         if self.score == "kl" and self.start == "clean":
             raise ValueError("score 'kl' has no gradient at the clean image; start 'uniform' or 'gaussian' is allowed")
         return self
+
+
+class ExampleWeights(Settings):
+    """How much each example counts in the loss of an adversarial training (objectives/weighting.py)."""
+
+    name: Annotated[str, known(registry.WEIGHTINGS)] = "uniform"
+    radius: Positive = 0.1  # kl_dro: greatest KL divergence from equal weights, nats
+    tilt: Positive = 1.0  # term: 1 / loss
 
 
 class WeightSettings(Settings):
@@ -103,7 +120,12 @@ class WeightSettings(Settings):
     w3: NotNegative = 1.0  # cross-entropies
     # clean images of the energy alignment: those the adversarial neighbours start from, or (as in the released code) those of the p(x) term
     align: Literal["paired", "density"] = "paired"
-    beta: NotNegative = 6.0  # trades: weight of the KL term
+    beta: NotNegative = 6.0  # trades, mart, weat: weight of the KL term
+    delta: NotNegative = 1.0  # der: weight of the energy change; gradalign: of the gradients' misalignment
+    targets: Annotated[float, Number, Field(ge=0, le=0.5)] = 0.05  # s2o: weight of each second-order term
+    examples: ExampleWeights = ExampleWeights()
+    # what keeps the weights of examples (or MART's of its KL term, S2O's targets), but not where they belong
+    control: Literal["none", "shuffled", "mean_matched"] = "none"
     energy_l2: NotNegative = 0.0  # mean squared energy of images and chains
 
 
@@ -134,7 +156,8 @@ class SelectionSettings(Settings):
 
 class UpdateSettings(Settings):
     name: Annotated[str, known(registry.UPDATES)] = "plain"
-    rho: Positive = 2.0  # sam: radius in weight space
+    rho: Positive = 2.0  # sam: radius in weight space; awp: of each layer, in units of its length
+    after: CountOrZero = 0  # awp: epochs without a perturbation, at the beginning
     adaptive: StrictBool = True  # sam: radius relative to each weight's size
 
 

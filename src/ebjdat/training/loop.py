@@ -24,6 +24,7 @@ from ebjdat.training.healing import Diverged, Event
 from ebjdat.training.interrupt import StopRequest
 from ebjdat.training.state import END_OF_EPOCH, Job, Learner, TrainingError, TrainingState
 from ebjdat.training.step import Step
+from ebjdat.training.updates import When
 from ebjdat.training.validation import validate
 
 SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
@@ -154,7 +155,7 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
             group["lr"] = settings.optimizer.lr * factor
         noise = generator(data.device, "step", job.seed, epoch, step, *salt)
         samples = train_step.sample(batch, source, noise)
-        terms = train_step.update(batch, samples)
+        terms = train_step.update(batch, samples, When(epoch, noise))
         if learner.ema is not None:
             learner.ema.update_parameters(learner.model)
         state.add(terms)

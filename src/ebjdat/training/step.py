@@ -17,6 +17,7 @@ from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.sampling import SamplingState
 from ebjdat.objectives.terms import Terms
 from ebjdat.settings import TrainingSettings
+from ebjdat.training.updates import When
 
 
 @cache
@@ -49,7 +50,7 @@ class Step:
                     samples.setdefault(name, []).append(sample(self.model, part, of_part, noise))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in samples.items()}
 
-    def update(self, batch: Batch, samples: dict[str, Tensor]) -> Terms:
+    def update(self, batch: Batch, samples: dict[str, Tensor], when: When) -> Terms:
         """Change the weights once; returns the loss's terms, detached, means over the batch."""
         loss = registry.load(registry.METHODS, self.method)
         update = registry.load(registry.UPDATES, self.settings.update.name)
@@ -63,7 +64,7 @@ class Step:
 
         closures = [partial(on, i) for i in range(slices)]
         with self.computing():
-            terms: Terms = update(self.model, self.optimizer, closures, self.settings.update)
+            terms: Terms = update(self.model, self.optimizer, closures, self.settings.update, when)
         return terms
 
     @contextlib.contextmanager

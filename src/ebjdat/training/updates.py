@@ -1,4 +1,4 @@
-"""Optimisers, and how one step uses them: update(model, optimizer, closures, settings) -> Terms.
+"""Optimisers, and how one step uses them: update(model, optimizer, closures, settings, when) -> Terms.
 
 closures: the loss on each equal slice of the batch, usually one. An update minimises their mean.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from ebjdat.objectives.terms import Terms, mean
 from ebjdat.settings import OptimizerSettings, UpdateSettings
 
 Closure = Callable[[], Terms]
+
+
+@dataclass(frozen=True)
+class When:
+    """A step's epoch, from 0, and its only source of randomness."""
+
+    epoch: int
+    noise: torch.Generator
 
 
 def sgd(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -61,14 +69,14 @@ def perturbed(model: nn.Module, weights: Sequence[Tensor], offsets: Iterable[Ten
             p.copy_(old)
 
 
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> Terms:
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings, when: When) -> Terms:
     """One evaluation of the loss, one step."""
     terms = gradients(optimizer, closures)
     optimizer.step()
     return terms
 
 
-def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings) -> Terms:
+def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings, when: When) -> Terms:
     """A step along the gradient at w + e, e the worst perturbation of length rho to first order.
 
     SAM (Foret et al. 2021, arXiv 2010.01412): e = rho g / |g|. Adaptive (Kwon et al. 2021, arXiv 2102.11600):
@@ -82,5 +90,42 @@ def sam(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[C
         offsets = [settings.rho / length * (p.abs() * part if settings.adaptive else part) for p, part in zip(weights, scaled, strict=True)]
     with perturbed(model, weights, offsets):
         gradients(optimizer, closures)
+    optimizer.step()
+    return terms
+
+
+def awp(model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings, when: When) -> Terms:
+    """A step along the gradient at w + v, v the worst perturbation of each layer by rho of its length, to first order.
+
+    Adversarial weight perturbation (Wu et al. 2020, arXiv 2004.05884, eq. 8, one step): v = rho |w| g / |g| for tensors with more
+    than one dimension; biases and batch norm stay. The first `after` epochs have none. Weight decay is taken at w (the authors' code
+    takes it at w + v). Returns the terms at w.
+    """
+    return _layerwise(model, optimizer, closures, settings, when, lambda g: g)
+
+
+def awp_random(
+    model: nn.Module, optimizer: torch.optim.Optimizer, closures: Sequence[Closure], settings: UpdateSettings, when: When
+) -> Terms:
+    """The control of `awp`: each layer is perturbed as far, in a random direction."""
+    return _layerwise(model, optimizer, closures, settings, when, lambda g: torch.randn(g.shape, generator=when.noise, device=g.device))
+
+
+def _layerwise(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    closures: Sequence[Closure],
+    settings: UpdateSettings,
+    when: When,
+    direction: Callable[[Tensor], Tensor],
+) -> Terms:
+    """A step along the gradient at w + rho |w| d / |d| in each layer; direction: a layer's gradient -> its d."""
+    terms = gradients(optimizer, closures)
+    if when.epoch >= settings.after:
+        layers = [(p, direction(g)) for p, g in zip(*with_gradients(optimizer), strict=True) if p.ndim > 1]
+        with torch.no_grad():
+            offsets = [settings.rho * p.norm() / d.norm().clamp_min(1e-12) * d for p, d in layers]
+        with perturbed(model, [p for p, _ in layers], offsets):
+            gradients(optimizer, closures)
     optimizer.step()
     return terms

@@ -38,7 +38,8 @@ def scores(model: nn.Module, settings: TrainingSettings, validation: DeviceData,
 
     Every method meets the same attack; only its radius, in [0, 1] pixels, is the settings'.
     """
-    protocol = {"score": "ce", "steps": 10, "mode": "eval", "start": "uniform", "project": True, "range": "unit"}
+    fixed = {"score": "ce", "steps": 10, "step_ratio": None, "start": "uniform", "start_ratio": 1.0, "project": True, "range": "unit"}
+    protocol = {**fixed, "mode": "eval"}
     attack = settings.adversary.model_copy(update=protocol)
     clean = right = 0
     energy = 0.0
