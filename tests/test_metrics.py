@@ -143,7 +143,7 @@ def test_names_that_an_entry_refers_to_are_entries() -> None:
     for metric, column in metrics.COLUMNS:
         shown = metrics.VOCABULARY.pattern(column.name or metric.plain)
         assert "<" in column.name or shown.pattern == (column.name or metric.plain)
-        for name in filter(None, (metric.n, column.n, column.spread, f"{metric.plain}_se" * (metric.interval == "normal"))):
+        for name in filter(None, (metric.n, column.n, column.spread, f"{metric.plain}_se" * (metric.interval in ("normal", "signed")))):
             describe(name)
     positions = [place for m in METRICS for place in (m.summary, m.released) if place]
     assert sorted(positions) == list(range(1, len(positions) + 1))

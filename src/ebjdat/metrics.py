@@ -45,6 +45,14 @@ FOUR = "at least four samples (else null)"
 OOD = "`evaluation.reliability.ood` has the set"
 ANY_MODEL = "`ebjdat attack --model`"
 M = Metric
+# What the energy stage lets PGD climb, beside the attack on cross-entropy (evaluation/energy.py).
+ENERGY_ATTACKS = {
+    "untargeted": "up the cross-entropy",
+    "targeted": "down the cross-entropy of class (y + 1) mod K",
+    "ascent": "up E",
+    "energy_aware": "up CE − E",
+}
+LOGS = {log: [name for name, row in registry.METHODS.items() if log in row.logs] for row in registry.METHODS.values() for log in row.logs}
 
 
 def _of(stage: str, *entries: Metric) -> tuple[Metric, ...]:
@@ -100,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
         M("loss", "nats", "lower", "what is minimised, as its method weighs it"),
         M("ce_clean", "nats", "lower", "cross-entropy of clean images", CLEAN),
         M("ce_robust", "nats", "lower", "cross-entropy of adversarial neighbours", ADVERSARIAL),
-        *(M(log.name, log.unit, log.better, log.meaning, f"method `{name}`") for name, row in registry.METHODS.items() for log in row.logs),
+        *(M(log.name, log.unit, log.better, log.meaning, f"method {', '.join(f'`{name}`' for name in names)}") for log, names in LOGS.items()),
         M("batch_clean_acc", "fraction", "higher", "accuracy on clean training images", CLEAN),
         M("batch_robust_acc", "fraction", "higher", "accuracy on their adversarial neighbours", ADVERSARIAL),
         M("[ema_]validation_clean_acc", "fraction", "higher", "accuracy on validation images after the epoch, eval mode"),
@@ -220,6 +228,12 @@ METRICS: tuple[Metric, ...] = (
         M("[joint_]energy_gap_generated", "nats", "lower", "|mean E(x) − mean E(generated)|; `joint_`: of E(x, y)", n="n_energy_generated",
           interval="normal", summary=13, dvc=True, label="gap gen.", needed=("energy",), columns=(Column("energy", "gap gen."),)),
         M("[joint_]energy_gap_generated_se", "nats", "", "its standard error", needed=("energy",)),
+        *(entry for attack, score in ENERGY_ATTACKS.items() for entry in (
+            M(f"energy_change_{attack}", "nats", "", f"mean of E(x̃) − E(x) over pairs, with its sign; PGD of the standard protocol {score}",
+              interval="signed", n=f"n_energy_change_{attack}", needed=("energy",), columns=(Column("energy", f"ΔE {attack}", form="+.2f"),)),
+            M(f"energy_change_{attack}_se", "nats", "", "its standard error", needed=("energy",)),
+            M(f"energy_rise_{attack}", "fraction", "", "of these pairs, those whose energy rises", needed=("energy",)),
+            M(f"n_energy_change_{attack}", "count", "", "of these pairs, those with finite energies", needed=("energy",)))),
         M("energy_shift_(adversarial|generated)", "nats", "", "mean energy of these minus that of test images"),
         M("energy_overlap_adversarial", "fraction", "higher", "common area of both histograms (50 bins over both)", needed=("energy",),
           columns=(Column("energy", "overlap adv.", form=".2f", scale=1),)),

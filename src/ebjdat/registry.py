@@ -97,6 +97,7 @@ class Source(Entry):
 RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
 _TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}}
+_KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
 METHODS: Mapping[str, Method] = {
@@ -115,7 +116,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults=_TRADES_ATTACK,
-        logs=(Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))"),),
+        logs=(_KL,),
     ),
     "weat_nat": Method(
         "ebjdat.objectives.recipes:trades",
@@ -124,6 +125,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 6.0, "examples": {"name": "weat"}}},
+        logs=(_KL,),
     ),
     "weat_adv": Method(
         "ebjdat.objectives.recipes:weat_adv",
@@ -132,6 +134,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 7.0, "examples": {"name": "weat"}}},
+        logs=(_KL,),
     ),
     "mart": Method(
         "ebjdat.objectives.recipes:mart",
@@ -140,7 +143,10 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"start": "gaussian", "mode": "eval"}, "weights": {"beta": 5.0}},
-        logs=(Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y"),),
+        logs=(
+            _KL,
+            Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y"),
+        ),
     ),
     "der": Method(
         "ebjdat.objectives.recipes:der",
@@ -174,6 +180,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
+        logs=(_KL,),
     ),
     "fgsm": Method(
         "ebjdat.objectives.recipes:pgd_at",
@@ -313,6 +320,10 @@ SCORES: Mapping[str, Entry] = {
     "ce": Entry("ebjdat.samplers.pgd:cross_entropy_score", "arXiv 1706.06083"),
     "kl": Entry("ebjdat.samplers.pgd:kl_score", "TRADES, arXiv 1901.08573"),
     "energy": Entry("ebjdat.samplers.pgd:joint_energy_score", "arXiv 2505.19459: reverse SGLD, conditioned on y"),
+    "marginal_energy": Entry("ebjdat.samplers.pgd:marginal_energy_score", "up E(x) alone"),
+    "targeted_ce": Entry("ebjdat.samplers.pgd:targeted_score", "down the cross-entropy of class (y + 1) mod K"),
+    "energy_ce": Entry("ebjdat.samplers.pgd:energy_ce_score", "CE - E: adaptive, keeps the energy low"),
+    "squared": Entry("ebjdat.samplers.pgd:squared_score", "SCORE, arXiv 2202.10103: |p(x~) - p(x)|^2"),
     "released": Entry("ebjdat.samplers.pgd:released_score", RELEASE),
     "released_ce": Entry("ebjdat.samplers.pgd:released_ce_score", f"{RELEASE}, commented out"),
 }

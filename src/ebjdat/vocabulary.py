@@ -49,7 +49,8 @@ class Metric:
 
     better: "higher", "lower", or "" where neither is. only: when it exists ("": always). stage: the heading it belongs to.
     n: name of the count behind it, under the same protocol. interval: of one seed: "wilson" from its count `…_correct` of n,
-    "normal" from its standard error `…_se`. paper: its key among the paper's numbers.
+    "normal" from its standard error `…_se`, for what is not negative; "signed" the same for what may be. paper: its key among the
+    paper's numbers.
 
     Where its plain name is shown: summary: which column of summary.csv, from 1; released: which column under the protocol
     `released`. dvc: DVC compares these columns; bar: the title of its bar chart there. label: its column's title in the report's
@@ -63,7 +64,7 @@ class Metric:
     only: str = ""
     stage: str = ""
     n: str = ""
-    interval: Literal["wilson", "normal", ""] = ""
+    interval: Literal["wilson", "normal", "signed", ""] = ""
     paper: str = ""
     summary: int = 0
     released: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 
 from ebjdat.evaluation.robust import batches
 from ebjdat.models.energy import joint_energy, marginal_energy
+from ebjdat.samplers.pgd import MakeScore, energy_ce_score, marginal_energy_score, targeted_score
 
 Values = NDArray[np.float64]
+UNTARGETED = "untargeted"  # PGD on cross-entropy
+# Other scores that PGD climbs, to see what energies do.
+ATTACKS: Mapping[str, MakeScore] = {
+    "targeted": targeted_score,
+    "ascent": marginal_energy_score,
+    "energy_aware": energy_ce_score,
+}
 
 
 @torch.no_grad()
@@ -40,6 +49,21 @@ def overlap(a: Values, b: Values, bins: int = 50) -> float:
 
 def standard_error(values: Values) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def changes(clean: Values, attacked: Mapping[str, Values]) -> dict[str, float]:
+    """Signed changes of the energy from images to what each attack made of them, row by row; over pairs of finite energies.
+
+    energy_change_<attack>: mean E(x~) - E(x) in nats; `_se`: its standard error. energy_rise_<attack>: fraction that goes up. n: pairs.
+    Means are nan where there is no such pair.
+    """
+    found: dict[str, float] = {}
+    for name, energies_then in attacked.items():
+        paired = (energies_then - clean)[np.isfinite(clean) & np.isfinite(energies_then)]
+        mean, error, rise = (paired.mean(), standard_error(paired), (paired > 0).mean()) if len(paired) else (math.nan,) * 3
+        found |= {f"energy_change_{name}": float(mean), f"energy_change_{name}_se": error, f"energy_rise_{name}": float(rise)}
+        found[f"n_energy_change_{name}"] = len(paired)
+    return found
 
 
 def landscape(clean: Values, adversarial: Values, generated: Values) -> dict[str, float]:

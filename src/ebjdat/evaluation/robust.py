@@ -25,7 +25,7 @@ from ebjdat.models.logits import NO_CLASS, predicted
 from ebjdat.models.modes import Guarded, copied, frozen_parameters
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
-from ebjdat.samplers.pgd import cross_entropy_score, projected_gradient, random_point
+from ebjdat.samplers.pgd import MakeScore, cross_entropy_score, projected_gradient, random_point
 from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings, too_few_classes
 
 SLACK = autoattack.SLACK
@@ -43,10 +43,12 @@ def predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     return torch.cat([predicted(model(x[part])) for part in batches(len(x), batch_size)])
 
 
-def pgd_batch(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, start: Tensor) -> Tensor:
-    """PGD-n on cross-entropy (Madry et al. 2018) from `start`: adversarial images in [0, 1]."""
+def pgd_batch(
+    model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, start: Tensor, score: MakeScore = cross_entropy_score
+) -> Tensor:
+    """PGD-n on cross-entropy (Madry et al. 2018), or another score, from `start`: adversarial images in [0, 1]."""
     return projected_gradient(
-        cross_entropy_score(model, x, y),
+        score(model, x, y),
         x,
         eps=protocol.radius,
         step_size=protocol.pgd_step,
@@ -63,14 +65,22 @@ def pgd_start(x: Tensor, place: int, protocol: ProtocolSettings, seed: int, rest
     return random_point(x, protocol.radius, protocol.norm, UNIT, noise)
 
 
-def pgd_examples(model: nn.Module, x: Tensor, y: Tensor, protocol: ProtocolSettings, seed: int, batch_size: int) -> Tensor:
+def pgd_examples(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    protocol: ProtocolSettings,
+    seed: int,
+    batch_size: int,
+    score: MakeScore = cross_entropy_score,
+) -> Tensor:
     """PGD-n, one start: adversarial images (N, C, H, W) in [0, 1]; the same settings, images and weights give the same ones.
 
     x: images of the protocol (noise, if it has any, already on them).
     """
     with frozen_parameters(model, "eval"):
         parts = [(part, pgd_start(x[part], part.start, protocol, seed)) for part in batches(len(x), batch_size)]
-        return torch.cat([pgd_batch(model, x[part], y[part], protocol, start) for part, start in parts])
+        return torch.cat([pgd_batch(model, x[part], y[part], protocol, start, score) for part, start in parts])
 
 
 def apply_protocol_noise(protocol: ProtocolSettings, x: Tensor, seed: int) -> Tensor:

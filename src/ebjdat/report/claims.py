@@ -286,6 +286,26 @@ def _narrows(
     return Finding(claim, paper, measured, protocol, verdict, why)
 
 
+def adversarial_images_have_more_energy(e: Evidence, _: str) -> Finding | None:
+    """The premise of EB-JDAT's alignment, on the standard classifier: signed changes, which the mean of |E(x) - E(x~)| hides."""
+    network = e.first("standard")
+    changes = {name: e.estimate(network, f"energy_change_{name}") for name in ("untargeted", "targeted", "ascent")} if network else {}
+    untargeted = changes.get("untargeted")
+    if untargeted is None:
+        return None
+    verdict: Verdict = "holds" if untargeted.low > 0 else "fails" if untargeted.high < 0 else "open"
+    measured = ", ".join(f"{name} {c.value:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" for name, c in changes.items() if c)
+    why = "decided by the untargeted attack on cross-entropy; arXiv 2407.06315 reports lower energies there and higher ones when targeted"
+    return Finding(
+        "Adversarial images have higher energy than clean ones",
+        "premise of the alignment; gap 10.18 without a sign",
+        f"{network}: {measured}",
+        f"mean E(x̃) − E(x) over pairs, nats, PGD of the standard protocol, {effective_radius(e.profile, STANDARD)}",
+        verdict,
+        why + ("" if untargeted.seeds > 1 or verdict == "open" else f"; {ONE_SEED}"),
+    )
+
+
 def training_closes_first_gap(e: Evidence, _: str) -> Finding | None:
     claim = "Adversarial training narrows the gap of energies between clean and adversarial images"
     return _narrows(e, "energy_gap_adversarial", e.first("adversarial"), e.first("standard"), claim, "1.46 against 10.18")
@@ -362,6 +382,7 @@ CLAIMS: tuple[Claim, ...] = (
     keeps_accuracy,
     generates_like_its_jem,
     fid_is_of_samples,
+    adversarial_images_have_more_energy,
     training_closes_first_gap,
     jem_closes_second_gap,
     closes_first_gap,
@@ -375,5 +396,5 @@ CLAIMS: tuple[Claim, ...] = (
 def judge(evidence: Evidence) -> list[Finding]:
     """Every claim that this profile's experiments are evidence for or against, in the paper's order."""
     eb_jdat = evidence.eb_jdat
-    claims = CLAIMS if eb_jdat else (training_closes_first_gap,)  # the only one that is not about EB-JDAT or its JEM
+    claims = CLAIMS if eb_jdat else (adversarial_images_have_more_energy, training_closes_first_gap)  # not about EB-JDAT or its JEM
     return [finding for claim in claims if (finding := claim(evidence, eb_jdat or "")) is not None]

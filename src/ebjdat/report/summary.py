@@ -53,10 +53,10 @@ def estimate(seeds: Sequence[dict[str, Any]], name: str, protocol: str = STANDAR
     elif metric.interval == "wilson":
         correct = first.get(flat_name("correct", take_apart(name).attack, protocol))
         low, high = (low, high) if correct is None else wilson(correct, n)
-    elif metric.interval == "normal":
+    elif metric.interval in ("normal", "signed"):
         error = first.get(f"{column}_se")
         low, high = (low, high) if error is None else normal(values[0], error)
-        low = low if math.isnan(low) else max(0.0, low)  # a gap is not negative
+        low = max(0.0, low) if metric.interval == "normal" and not math.isnan(low) else low
     return Estimate(float(np.mean(values)), low, high, n, len(values))
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebjdat.models.energy import joint_energy
+from ebjdat.models.energy import joint_energy, marginal_energy
 
 Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,)
+MakeScore = Callable[[nn.Module, Tensor, Tensor], Score]  # (network, images, labels) -> what to ascend
 
 
 def cross_entropy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
@@ -28,6 +29,38 @@ def kl_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
 def joint_energy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
     """E(moved, y): ascending it is EB-JDAT's reverse SGLD, up the energy, conditioned on y."""
     return lambda moved: joint_energy(model(moved), y)
+
+
+def targeted_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """Minus the cross-entropy of the class after the true one, (y + 1) mod K: towards a class that does not depend on the network."""
+
+    def score(moved: Tensor) -> Tensor:
+        logits = model(moved)
+        return -F.cross_entropy(logits, (y + 1) % logits.shape[1], reduction="none")
+
+    return score
+
+
+def marginal_energy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """E(moved): up the energy alone, whatever the class."""
+    return lambda moved: marginal_energy(model(moved))
+
+
+def energy_ce_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """CE(moved, y) - E(moved): misclassified and at a low energy, where an energy model does not suspect it."""
+
+    def score(moved: Tensor) -> Tensor:
+        logits = model(moved)
+        return F.cross_entropy(logits, y, reduction="none") - marginal_energy(logits)
+
+    return score
+
+
+def squared_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
+    """|p(moved) - p(x)|^2, SCORE's (Pang et al. 2022, arXiv 2202.10103). Its gradient vanishes at x itself: start elsewhere."""
+    with torch.no_grad():
+        clean = model(x).softmax(1)
+    return lambda moved: (model(moved).softmax(1) - clean).square().sum(1)
 
 
 def released_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:

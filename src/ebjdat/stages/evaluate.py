@@ -95,6 +95,11 @@ def energy(context: Context, task: Task) -> None:
         evaluation.metrics = energy_landscape.landscape(**marginal)
         gaps = energy_landscape.landscape(**joint)
         evaluation.metrics |= {f"joint_{k}": v for k, v in gaps.items() if k.startswith("energy_gap")}
+        attacked = {energy_landscape.UNTARGETED: marginal["adversarial"]}
+        for name, score in energy_landscape.ATTACKS.items():
+            moved = robust.pgd_examples(model, x, y, attack.standard, attack.seed, attack.batch_size, score)
+            attacked[name], _ = energy_landscape.energies(model, moved, y, settings.batch_size)
+        evaluation.metrics |= energy_landscape.changes(marginal["clean"], attacked)
 
         write_npz(task.outputs["values"], {**marginal, **{f"joint_{k}": v for k, v in joint.items()}})
         title = f"{task.experiment}, seed {task.seed}"
