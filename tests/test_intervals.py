@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.stats
 
-from ebjdat.intervals import mcnemar, normal, over_seeds, wilson
+from ebjdat.intervals import mcnemar, normal, over_seeds, paired_difference, wilson
 
 Z = 1.959963984540054
 
@@ -31,3 +32,17 @@ def test_mcnemar_counts_only_disagreements() -> None:
     assert mcnemar(a, a) == (0, 0, 1.0)
     with pytest.raises(ValueError, match="8 and 7"):
         mcnemar(a, b[:7])
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "n"), [(12, 4, 100), (0, 0, 60), (30, 5, 400)])
+def test_paired_difference_covers(only_a: int, only_b: int, n: int) -> None:
+    """The interval contains the estimate, and the true difference in about 95 % of 4,000 simulated sets (at least 93 %)."""
+    low, high = paired_difference(only_a, only_b, n)
+    assert low <= (only_a - only_b) / n <= high
+    rng = np.random.default_rng(0)
+    p = (np.array([only_a, only_b, n - only_a - only_b]) + 0.5) / (n + 1.5)
+    true, inside = p[0] - p[1], 0
+    for a, b, _ in rng.multinomial(n, p, size=4000):
+        low, high = paired_difference(int(a), int(b), n)
+        inside += low <= true <= high
+    assert inside / 4000 > 0.93

@@ -187,7 +187,7 @@ def _reliability(profile: Profile, name: str) -> dict[str, Any]:
 
 def _report(profile: Profile, _: str) -> dict[str, Any]:
     """All that pages show of settings; of bases, what experiments inherit from them."""
-    shown = ("base", "form", "pretraining", "note", "own", "resolved")
+    shown = ("base", "form", "pretraining", "note", "control", "own", "resolved")
     experiments = {name: {key: getattr(entry, key) for key in shown} for name, entry in profile.experiments.items()}
     sections = {"data": profile.data, "model": profile.model, "evaluation": profile.evaluation, "report": profile.report}
     return {**{name: part.model_dump(mode="json") for name, part in sections.items()}, "seeds": profile.seeds, "experiments": experiments}

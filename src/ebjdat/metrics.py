@@ -55,6 +55,10 @@ ENERGY_ATTACKS = {
 LOGS = {log: [name for name, row in registry.METHODS.items() if log in row.logs] for row in registry.METHODS.values() for log in row.logs}
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def _of(stage: str, *entries: Metric) -> tuple[Metric, ...]:
     return tuple(replace(entry, stage=stage) for entry in entries)
 
@@ -108,7 +112,7 @@ METRICS: tuple[Metric, ...] = (
         M("loss", "nats", "lower", "what is minimised, as its method weighs it"),
         M("ce_clean", "nats", "lower", "cross-entropy of clean images", CLEAN),
         M("ce_robust", "nats", "lower", "cross-entropy of adversarial neighbours", ADVERSARIAL),
-        *(M(log.name, log.unit, log.better, log.meaning, f"method {', '.join(f'`{name}`' for name in names)}") for log, names in LOGS.items()),
+        *(M(log.name, log.unit, log.better, log.meaning, f"method {_listed(names)}") for log, names in LOGS.items()),
         M("batch_clean_acc", "fraction", "higher", "accuracy on clean training images", CLEAN),
         M("batch_robust_acc", "fraction", "higher", "accuracy on their adversarial neighbours", ADVERSARIAL),
         M("[ema_]validation_clean_acc", "fraction", "higher", "accuracy on validation images after the epoch, eval mode"),
@@ -229,7 +233,7 @@ METRICS: tuple[Metric, ...] = (
           interval="normal", summary=13, dvc=True, label="gap gen.", needed=("energy",), columns=(Column("energy", "gap gen."),)),
         M("[joint_]energy_gap_generated_se", "nats", "", "its standard error", needed=("energy",)),
         *(entry for attack, score in ENERGY_ATTACKS.items() for entry in (
-            M(f"energy_change_{attack}", "nats", "", f"mean of E(x̃) − E(x) over pairs, with its sign; PGD of the standard protocol {score}",
+            M(f"energy_change_{attack}", "nats", "", f"mean of E(x̃) − E(x) over pairs, with its sign; standard protocol's PGD {score}",
               interval="signed", n=f"n_energy_change_{attack}", needed=("energy",), columns=(Column("energy", f"ΔE {attack}", form="+.2f"),)),
             M(f"energy_change_{attack}_se", "nats", "", "its standard error", needed=("energy",)),
             M(f"energy_rise_{attack}", "fraction", "", "of these pairs, those whose energy rises", needed=("energy",)),

@@ -190,6 +190,17 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
     ),
+    "corners": Method(
+        "ebjdat.objectives.recipes:corners",
+        "control of training on single steps: a random corner of the ball",
+        family="adversarial",
+        samples=("corner",),
+        selection="robust",
+        logs=(
+            Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
+            Logged("energy_corner", "nats", "", "mean energy of these"),
+        ),
+    ),
     "rs_fgsm": Method(
         "ebjdat.objectives.recipes:pgd_at",
         "RS-FGSM, Wong et al. 2020, arXiv 2001.03994",

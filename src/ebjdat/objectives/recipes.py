@@ -85,6 +85,12 @@ def pgd_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSett
     return Terms(_mean(ce, logits, weights), *_logged(batch.y, None, logits, ce_robust=ce.mean()))
 
 
+def corners(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
+    """Cross-entropy on random corners of the ball: the control of adversarial training with one step, as far and without a gradient."""
+    logits, ce, accuracy = _classified(model, samples["corner"], batch.y)
+    return Terms(ce, logged={"batch_corner_acc": accuracy}, energies={"corner": marginal_energy(logits.detach()).mean()})
+
+
 def trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
     return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: F.cross_entropy(clean, y, reduction="none"))

@@ -228,11 +228,22 @@ def _protocol_heading(profile: Profile, kind: str, name: str, protocol: Protocol
     return f"{name}: {label} %, radius {effective_radius(profile, name)}{n}"
 
 
-def write_audit_markdown(findings: Sequence[Any], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path) -> None:
-    """audit.md: the claims, robustness under every protocol, and the checks that failed. findings: of report.claims.judge."""
+def write_audit_markdown(
+    findings: Sequence[Any], comparisons: Sequence[Any], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path
+) -> None:
+    """audit.md: claims, methods beside their controls, robustness under every protocol, and the checks that failed.
+
+    findings: of report.claims.judge. comparisons: of report.controls.compare.
+    """
     rows = [[f.claim, f"**{f.verdict}**", f.paper, f.measured, f.protocol, f.why] for f in findings]
     text = ["# Which claims hold?", "", *markdown_table([["claim", "verdict", "the paper", "measured here", "protocol", "why"], *rows]), ""]
     text += [WHAT_WAS_READ, ""]
+    if comparisons:
+        beside = [
+            [c.experiment, c.control, c.title, c.points, f"{c.p:.2g}", str(c.n), str(c.seeds), f"**{c.outcome}**"] for c in comparisons
+        ]
+        heading = ["experiment", "control", "accuracy", "difference, points", "p", "n", "seeds", "outcome"]
+        text += ["# Methods and their controls", "", *markdown_table([heading, *beside]), ""]
     text += ["# Robustness under every protocol", "", *markdown_table(side), "", "# Integrity checks that failed", ""]
     failed = [check for check in checks if check["passed"] is False]
     text += [

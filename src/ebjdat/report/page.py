@@ -25,6 +25,7 @@ from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline
 from ebjdat.report.claims import Finding
 from ebjdat.report.collect import STAGES, RunResult, checks_of, read_curve
+from ebjdat.report.controls import Comparison
 from ebjdat.report.format import (
     WHAT_WAS_READ,
     averaged_weights,
@@ -104,6 +105,7 @@ class Site:
     card: dict[str, Any]
     runs: Sequence[RunResult]
     findings: Sequence[Finding]
+    comparisons: Sequence[Comparison]
 
     @property
     def shown_seed(self) -> int:
@@ -123,6 +125,7 @@ class Site:
             "seeds": self.profile.seeds,
             "shown_seed": self.shown_seed,
             "findings": self.findings,
+            "comparisons": self.comparisons,
             "checks_n": self.profile.evaluation.attack.checks.n,
             "kinds": {name: entry.method for name, entry in self.profile.experiments.items()},
             "failed_checks": failed(checks_of(self.runs)),

@@ -48,6 +48,7 @@ def of_profile(
         yield from _stated_in(raw, of_validation(ProfileFile, error))
     yield from _unread(raw, whole)
     yield from _pretrainings(raw)
+    yield from _controls(raw)
     if evaluation:
         if evaluation.attack.transfer is not None:
             yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
@@ -152,6 +153,15 @@ def _pretrainings(raw: Mapping[str, Any]) -> Iterator[Problem]:
         twin = first.setdefault(repr(sorted(content.items())), name)
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; use that one, so that they share a checkpoint"
+
+
+def _controls(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Controls that are no other experiment of the profile."""
+    entries = _entries(raw, "experiments")
+    for name, entry in entries.items():
+        others = [other for other in entries if other != name]
+        if isinstance(entry.get("control"), str) and entry["control"] not in others:
+            yield ("experiments", name, "control"), f"{entry['control']!r} is not another experiment; {nearest(entry['control'], others)}"
 
 
 def _missing_run(raw: Mapping[str, Any], where: Where, reference: ReferenceSettings) -> Iterator[Problem]:

@@ -55,6 +55,7 @@ class ExperimentSettings(MethodSettings):
     method: Annotated[str, known(registry.METHODS)]
     pretraining: str
     note: str | None = None  # shown in the report
+    control: str | None = None  # the experiment that it has to beat, which differs only in what the method claims to matter
 
 
 class Runtime(Settings):
@@ -114,7 +115,8 @@ class Pretraining:
 class Experiment:
     """An experiment with everything that it inherits.
 
-    pretraining: name of the one it starts from. own: the training settings that it states itself.
+    pretraining: name of the one it starts from. control: of the experiment that it has to beat. own: the training settings that it
+    states itself.
     resolved: all settings that determine its results, except the seed.
     """
 
@@ -123,6 +125,7 @@ class Experiment:
     form: str | None
     pretraining: str
     note: str | None
+    control: str | None
     own: Mapping[str, Any]
     model: ModelSettings
     training: TrainingSettings
@@ -214,7 +217,7 @@ def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
             "evaluation": evaluation,
         }
         own, attack = raw["experiments"][name].get("training", {}), file.evaluation.attack.on(entry.base)
-        names = (entry.method, entry.base, entry.form, entry.pretraining, entry.note)
+        names = (entry.method, entry.base, entry.form, entry.pretraining, entry.note, entry.control)
         return Experiment(*names, own, start.model, entry.training, attack, resolved)
 
     return Profile(

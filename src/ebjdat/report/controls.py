@@ -1,0 +1,79 @@
+"""Methods beside their controls: experiments that differ from a method only in what it claims to matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from ebjdat.intervals import mcnemar, over_seeds, paired_difference
+from ebjdat.names import STANDARD
+from ebjdat.report.pairs import correct_together
+from ebjdat.settings import Profile
+
+Outcome = Literal["better than its control", "tied", "worse"]
+SIGNIFICANT = 0.05
+COLUMNS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}  # of verdicts.parquet, standard protocol
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An experiment less its control on the same test examples, in fractions: difference, its 95 % interval, n examples, p.
+
+    Over several seeds: Student's t of the seeds' differences; of one seed: McNemar's exact test, Agresti and Min's interval.
+    """
+
+    experiment: str
+    control: str
+    column: str
+    n: int
+    seeds: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def title(self) -> str:
+        """What was compared, in words."""
+        return COLUMNS[self.column]
+
+    @property
+    def points(self) -> str:
+        """The difference and its interval, in points."""
+        return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Judged by this comparison alone at 5 %, without a correction over comparisons."""
+        if not self.p < SIGNIFICANT:
+            return "tied"
+        return "better than its control" if self.difference > 0 else "worse"
+
+
+def compare(profile: Profile, results: Path) -> list[Comparison]:
+    """Every experiment that names a control, under each column that was measured. Raises FileError for damaged verdicts."""
+    columns = [column for column in COLUMNS if column != "autoattack" or profile.evaluation.attack.protocols[STANDARD].n]
+    pairs = [(name, entry.control) for name, entry in profile.experiments.items() if entry.control]
+    return [_compared(profile.seeds, results, name, control, column) for name, control in pairs for column in columns]
+
+
+def _compared(seeds: Sequence[int], results: Path, experiment: str, control: str, column: str) -> Comparison:
+    counts = []
+    for seed in seeds:
+        correct = correct_together(results, (experiment, control), seed, column)
+        counts.append((*mcnemar(correct[experiment], correct[control]), len(correct[experiment])))
+    differences = [(own - reference) / n for own, reference, _, n in counts]
+    n = counts[0][3]
+    if len(counts) == 1:
+        own, reference, p, _ = counts[0]
+        low, high = paired_difference(own, reference, n)
+    else:
+        low, high = over_seeds(differences)
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue) if np.std(differences) else float(not differences[0])
+    return Comparison(experiment, control, column, n, len(counts), float(np.mean(differences)), low, high, 1.0 if math.isnan(p) else p)
