@@ -6,7 +6,7 @@ by an entry here, beside the code that computes it and its test.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ebjdat import registry
@@ -233,8 +233,9 @@ METRICS: tuple[Metric, ...] = (
           interval="normal", summary=13, dvc=True, label="gap gen.", needed=("energy",), columns=(Column("energy", "gap gen."),)),
         M("[joint_]energy_gap_generated_se", "nats", "", "its standard error", needed=("energy",)),
         *(entry for attack, score in ENERGY_ATTACKS.items() for entry in (
-            M(f"energy_change_{attack}", "nats", "", f"mean of E(x̃) − E(x) over pairs, with its sign; standard protocol's PGD {score}",
-              interval="signed", n=f"n_energy_change_{attack}", needed=("energy",), columns=(Column("energy", f"ΔE {attack}", form="+.2f"),)),
+            M(f"energy_change_{attack}", "nats", "", f"mean of E(x̃) − E(x) over pairs, signed; standard protocol's PGD {score}",
+              interval="signed", n=f"n_energy_change_{attack}", needed=("energy",),
+              columns=(Column("energy", f"ΔE {attack}", form="+.2f"),)),
             M(f"energy_change_{attack}_se", "nats", "", "its standard error", needed=("energy",)),
             M(f"energy_rise_{attack}", "fraction", "", "of these pairs, those whose energy rises", needed=("energy",)),
             M(f"n_energy_change_{attack}", "count", "", "of these pairs, those with finite energies", needed=("energy",)))),
