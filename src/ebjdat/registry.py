@@ -58,6 +58,7 @@ class Method(Entry):
     bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
     defaults: training settings of the method; they override those of its base.
     logs: what it logs beyond the common cross-entropies, accuracies and energies; metrics.py explains these names.
+    control: what has to be worse if the method's claim holds; "" for baselines and controls.
     """
 
     family: Family
@@ -67,6 +68,7 @@ class Method(Entry):
     forms: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     logs: tuple[Logged, ...] = ()
+    control: str = ""
 
     @property
     def has_chains(self) -> bool:
@@ -117,6 +119,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults=_TRADES_ATTACK,
         logs=(_KL,),
+        control="pgd_at, which has no clean images",
     ),
     "weat_nat": Method(
         "ebjdat.objectives.recipes:trades",
@@ -126,6 +129,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 6.0, "examples": {"name": "weat"}}},
         logs=(_KL,),
+        control="weights.control mean_matched: their mean for every image; shuffled: each weight on another image",
     ),
     "weat_adv": Method(
         "ebjdat.objectives.recipes:weat_adv",
@@ -135,6 +139,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 7.0, "examples": {"name": "weat"}}},
         logs=(_KL,),
+        control="as for weat_nat",
     ),
     "mart": Method(
         "ebjdat.objectives.recipes:mart",
@@ -147,6 +152,7 @@ METHODS: Mapping[str, Method] = {
             _KL,
             Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y"),
         ),
+        control="weights.control mean_matched: the KL term weighs every image alike; shuffled: as other images would",
     ),
     "der": Method(
         "ebjdat.objectives.recipes:der",
@@ -155,6 +161,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         logs=(_ENERGY_CHANGE,),
+        control="der_random: the same penalty at a random corner of the ball",
     ),
     "der_random": Method(
         "ebjdat.objectives.recipes:der_random",
@@ -172,6 +179,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={"adversary": {"mode": "eval"}, "weights": {"targets": 0.05}},
         logs=(Logged("second_order", "nats", "lower", "KL from S2O's targets, of x and x̃ together"),),
+        control="weights.control mean_matched: the same target for every class, which is label smoothing; shuffled: those of another class",
     ),
     "s2o_trades": Method(
         "ebjdat.objectives.recipes:s2o_trades",
@@ -181,6 +189,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
         logs=(_KL,),
+        control="as for s2o",
     ),
     "fgsm": Method(
         "ebjdat.objectives.recipes:pgd_at",
@@ -189,6 +198,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
+        control="corners: as far, in a random direction",
     ),
     "corners": Method(
         "ebjdat.objectives.recipes:corners",
@@ -208,6 +218,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}},
+        control="corners; fgsm, which starts at the image",
     ),
     "n_fgsm": Method(
         "ebjdat.objectives.recipes:pgd_at",
@@ -216,6 +227,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial",),
         selection="robust",
         defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}},
+        control="corners; rs_fgsm, which stays in the ball",
     ),
     "gradalign": Method(
         "ebjdat.objectives.recipes:gradalign",
@@ -225,6 +237,7 @@ METHODS: Mapping[str, Method] = {
         selection="robust",
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
+        control="fgsm: the same without the penalty",
     ),
     "jem": Method(
         "ebjdat.objectives.recipes:jem",
@@ -255,6 +268,7 @@ METHODS: Mapping[str, Method] = {
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
         forms=("paper", "released", "released_ce"),
+        control="weights.w2 0: without the alignment",
     ),
 }
 

@@ -156,12 +156,16 @@ def bench(
 
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="docs/methods.md.")] = False,
 ) -> None:
     """List every method, row of settings, sampler and update with its source and defaults."""
     import json
 
-    from ebjdat.settings import catalogue, flat
+    from ebjdat.settings import catalogue, flat, strategies
 
+    if as_markdown:
+        typer.echo(strategies.markdown(), nl=False)
+        return
     content = catalogue()
     if as_json:
         typer.echo(json.dumps(content, indent=1))

@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 from ebjdat import registry
 from ebjdat.cli import app
+from ebjdat.settings import strategies
+
+from ..conftest import ROOT
 
 
 def test_the_catalogue_lists_everything_with_source_and_defaults() -> None:
@@ -29,3 +32,11 @@ def test_every_registered_strategy_can_be_imported() -> None:
         for name, entry in entries.items():
             assert isinstance(entry, registry.Preset) or callable(registry.load(entries, name)), name
             assert entry.source
+
+
+def test_the_page_of_methods_is_current_and_names_every_control() -> None:
+    """Every adversarial or joint method of a paper says what its control is; baselines and controls have none."""
+    assert (ROOT / "docs/methods.md").read_text(encoding="utf-8") == strategies.markdown()
+    named = {name for name, method in registry.METHODS.items() if method.control}
+    assert {"mart", "weat_nat", "weat_adv", "der", "s2o", "s2o_trades", "rs_fgsm", "n_fgsm", "gradalign", "eb_jdat"} <= named
+    assert not {"pgd_at", "corners", "der_random"} & named
