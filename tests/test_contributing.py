@@ -82,7 +82,7 @@ class Copy:
         return re.findall(r"^PASSED tests/\S+::test_(\w+)", said, re.M)
 
 
-OWN = ("logit_pairing", "mala", "awp", "shapes", "margins", "robust_ece")
+OWN = ("logit_pairing", "mala", "short_step", "shapes", "margins", "robust_ece")
 METRICS = ("names_that_an_entry_refers", "the_document", "headline")
 
 
@@ -138,13 +138,13 @@ def test_strategies_are_listed_and_train_from_the_command_line(copy: Copy) -> No
     listed = json.loads(copy.run("ebjdat", "methods", "--json"))
     assert listed["methods"]["logit_pairing"]["source"].startswith("ALP")
     assert set(listed["samplers"]["mala"]["defaults"]) == {"steps", "step_size"}
-    assert set(listed["updates"]["awp"]["defaults"]) == {"rho"}
+    assert set(listed["updates"]["short_step"]["defaults"]) == {"rho"}
     assert "squared logits" in copy.run("ebjdat", "metrics", "pairing")
     settings = ("--params", "params/digits.yaml", "--override", "params/overrides/ci.yaml")
     copy.run("ebjdat", "prepare", *settings, "--out", "data.npz", "--card", "card.json")
     outputs = ("--out", "clean.safetensors", "--metrics", "clean.json", "--curve", "clean.csv")
     copy.run("ebjdat", "pretrain", *settings, "--pretraining", "clean", "--seed", "0", "--data", "data.npz", *outputs)
-    for name, logged in (("logit_pairing", "pairing"), ("jempp_mala", "energy_generated"), ("pgd_at_awp", "ce_robust")):
+    for name, logged in (("logit_pairing", "pairing"), ("jempp_mala", "energy_generated"), ("pgd_at_short_step", "ce_robust")):
         outputs = ("--out", f"{name}.safetensors", "--metrics", f"{name}.json", "--curve", f"{name}.csv")
         where = ("--experiment", name, "--seed", "0", "--data", "data.npz", "--initial", "clean.safetensors")
         copy.run("ebjdat", "finetune", *settings, *where, *outputs)
