@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ebjdat.files import read_json, write_result
+from ebjdat.metrics import ENERGY_ATTACKS
 from ebjdat.names import flat_results
-from ebjdat.report import claims
+from ebjdat.report import claims, controls
 from ebjdat.report.collect import RunResult, collect
 from ebjdat.report.figures import animate, sample_grids, save
 from ebjdat.report.page import Site
@@ -43,6 +44,9 @@ CHECKS = [
 ENERGIES = ("clean", "adversarial", "generated", *(f"{m}_{g}" for m in ("overlap", "wasserstein") for g in GROUPS[1:]))
 ENERGY = {"energy_gap_adversarial_se": 0.1, "energy_gap_generated": 1.0, "energy_gap_generated_se": 0.2, "git_commit": "abc"}
 ENERGY |= {"n_energy_clean": 100, "n_energy_generated": 200}
+for _attack in ENERGY_ATTACKS:
+    ENERGY |= {f"energy_change_{_attack}": -1.0, f"energy_change_{_attack}_se": 0.1, f"energy_rise_{_attack}": 0.25}
+    ENERGY |= {f"n_energy_change_{_attack}": 100}
 SAMPLES = {"frechet_start": 9.0, "frechet_buffer": None, "frechet_extractor": "reference", "released_frechet": 7.25, "git_commit": "abc"}
 SAMPLES |= {"kid": 0.001, "kid_std": 0.0005, "precision": 0.5, "recall": 0.25, "reference_score": 5.0, "reference_score_std": 0.1}
 SAMPLES |= {"released_n_samples": 90, "n_samples": 200, "n_buffer": 0, "class_agreement": 0.9}
@@ -128,4 +132,5 @@ def with_metrics(runs: list[RunResult], **metrics: dict[str, Any]) -> list[RunRe
 
 def site_of(profile: Profile, results: Path, runs: list[RunResult] | None = None, card: dict[str, Any] = CARD) -> Site:
     runs = collect(profile, results, "d1") if runs is None else runs
-    return Site(profile, "digits", results, card, runs, claims.judge(claims.Evidence(profile, runs, results)))
+    findings = claims.judge(claims.Evidence(profile, runs, results))
+    return Site(profile, "digits", results, card, runs, findings, controls.compare(profile, results))

@@ -50,6 +50,9 @@ def judged(profile: Profile, results: Path, claim: claims.Claim, **metrics: dict
         (claims.training_closes_first_gap, {}, "fails", claims.ONE_SEED),  # classifier 2.0, pgd_at 3.0, each ± 0.2
         (claims.training_closes_first_gap, {"pgd_at": {"energy_gap_adversarial": 1.0}}, "holds", claims.ONE_SEED),
         (claims.training_closes_first_gap, {"pgd_at": {"energy_gap_adversarial": 1.9}}, "open", "the intervals overlap"),
+        (claims.adversarial_images_have_more_energy, {}, "fails", claims.ONE_SEED),  # -1 ± 0.2
+        (claims.adversarial_images_have_more_energy, {"classifier": {"energy_change_untargeted": 0.3}}, "holds", claims.ONE_SEED),
+        (claims.adversarial_images_have_more_energy, {"classifier": {"energy_change_untargeted": 0.1}}, "open", "reports lower energies"),
         (claims.closes_first_gap, {"eb_jdat": {"energy_gap_adversarial": 0.5}}, "holds", claims.ONE_SEED),
         (claims.closes_second_gap, {}, "open", "the intervals overlap"),
         (claims.jem_closes_second_gap, {"jempp": {"energy_gap_generated": 0.1}}, "holds", claims.ONE_SEED),
