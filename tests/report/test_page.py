@@ -145,7 +145,7 @@ def test_the_audit_page_shows_claims_checks_and_pairs(profile: Profile, made: Pa
     assert "McNemar" in html
     for finding in site.findings:
         assert f'<span class="{finding.verdict}">{finding.verdict}</span>' in html
-    write_audit_markdown(site.findings, side_by_side(profile, site.runs), checks_of(site.runs), tmp_path / "audit.md")
+    write_audit_markdown(site.findings, site.comparisons, side_by_side(profile, site.runs), checks_of(site.runs), tmp_path / "audit.md")
     text = (tmp_path / "audit.md").read_text()
     assert "- eb_jdat, seed 0: black-box attack adds nothing [standard]: 0.05, limit 0.01 (figure)" in text
     assert all(finding.claim in text for finding in site.findings)
@@ -248,7 +248,7 @@ def test_text_of_result_files_stays_text_everywhere(profile: Profile, filled: Pa
     assert [shown] in [shlex.split(Markup(command).unescape()) for command in commands]
 
     write_markdown(aggregate(profile, site.runs), site.runs, profile, site.card, filled / "table.md")
-    write_audit_markdown(site.findings, side_by_side(profile, site.runs), checks_of(site.runs), filled / "audit.md")
+    write_audit_markdown(site.findings, site.comparisons, side_by_side(profile, site.runs), checks_of(site.runs), filled / "audit.md")
     for file in ("table.md", "audit.md"):
         text = (filled / file).read_text()
         assert r"\<img src=x onerror=alert(1)\>\|\`\$x\_{\$" in text
