@@ -18,7 +18,7 @@ from ebjdat.training.loop import Hooks, train
 from ebjdat.training.state import Job, TrainingState
 from tests.conftest import ROOT
 
-FULL = load(ROOT / "params/digits-full.yaml")
+FULL, METHODS = (load(ROOT / f"params/{name}.yaml") for name in ("digits-full", "digits-methods"))
 
 
 def run(
