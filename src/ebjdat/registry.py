@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 # What a method belongs to. energy: models p(x) as well; joint: that, and trained on adversarial neighbours; distilled: from a teacher.
@@ -102,164 +103,104 @@ _TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eva
 _KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
+_adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust")
+_energy = partial(Method, family="energy", samples=("negatives",))
+
 METHODS: Mapping[str, Method] = {
     "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard"),
-    "pgd_at": Method(
-        "ebjdat.objectives.recipes:pgd_at",
-        "Madry et al. 2018, arXiv 1706.06083",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
-    ),
-    "trades": Method(
+    "pgd_at": _adversarial("ebjdat.objectives.recipes:pgd_at", "Madry et al. 2018, arXiv 1706.06083"),
+    "trades": _adversarial(
         "ebjdat.objectives.recipes:trades",
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults=_TRADES_ATTACK,
         logs=(_KL,),
         control="pgd_at, which has no clean images",
     ),
-    "weat_nat": Method(
+    "weat_nat": _adversarial(
         "ebjdat.objectives.recipes:trades",
         "WEAT (natural), Mirza et al. 2024, arXiv 2407.06315",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 6.0, "examples": {"name": "weat"}}},
         logs=(_KL,),
         control="weights.control mean_matched: their mean for every image; shuffled: each weight on another image",
     ),
-    "weat_adv": Method(
+    "weat_adv": _adversarial(
         "ebjdat.objectives.recipes:weat_adv",
         "WEAT (adversarial), Mirza et al. 2024, arXiv 2407.06315",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 7.0, "examples": {"name": "weat"}}},
         logs=(_KL,),
         control="as for weat_nat",
     ),
-    "mart": Method(
+    "mart": _adversarial(
         "ebjdat.objectives.recipes:mart",
         "MART, Wang et al. 2020 (ICLR), YisenWang/MART",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={"adversary": {"start": "gaussian", "mode": "eval"}, "weights": {"beta": 5.0}},
-        logs=(
-            _KL,
-            Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y"),
-        ),
+        logs=(_KL, Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y")),
         control="weights.control mean_matched: the KL term weighs every image alike; shuffled: as other images would",
     ),
-    "der": Method(
+    "der": _adversarial(
         "ebjdat.objectives.recipes:der",
         "DER-style, after arXiv 2505.22486; its form and strength are not confirmed",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         logs=(_ENERGY_CHANGE,),
         control="der_random: the same penalty at a random corner of the ball",
     ),
-    "der_random": Method(
+    "der_random": _adversarial(
         "ebjdat.objectives.recipes:der_random",
         "control of der: the same penalty at a random corner of the ball",
-        family="adversarial",
         samples=("adversarial", "corner"),
-        selection="robust",
         logs=(_ENERGY_CHANGE,),
     ),
-    "s2o": Method(
+    "s2o": _adversarial(
         "ebjdat.objectives.recipes:s2o",
         "S2O on PGD-AT, Jin et al., arXiv 2203.06020",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={"adversary": {"mode": "eval"}, "weights": {"targets": 0.05}},
         logs=(Logged("second_order", "nats", "lower", "KL from S2O's targets, of x and x̃ together"),),
         control="weights.control mean_matched: the same target for every class, which is label smoothing; shuffled: those of another class",
     ),
-    "s2o_trades": Method(
+    "s2o_trades": _adversarial(
         "ebjdat.objectives.recipes:s2o_trades",
         "S2O on TRADES, Jin et al., arXiv 2203.06020",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
         logs=(_KL,),
         control="as for s2o",
     ),
-    "fgsm": Method(
+    "fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
         control="corners: as far, in a random direction",
     ),
-    "corners": Method(
+    "corners": _adversarial(
         "ebjdat.objectives.recipes:corners",
         "control of training on single steps: a random corner of the ball",
-        family="adversarial",
         samples=("corner",),
-        selection="robust",
         logs=(
             Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
             Logged("energy_corner", "nats", "", "mean energy of these"),
         ),
     ),
-    "rs_fgsm": Method(
+    "rs_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "RS-FGSM, Wong et al. 2020, arXiv 2001.03994",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}},
         control="corners; fgsm, which starts at the image",
     ),
-    "n_fgsm": Method(
+    "n_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "N-FGSM, de Jorge et al. 2022, arXiv 2202.01181",
-        family="adversarial",
-        samples=("adversarial",),
-        selection="robust",
         defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}},
         control="corners; rs_fgsm, which stays in the ball",
     ),
-    "gradalign": Method(
+    "gradalign": _adversarial(
         "ebjdat.objectives.recipes:gradalign",
         "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
-        family="adversarial",
         samples=("adversarial", "uniform"),
-        selection="robust",
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
     ),
-    "jem": Method(
-        "ebjdat.objectives.recipes:jem",
-        "JEM, Grathwohl et al. 2020, arXiv 1912.03263",
-        family="energy",
-        samples=("negatives",),
-        bases=("jem",),
-    ),
-    "jempp": Method(
-        "ebjdat.objectives.recipes:jem",
-        "JEM++, Yang & Ji 2021, arXiv 2109.09032",
-        family="energy",
-        samples=("negatives",),
-        bases=("jempp",),
-    ),
-    "sadajem": Method(
-        "ebjdat.objectives.recipes:jem",
-        "SADA-JEM, Yang et al. 2022, arXiv 2209.07959",
-        family="energy",
-        samples=("negatives",),
-        bases=("sadajem",),
-    ),
+    "jem": _energy("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", bases=("jem",)),
+    "jempp": _energy("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", bases=("jempp",)),
+    "sadajem": _energy("ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", bases=("sadajem",)),
     "eb_jdat": Method(
         "ebjdat.objectives.recipes:eb_jdat",
         "EB-JDAT, arXiv 2505.19459",
@@ -273,6 +214,7 @@ METHODS: Mapping[str, Method] = {
 }
 
 # The JEM family: one objective, three presets.
+_INFORMED = {"start": "class_gaussians", "noise": 0.0, "clamp": 1.0, "mode": "train"}
 BASES: Mapping[str, Preset] = {
     "jem": Preset(
         "JEM, arXiv 1912.03263",
@@ -283,31 +225,12 @@ BASES: Mapping[str, Preset] = {
     ),
     "jempp": Preset(
         "JEM++, arXiv 2109.09032",
-        {
-            "chain": {
-                "sampler": "pyld",
-                "start": "class_gaussians",
-                "steps": 10,
-                "inner_steps": 5,
-                "step_size": 0.2,
-                "noise": 0.0,
-                "clamp": 1.0,
-                "mode": "train",
-            }
-        },
+        {"chain": {"sampler": "pyld", "steps": 10, "inner_steps": 5, "step_size": 0.2, **_INFORMED}},
     ),
     "sadajem": Preset(
         "SADA-JEM, arXiv 2209.07959",
         {
-            "chain": {
-                "sampler": "clipped_sgld",
-                "start": "class_gaussians",
-                "steps": 5,
-                "step_size": 1.0,
-                "noise": 0.0,
-                "clamp": 1.0,
-                "mode": "train",
-            },
+            "chain": {"sampler": "clipped_sgld", "steps": 5, "step_size": 1.0, **_INFORMED},
             "update": {"name": "sam", "rho": 2.0, "adaptive": True},
             "augment": {"density": "plain", "noise": 0.0},
         },
@@ -415,14 +338,12 @@ ATTACKS: Mapping[str, Entry] = {
 FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # with fewer, the attack's loss is undefined
 
 # Evaluation protocols. A profile's protocol of the same name, or one that is `like` it, starts from these values.
+_UNIT = {"norm": "Linf", "range": "unit", "noise": 0.0, "pgd": {"steps": 20}}
 PROTOCOLS: Mapping[str, Preset] = {
     "standard": Preset(
         "RobustBench, arXiv 2010.09670: PGD-20 and AutoAttack standard, arXiv 2003.01690",
         {
-            "norm": "Linf",
-            "range": "unit",
-            "noise": 0.0,
-            "pgd": {"steps": 20},
+            **_UNIT,
             "attacks": {
                 "apgd_ce": {"steps": 100},
                 "apgd_t": {"steps": 100, "targets": 9},
@@ -434,10 +355,7 @@ PROTOCOLS: Mapping[str, Preset] = {
     "standard_binary": Preset(
         "for two or three classes: `standard` with those attacks of AutoAttack, arXiv 2003.01690, whose losses are defined there",
         {
-            "norm": "Linf",
-            "range": "unit",
-            "noise": 0.0,
-            "pgd": {"steps": 20},
+            **_UNIT,
             "attacks": {"apgd_ce": {"steps": 100}, "fab": {"steps": 100}, "square": {"queries": 5000}},
         },
     ),
@@ -459,6 +377,8 @@ PROTOCOLS: Mapping[str, Preset] = {
     ),
 }
 
+_torchvision = partial(Source, reads=("root",), shape=(3, 32, 32))
+
 SOURCES: Mapping[str, Source] = {
     "digits": Source(
         "ebjdat.data.sources:digits",
@@ -470,34 +390,23 @@ SOURCES: Mapping[str, Source] = {
         classes=10,
         flip=False,
     ),
-    "svhn": Source(
+    "svhn": _torchvision(
         "ebjdat.data.sources:svhn",
         "Netzer et al. 2011, torchvision",
-        reads=("root",),
         train=73_257,
         test=26_032,
-        shape=(3, 32, 32),
         classes=10,
         flip=False,
         downloads="test_32x32.mat",
     ),
-    "cifar100": Source(
-        "ebjdat.data.sources:cifar100",
-        "Krizhevsky 2009, torchvision",
-        reads=("root",),
-        train=50_000,
-        test=10_000,
-        shape=(3, 32, 32),
-        classes=100,
-        downloads="cifar-100-python",
+    "cifar100": _torchvision(
+        "ebjdat.data.sources:cifar100", "Krizhevsky 2009, torchvision", train=50_000, test=10_000, classes=100, downloads="cifar-100-python"
     ),
-    "cifar10": Source(
+    "cifar10": _torchvision(
         "ebjdat.data.sources:cifar10",
         "Krizhevsky 2009, torchvision",
-        reads=("root",),
         train=50_000,
         test=10_000,
-        shape=(3, 32, 32),
         classes=10,
         downloads="cifar-10-batches-py",
     ),

@@ -116,12 +116,23 @@ def copy(source: Path, target: Path) -> str:
     return sha256(target)
 
 
-def image_sets(profile: Profile, rules: Collection[str]) -> str:
-    """What these stages read from `data.root` that a box does not hold by itself."""
+def by_hand(profile: Profile, rules: Collection[str], root: Path) -> str:
+    """What to do about image sets that these stages read from `data.root`, which a box does not hold by itself."""
     data, ood = profile.data, profile.evaluation.reliability.ood
     names = [*([data.source] if "prepare" in rules else []), *(ood if "reliability" in rules else [])]
     colour = data.record.shape is None or data.record.shape[0] == 3  # only then `auto` looks for image sets
-    return ", ".join(name for name in names if (name == AUTO and colour) or (name in SOURCES and SOURCES[name].downloads))
+    sets = ", ".join(name for name in names if (name == AUTO and colour) or (name in SOURCES and SOURCES[name].downloads))
+    advice = f"put image sets ({sets}) into {root} if that machine cannot download them, or pack with --also {data.root}"
+    return f"{advice}\n" if sets else ""
+
+
+def wrong_options(options: argparse.Namespace, names: Sequence[str], rules: Sequence[str]) -> Iterator[str]:
+    """What the options of `pack` name that is not there, or is there already."""
+    if Path(options.box).exists():
+        yield f"{options.box} is there already; take it, delete it, or give another name (BOX=…)"
+    yield from (f"{name!r}: {nearest(name, names)}" for name in options.experiments if name not in names)
+    yield from (f"{name!r}: {nearest(name, rules)}" for name in options.stages if name not in rules)
+    yield from (f"--also {path}: is not here" for path in options.also if not Path(path).exists())
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -130,10 +141,7 @@ def pack(options: argparse.Namespace) -> None:
     profile = load(params, overrides)
     require_files(profile)
     names, seeds, rules = list(profile.experiments), list(profile.seeds), [rule for rule in jobs.STAGES if rule != AT_HOME]
-    problems = [f"{box} is there already; take it, delete it, or give another name (BOX=…)"] if box.exists() else []
-    problems += [f"{name!r}: {nearest(name, names)}" for name in options.experiments if name not in names]
-    problems += [f"{name!r}: {nearest(name, rules)}" for name in options.stages if name not in rules]
-    refuse([*problems, *(f"--also {path}: is not here" for path in options.also if not Path(path).exists())])
+    refuse(wrong_options(options, names, rules))
 
     def turn(job: jobs.Job) -> tuple[int, ...]:
         """All of an experiment before the next, all experiments of a seed; what they share is run where it is needed."""
@@ -158,10 +166,7 @@ def pack(options: argparse.Namespace) -> None:
     also = [file for path in options.also for file in files_below(path)]
     outside = [name for name in (*files, *also) if Path(name).is_absolute() or ".." in Path(name).parts]
     refuse(f"{name} is not below this folder, so the box would not find it" for name in outside)
-    run, root = run_name(params, overrides), box / profile.data.root
-    sets = image_sets(profile, packed_rules)
-    advice = f"put image sets ({sets}) into {root} if that machine cannot download them, or pack with --also {profile.data.root}"
-    note = f"{advice}\n" if sets else ""
+    run, note = run_name(params, overrides), by_hand(profile, packed_rules, box / profile.data.root)
     locked = [(line.split("==")[0], line) for line in Path("requirements.lock").read_text(encoding="utf-8").splitlines()]
     making = box.with_name(f".{box.name}.{os.getpid()}.tmp")
     try:
@@ -200,7 +205,7 @@ def problems(box: Path, packed: dict[str, str], done: Done, stages: Plan, here: 
     stale = {file for job, stage in stages.items() if job not in here for file in stage["outputs"]} - brought.keys()
     for name, content in packed.items():
         if sha256(box / name) not in ("", content):
-            yield f"{name}: changed in the box since it was packed; undo it there and run again"
+            yield f"{name}: changed in the box since it was packed; undo it there and rerun"
     for name, entry in done.items():
         if name not in own:
             yield f"{name}: this profile has no such stage here"
@@ -218,7 +223,7 @@ def problems(box: Path, packed: dict[str, str], done: Done, stages: Plan, here: 
         for file in entry["stage"]["outputs"]:
             if (content := sha256(box / file)) != brought[file]:
                 how = f"changed or truncated since {name} wrote it" if content else "missing"
-                yield f"{file}: {how}; copy the box here again, or run {name} there again"
+                yield f"{file}: {how}; copy the box here again, or rerun {name} there"
             elif not force and os.path.lexists(file) and sha256(Path(file)) != content:
                 yield f"{file}: another one is here; move it away, or take these all the same: --force (make unbox FORCE=1)"
 
