@@ -111,9 +111,12 @@ def record(root: Path, run: str) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each value that is another one, missing or new; the machine is not compared."""
+    """One line for each value of the record that is another one or missing; what the record has not, a metric added later, is none.
+
+    The machine is not compared.
+    """
     old, new = (flat({k: v for k, v in tree.items() if k != "machine"}) for tree in (before, now))
-    return [f"{key}: {old.get(key, ABSENT)} -> {new.get(key, ABSENT)}" for key in old | new if old.get(key, ABSENT) != new.get(key, ABSENT)]
+    return [f"{key}: {value} -> {new.get(key, ABSENT)}" for key, value in old.items() if value != new.get(key, ABSENT)]
 
 
 def main() -> int:
