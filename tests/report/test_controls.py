@@ -61,3 +61,12 @@ def test_several_seeds_by_students_test(extra: list[int], outcome: str, tmp_path
     interval = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
     assert (pgd.low, pgd.high) == pytest.approx(interval)
     assert ((pgd.low > 0) or (pgd.high < 0)) == (outcome != "tied")
+
+
+@pytest.mark.parametrize(("more", "outcome"), [(1, "tied"), (0, "tied"), (5, "better than its control")])
+def test_seeds_with_equal_differences_are_judged_by_their_examples(more: int, outcome: str, tmp_path: Path) -> None:
+    """Their spread is 0, so Student's t would be certain of any difference: 3 more of 600 are no evidence (p = 0.25), 15 are."""
+    made(tmp_path, [more] * 3)
+    _, pgd, _ = controls.compare(profile([0, 1, 2]), tmp_path)
+    assert (pgd.outcome, pgd.p) == (outcome, pytest.approx(min(1.0, 2 * 0.5 ** (3 * more))))
+    assert pgd.low < pgd.difference < pgd.high

@@ -34,6 +34,7 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("training.adversary.step_size=0.31", "more than the diameter"),
         ("training.adversary.step_ratio=2.1", "more than the diameter"),
         ("training.adversary.start_ratio=2", "set project: false"),
+        ("training.update.name=awp", "published: 0.005 to 0.01"),
         ("training.weights.examples.name=gairat", "allowed: kl_dro, term, uniform, weat"),
         ("training.weights.targets=0.6", "less than or equal to 0.5"),
         ("training.density_batch_size=32", "density_batch_size is for density_batch 'own'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ COLUMNS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}  # o
 class Comparison:
     """An experiment less its control on the same test examples, in fractions: difference, its 95 % interval, n examples, p.
 
-    Over several seeds: Student's t of the seeds' differences; of one seed: McNemar's exact test, Agresti and Min's interval.
+    Over several seeds: Student's t of the seeds' differences. One seed, or seeds whose differences are all equal: McNemar's exact test
+    and Agresti and Min's interval on their examples together. "tied": no difference that these examples and seeds can detect.
     """
 
     experiment: str
@@ -69,11 +69,11 @@ def _compared(seeds: Sequence[int], results: Path, experiment: str, control: str
         correct = correct_together(results, (experiment, control), seed, column)
         counts.append((*mcnemar(correct[experiment], correct[control]), len(correct[experiment])))
     differences = [(own - reference) / n for own, reference, _, n in counts]
-    n = counts[0][3]
-    if len(counts) == 1:
-        own, reference, p, _ = counts[0]
-        low, high = paired_difference(own, reference, n)
-    else:
+    if len(counts) > 1 and len({own - reference for own, reference, _, _ in counts}) > 1:
         low, high = over_seeds(differences)
-        p = float(stats.ttest_1samp(differences, 0.0).pvalue) if np.std(differences) else float(not differences[0])
-    return Comparison(experiment, control, column, n, len(counts), float(np.mean(differences)), low, high, 1.0 if math.isnan(p) else p)
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    else:  # one seed, or seeds without a spread to learn from: the examples of all together
+        own, reference = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        low, high = paired_difference(own, reference, sum(n for _, _, _, n in counts))
+        p = float(stats.binomtest(own, own + reference, 0.5).pvalue) if own + reference else 1.0
+    return Comparison(experiment, control, column, counts[0][3], len(counts), float(np.mean(differences)), low, high, p)

@@ -160,6 +160,14 @@ class UpdateSettings(Settings):
     after: CountOrZero = 0  # awp: epochs without a perturbation, at the beginning
     adaptive: StrictBool = True  # sam: radius relative to each weight's size
 
+    @model_validator(mode="after")
+    def relative_radius(self) -> Self:
+        if self.name in ("awp", "awp_random") and self.rho > 1:
+            raise ValueError(
+                f"update {self.name!r} measures rho in lengths of each layer, and rho is {self.rho:.4g}; published: 0.005 to 0.01"
+            )
+        return self
+
 
 class Rung(Settings):
     """One change with which a diverged training continues.
