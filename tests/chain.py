@@ -5,6 +5,7 @@ conftest.py makes it once for all tests of a run (`chain`), whose files no test 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -57,6 +58,7 @@ class Executed:
         self.functions: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Executed:
+        gc.collect()  # a generator that an earlier test left would run once more when it is collected
         threading.setprofile(self.note)
         sys.setprofile(self.note)
         return self
