@@ -54,6 +54,7 @@ class Logged:
 class Method(Entry):
     """A training objective.
 
+    reads: what it uses of `training.weights` beyond w1, w2, w3, align and energy_l2.
     samples: names in SAMPLES; a step makes each once, before the loss.
     selection: the validation score that picks the checkpoint unless the settings choose another.
     bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
@@ -103,64 +104,63 @@ _TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eva
 _KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
-_adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust")
+_adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control"))
+_consistent = partial(_adversarial, reads=("beta", "examples", "control"), logs=(_KL,))
+_der = partial(_adversarial, reads=("delta", "examples", "control"), logs=(_ENERGY_CHANGE,))
 _energy = partial(Method, family="energy", samples=("negatives",))
 
 METHODS: Mapping[str, Method] = {
     "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard"),
     "pgd_at": _adversarial("ebjdat.objectives.recipes:pgd_at", "Madry et al. 2018, arXiv 1706.06083"),
-    "trades": _adversarial(
+    "trades": _consistent(
         "ebjdat.objectives.recipes:trades",
         "TRADES, Zhang et al. 2019, arXiv 1901.08573",
         defaults=_TRADES_ATTACK,
-        logs=(_KL,),
         control="pgd_at, which has no clean images",
     ),
-    "weat_nat": _adversarial(
+    "weat_nat": _consistent(
         "ebjdat.objectives.recipes:trades",
         "WEAT (natural), Mirza et al. 2024, arXiv 2407.06315",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 6.0, "examples": {"name": "weat"}}},
-        logs=(_KL,),
         control="weights.control mean_matched: their mean for every image; shuffled: each weight on another image",
     ),
-    "weat_adv": _adversarial(
+    "weat_adv": _consistent(
         "ebjdat.objectives.recipes:weat_adv",
         "WEAT (adversarial), Mirza et al. 2024, arXiv 2407.06315",
         defaults={**_TRADES_ATTACK, "weights": {"beta": 7.0, "examples": {"name": "weat"}}},
-        logs=(_KL,),
         control="as for weat_nat",
     ),
     "mart": _adversarial(
         "ebjdat.objectives.recipes:mart",
         "MART, Wang et al. 2020 (ICLR), YisenWang/MART",
+        reads=("beta", "control"),
         defaults={"adversary": {"start": "gaussian", "mode": "eval"}, "weights": {"beta": 5.0}},
         logs=(_KL, Logged("bce", "nats", "lower", "−log p_y(x̃) − log(1 − max p_k(x̃)), k ≠ y")),
         control="weights.control mean_matched: the KL term weighs every image alike; shuffled: as other images would",
     ),
-    "der": _adversarial(
+    "der": _der(
         "ebjdat.objectives.recipes:der",
         "DER-style, after arXiv 2505.22486; its form and strength are not confirmed",
-        logs=(_ENERGY_CHANGE,),
         control="der_random: the same penalty at a random corner of the ball",
     ),
-    "der_random": _adversarial(
+    "der_random": _der(
         "ebjdat.objectives.recipes:der_random",
         "control of der: the same penalty at a random corner of the ball",
         samples=("adversarial", "corner"),
-        logs=(_ENERGY_CHANGE,),
     ),
     "s2o": _adversarial(
         "ebjdat.objectives.recipes:s2o",
         "S2O on PGD-AT, Jin et al., arXiv 2203.06020",
+        reads=("targets", "examples", "control"),
         defaults={"adversary": {"mode": "eval"}, "weights": {"targets": 0.05}},
         logs=(Logged("second_order", "nats", "lower", "KL from S2O's targets, of x and x̃ together"),),
         control="weights.control mean_matched: the same target for every class, which is label smoothing; shuffled: those of another class",
     ),
-    "s2o_trades": _adversarial(
+    "s2o_trades": _consistent(
         "ebjdat.objectives.recipes:s2o_trades",
         "S2O on TRADES, Jin et al., arXiv 2203.06020",
+        reads=("beta", "targets", "examples", "control"),
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
-        logs=(_KL,),
         control="as for s2o",
     ),
     "fgsm": _adversarial(
@@ -173,6 +173,7 @@ METHODS: Mapping[str, Method] = {
         "ebjdat.objectives.recipes:corners",
         "control of training on single steps: a random corner of the ball",
         samples=("corner",),
+        reads=(),
         logs=(
             Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
             Logged("energy_corner", "nats", "", "mean energy of these"),
@@ -194,6 +195,7 @@ METHODS: Mapping[str, Method] = {
         "ebjdat.objectives.recipes:gradalign",
         "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
         samples=("adversarial", "uniform"),
+        reads=("delta", "examples", "control"),
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",

@@ -13,7 +13,7 @@ import pandas as pd
 from ebjdat.files import read_json, write_result
 from ebjdat.metrics import ENERGY_ATTACKS
 from ebjdat.names import flat_results
-from ebjdat.report import claims, controls
+from ebjdat.report import claims, pairs
 from ebjdat.report.collect import RunResult, collect
 from ebjdat.report.figures import animate, sample_grids, save
 from ebjdat.report.page import Site
@@ -133,4 +133,4 @@ def with_metrics(runs: list[RunResult], **metrics: dict[str, Any]) -> list[RunRe
 def site_of(profile: Profile, results: Path, runs: list[RunResult] | None = None, card: dict[str, Any] = CARD) -> Site:
     runs = collect(profile, results, "d1") if runs is None else runs
     findings = claims.judge(claims.Evidence(profile, runs, results))
-    return Site(profile, "digits", results, card, runs, findings, controls.compare(profile, results))
+    return Site(profile, "digits", results, card, runs, findings, pairs.with_controls(profile, results))

@@ -10,28 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from scipy.stats import fisher_exact
 
-from ebjdat.intervals import mcnemar, over_seeds
+from ebjdat.intervals import over_seeds
 from ebjdat.metrics import describe, sign
 from ebjdat.names import STANDARD
 from ebjdat.registry import FORMS, METHODS, RELEASE, Family
 from ebjdat.report.collect import RunResult, metrics_of
 from ebjdat.report.format import effective_radius
-from ebjdat.report.pairs import correct_together
+from ebjdat.report.pairs import SIGNIFICANT, compared
 from ebjdat.report.summary import Estimate, estimate, paper_numbers
 from ebjdat.settings import RELEASED, Profile, form_values
 
 Verdict = Literal["holds", "fails", "open"]
-SIGNIFICANT = 0.05
 WHY_OF_GAPS = {
     "holds": "the intervals do not overlap",
     "fails": "the gap is larger, and the intervals do not overlap",
     "open": "the intervals overlap",
 }
 ROBUST: Family = "joint"
-ONE_SEED = "one seed: about these two networks, not yet about the methods"
+ONE_SEED = "one seed: about these networks, not yet about the methods"
 TRAINING_CHECKS = "checks during training (docs/healing.md)"
 ENOUGH = 3  # seeds, for a claim about training
 MARGIN = 39.67 / 37.12 - 1  # in the paper, EB-JDAT's distance is this much larger than its JEM's
@@ -132,22 +130,16 @@ class Evidence:
 
         column: of verdicts.parquet under the standard protocol. One seed: McNemar's test; several: t interval of the differences.
         """
-        counts = []
-        for seed in self.profile.seeds:
-            correct = correct_together(self.results, (a, b), seed, column)
-            counts.append((*mcnemar(correct[a], correct[b]), len(correct[a])))
-        differences = [(only_a - only_b) / n for only_a, only_b, _, n in counts]
-        if len(counts) == 1:
-            only_a, only_b, p, n = counts[0]
-            significant, how = p < SIGNIFICANT, f"McNemar on the same {n} examples: only {a} right {only_a}, only {b} {only_b}, p = {p:.2g}"
+        found = compared(self.results, a, b, self.profile.seeds, column)
+        if found.seeds == 1:
+            counts = f"only {a} right {found.only_a}, only {b} {found.only_b}"
+            how = f"McNemar on the same {found.n} examples: {counts}, p = {found.p:.2g}"
         else:
-            low, high = over_seeds(differences)
-            significant = low > 0 or high < 0
-            how = f"difference over {len(counts)} seeds {100 * np.mean(differences):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-        if not significant:
+            how = f"difference over {found.seeds} seeds {found.points.replace(' [', ' points [')}"
+        if not found.significant:
             return "open", f"{how}: no difference that these examples can detect"
-        how += "" if len(counts) > 1 else f"; {ONE_SEED}"
-        return ("holds" if sign(f"{column}_acc") * np.mean(differences) > 0 else "fails"), how
+        how += "" if found.seeds > 1 else f"; {ONE_SEED}"
+        return ("holds" if sign(f"{column}_acc") * found.difference > 0 else "fails"), how
 
 
 Claim = Callable[[Evidence, str], Finding | None]  # of EB-JDAT's experiment; None: no other experiment of the profile is about it

@@ -15,6 +15,7 @@ from ebjdat.metrics import COLUMNS, PANELS, TABLE, VOCABULARY
 from ebjdat.names import STANDARD, flat_name
 from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.report.collect import RunResult, metrics_of
+from ebjdat.report.pairs import Comparison
 from ebjdat.report.summary import Estimate, estimate
 from ebjdat.settings import Profile, ProtocolSettings, flat
 from ebjdat.vocabulary import Column, Metric
@@ -229,19 +230,17 @@ def _protocol_heading(profile: Profile, kind: str, name: str, protocol: Protocol
 
 
 def write_audit_markdown(
-    findings: Sequence[Any], comparisons: Sequence[Any], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path
+    findings: Sequence[Any], comparisons: Sequence[Comparison], side: Sequence[Sequence[str]], checks: Sequence[dict[str, Any]], path: Path
 ) -> None:
     """audit.md: claims, methods beside their controls, robustness under every protocol, and the checks that failed.
 
-    findings: of report.claims.judge. comparisons: of report.controls.compare.
+    findings: of report.claims.judge. comparisons: of report.pairs.with_controls.
     """
     rows = [[f.claim, f"**{f.verdict}**", f.paper, f.measured, f.protocol, f.why] for f in findings]
     text = ["# Which claims hold?", "", *markdown_table([["claim", "verdict", "the paper", "measured here", "protocol", "why"], *rows]), ""]
     text += [WHAT_WAS_READ, ""]
     if comparisons:
-        beside = [
-            [c.experiment, c.control, c.title, c.points, f"{c.p:.2g}", str(c.n), str(c.seeds), f"**{c.outcome}**"] for c in comparisons
-        ]
+        beside = [[c.a, c.b, c.title, c.points, f"{c.p:.2g}", str(c.n), str(c.seeds), f"**{c.outcome}**"] for c in comparisons]
         heading = ["experiment", "control", "accuracy", "difference, points", "p", "n", "seeds", "outcome"]
         text += ["# Methods and their controls", "", *markdown_table([heading, *beside]), ""]
     text += ["# Robustness under every protocol", "", *markdown_table(side), "", "# Integrity checks that failed", ""]

@@ -25,7 +25,6 @@ from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline
 from ebjdat.report.claims import Finding
 from ebjdat.report.collect import STAGES, RunResult, checks_of, read_curve
-from ebjdat.report.controls import Comparison
 from ebjdat.report.format import (
     WHAT_WAS_READ,
     averaged_weights,
@@ -38,7 +37,7 @@ from ebjdat.report.format import (
     seed_table,
     side_by_side,
 )
-from ebjdat.report.pairs import pairwise
+from ebjdat.report.pairs import Comparison, pairwise
 from ebjdat.settings import RELEASED, Profile, flat, join_overrides
 from ebjdat.vocabulary import Metric
 

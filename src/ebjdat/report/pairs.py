@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from scipy import stats
 
 from ebjdat.files import FileError, reading
-from ebjdat.intervals import mcnemar
+from ebjdat.intervals import mcnemar, over_seeds, paired_difference
 from ebjdat.layout import place
 from ebjdat.names import STANDARD
 from ebjdat.settings import Profile
 
+SIGNIFICANT = 0.05
+COLUMNS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}  # of verdicts.parquet
 MOST_VERDICTS = 20_000_000  # rows of a verdicts.parquet: of 50,000 images, 400 protocols
 
 
@@ -45,6 +50,72 @@ def correct_together(results: Path, experiments: Iterable[str], seed: int, colum
         sizes = ", ".join(f"{name} has {len(verdicts)}" for name, verdicts in correct.items())
         raise FileError(f"{results}/*/seed{seed}/verdicts.parquet: not of the same examples ({column}: {sizes}); rerun the attack stage")
     return correct
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more of the same test examples a classifies right than b: a difference of fractions, its 95 % interval, and p.
+
+    column: as for correct_examples. n: examples of a seed. only_a, only_b: examples that one of the two alone gets right, over all
+    seeds. Several seeds: Student's t of their differences. One seed, or seeds whose differences are all equal and so have no spread to
+    learn from: McNemar's exact test and Agresti and Min's interval, on the examples of all seeds together.
+    """
+
+    a: str
+    b: str
+    column: str
+    n: int
+    seeds: int
+    only_a: int
+    only_b: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        """Judged by itself at 5 %, without a correction over comparisons."""
+        return self.p < SIGNIFICANT
+
+    @property
+    def outcome(self) -> Literal["better", "tied", "worse"]:
+        """Of a against b. tied: no difference that these examples and seeds can detect."""
+        return "tied" if not self.significant else "better" if self.difference > 0 else "worse"
+
+    @property
+    def title(self) -> str:
+        """Which accuracy is compared, in words."""
+        return COLUMNS[self.column]
+
+    @property
+    def points(self) -> str:
+        """The difference and its interval, in points."""
+        return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def compared(results: Path, a: str, b: str, seeds: Sequence[int], column: str) -> Comparison:
+    """Two experiments under the standard protocol. Raises FileError for damaged verdicts."""
+    counts = []
+    for seed in seeds:
+        correct = correct_together(results, (a, b), seed, column)
+        counts.append((*mcnemar(correct[a], correct[b])[:2], len(correct[a])))
+    only_a, only_b, n = (sum(column) for column in zip(*counts, strict=True))
+    differences = [(first - second) / size for first, second, size in counts]
+    if len(set(differences)) > 1:
+        low, high = over_seeds(differences)
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    else:
+        low, high = paired_difference(only_a, only_b, n)
+        p = float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    return Comparison(a, b, column, counts[0][2], len(seeds), only_a, only_b, float(np.mean(differences)), low, high, p)
+
+
+def with_controls(profile: Profile, results: Path) -> list[Comparison]:
+    """Every experiment that names a control (a) against that control (b), under each column that was measured. Raises FileError."""
+    columns = [column for column in COLUMNS if column != "autoattack" or profile.evaluation.attack.standard.n]
+    pairs = [(name, entry.control) for name, entry in profile.experiments.items() if entry.control]
+    return [compared(results, name, control, profile.seeds, column) for name, control in pairs for column in columns]
 
 
 def pairwise(profile: Profile, results: Path, seed: int, column: str) -> list[dict[str, Any]]:

@@ -11,18 +11,20 @@ from pydantic import BaseModel, ValidationError
 from ebjdat import registry
 from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
 from ebjdat.settings.profile import ProfileFile
-from ebjdat.settings.training import ChainSettings, UpdateSettings
+from ebjdat.settings.training import ChainSettings, ExampleWeights, UpdateSettings
 from ebjdat.settings.types import mapping, merge, nearest, section, shown
 
 Where = tuple[str | int, ...]
 Problem = tuple[Where, str]
 Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (a file's name, or an override, its raw settings), weakest first
 
-# Sections of a training in which one key names a strategy: section -> (that key, the strategies, the strategy by default). No
-# schedule: a trial run's override replaces every experiment's.
+# Sections whose settings a strategy reads: section -> (the key that names it, the strategies, the strategy by default). No schedule: a
+# trial run's override replaces every experiment's.
 CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
-    "chain": ("sampler", registry.SAMPLERS, ChainSettings().sampler),
-    "update": ("name", registry.UPDATES, UpdateSettings().name),
+    "training.chain": ("training.chain.sampler", registry.SAMPLERS, ChainSettings().sampler),
+    "training.update": ("training.update.name", registry.UPDATES, UpdateSettings().name),
+    "training.weights.examples": ("training.weights.examples.name", registry.WEIGHTINGS, ExampleWeights().name),
+    "training.weights": ("method", registry.METHODS, "classifier"),
 }
 # Chain settings that some samplers ignore.
 READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
@@ -48,7 +50,7 @@ def of_profile(
         yield from _stated_in(raw, of_validation(ProfileFile, error))
     yield from _unread(raw, whole)
     yield from _pretrainings(raw)
-    yield from _controls(raw)
+    yield from _controls(raw, whole)
     if evaluation:
         if evaluation.attack.transfer is not None:
             yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
@@ -127,12 +129,12 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
     for kind in ("pretraining", "experiments"):
         for name, entry in _entries(raw, kind).items():
             for part, (key, strategies, default) in CHOSEN.items():
-                chosen = str(section(whole[kind][name], f"training.{part}.{key}") or default)
+                chosen = str(section(whole[kind][name], key) or default)
                 if chosen in strategies:
                     reads, known = strategies[chosen].reads, {read for row in strategies.values() for read in row.reads}
-                    for unread in sorted(known & set(mapping(section(entry, f"training.{part}"))) - set(reads)):
-                        what = f"is not read by {'sampler' if part == 'chain' else part} {chosen!r}; it reads {', '.join(reads) or 'none'}"
-                        yield (kind, name, "training", part, unread), what
+                    for unread in sorted(known & set(mapping(section(entry, part))) - set(reads)):
+                        by = f"{key.removesuffix('.name').rpartition('.')[2]} {chosen!r}"
+                        yield (kind, name, *part.split("."), unread), f"is not read by {by}; it reads {', '.join(reads) or 'none'}"
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 
@@ -155,13 +157,20 @@ def _pretrainings(raw: Mapping[str, Any]) -> Iterator[Problem]:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; use that one, so that they share a checkpoint"
 
 
-def _controls(raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """Controls that are no other experiment of the profile."""
+def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Controls that are no other experiment of the profile, or train as the experiment itself does."""
     entries = _entries(raw, "experiments")
     for name, entry in entries.items():
         others = [other for other in entries if other != name]
         if isinstance(entry.get("control"), str) and entry["control"] not in others:
             yield ("experiments", name, "control"), f"{entry['control']!r} is not another experiment; {nearest(entry['control'], others)}"
+        elif entry.get("control") is not None and _trained(whole, name) == _trained(whole, entry["control"]):
+            yield ("experiments", name, "control"), f"{entry['control']!r} trains with the same settings; a control differs in what matters"
+
+
+def _trained(whole: Mapping[str, Any], experiment: str) -> dict[str, Any]:
+    """What an experiment's training is made from."""
+    return {key: value for key, value in whole["experiments"][experiment].items() if key not in ("note", "control")}
 
 
 def _missing_run(raw: Mapping[str, Any], where: Where, reference: ReferenceSettings) -> Iterator[Problem]:

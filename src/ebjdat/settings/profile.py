@@ -41,6 +41,10 @@ class MethodSettings(Settings):
         for name, value, allowed in (("base", self.base, method.bases), ("form", self.form, method.forms)):
             if value is not None and value not in allowed:
                 raise ValueError(f"method {self.method!r} has no {name} {value!r}; allowed: {', '.join(allowed) or 'none'}")
+        weights = self.training.weights
+        weighs_examples = "examples" in method.reads and "targets" not in method.reads  # S2O's control is of its targets
+        if weights.control != "none" and weighs_examples and weights.examples.name == "uniform":
+            raise ValueError(f"training.weights.control {weights.control!r} changes nothing: training.weights.examples is uniform")
         return self
 
 

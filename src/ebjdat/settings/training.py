@@ -101,6 +101,8 @@ class AdversarySettings(Settings):
             raise ValueError(f"step_size {self.step:.4g} is more than the diameter 2 eps = {2 * self.eps:.4g}")
         if self.start_ratio > 1 and self.project:
             raise ValueError(f"start_ratio {self.start_ratio:.4g} leaves the ball, into which `project` brings it back; set project: false")
+        if self.start_ratio != 1 and self.start != "uniform":
+            raise ValueError(f"start_ratio is of start 'uniform', not of {self.start!r}")
         if self.score in ("kl", "squared") and self.start == "clean":
             raise ValueError(f"score {self.score!r} has no gradient at the clean image; start 'uniform' or 'gaussian' is allowed")
         return self

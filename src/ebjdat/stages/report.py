@@ -8,7 +8,7 @@ from pathlib import Path
 from ebjdat.errors import printable
 from ebjdat.files import write_json
 from ebjdat.layout import Layout, place
-from ebjdat.report import claims, controls, page
+from ebjdat.report import claims, page, pairs
 from ebjdat.report.collect import checks_of, collect, read_card
 from ebjdat.report.format import side_by_side, write_audit_markdown, write_markdown
 from ebjdat.report.summary import aggregate, headline, write_csv, write_summary
@@ -40,7 +40,7 @@ def run(context: Context, results: Path, card_path: Path, out: Outputs) -> None:
     write_csv(table, out.table_csv)
     write_markdown(table, runs, profile, card, out.table_markdown)
     findings = claims.judge(claims.Evidence(profile, runs, results))
-    comparisons = controls.compare(profile, results)
+    comparisons = pairs.with_controls(profile, results)
     site = page.Site(profile, context.run, results, card, runs, findings, comparisons)
     page.write(site, table, out.html, context.overrides)
     page.write_audit(site, out.audit_html)
