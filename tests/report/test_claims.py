@@ -73,6 +73,13 @@ def test_one_seed_of_the_small_profile(
     assert (claims.ONE_SEED in finding.why) == (why == claims.ONE_SEED)
 
 
+def test_a_change_may_be_negative_and_a_gap_is_not(profile: Profile, made: Path) -> None:
+    changed = judged(profile, made, claims.adversarial_images_have_more_energy)
+    assert "untargeted -1.00 [-1.20, -0.80]" in changed.measured
+    gap = judged(profile, made, claims.closes_second_gap, eb_jdat={"energy_gap_generated": 0.1})
+    assert "eb_jdat 0.10 [0.00, 0.49]" in gap.measured
+
+
 def test_figures_are_shown_with_their_n_and_unmeasured_claims_left_out(profile: Profile, made: Path) -> None:
     assert "7.25 as released (n = 90), 15.50 of fresh chains (n = 200)" in judged(profile, made, claims.fid_is_of_samples).measured
     assert "was not measured" in judged(profile, made, claims.code_is_the_paper).measured

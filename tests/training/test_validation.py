@@ -15,7 +15,7 @@ from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import TrainingSettings
 from ebjdat.training import validation
 from ebjdat.training.state import Job, Learner
-from tests.training.conftest import FULL, changed, spy
+from tests.training.conftest import FULL, METHODS, changed, spy
 
 
 @pytest.fixture
@@ -26,13 +26,14 @@ def images(digits: Prepared) -> DeviceData:
 def test_the_attack_is_the_same_whatever_the_training_does(
     images: DeviceData, network: WideResNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The released form trains with its own neighbours; validation is PGD-10 on cross-entropy, projected, in eval mode."""
-    released = FULL.training_settings("eb_jdat_released")
+    """Released form, N-FGSM: their own neighbours in training; validation is PGD-10 on cross-entropy, projected, in eval mode."""
     seen = spy(monkeypatch, validation, "neighbours", lambda model, x, y, spec, noise: spec)
-    validation.scores(network, released, images, robust=True)
-    (spec,) = seen
-    used = (spec.score, spec.steps, spec.mode, spec.start, spec.project, spec.range, spec.eps)
-    assert used == ("ce", 10, "eval", "uniform", True, "unit", released.adversary.eps)
+    for settings in (FULL.training_settings("eb_jdat_released"), METHODS.training_settings("n_fgsm")):
+        validation.scores(network, settings, images, robust=True)
+        spec, own = seen.pop(), settings.adversary
+        used = (spec.score, spec.steps, spec.step, spec.mode, spec.start, spec.start_ratio, spec.project, spec.range, spec.eps)
+        assert used == ("ce", 10, own.step_size, "eval", "uniform", 1.0, True, "unit", own.eps)
+    assert not seen
 
 
 def test_averaged_weights_have_their_own_scores(
