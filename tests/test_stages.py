@@ -126,6 +126,13 @@ def test_energies_are_those_of_the_test_images_and_the_samples(chain: Chain) -> 
     result = read_json(chain.experiment / "energy.json")
     assert result["energy_gap_adversarial"] == pytest.approx(np.abs(values["adversarial"] - values["clean"]).mean())
     assert result["energy_gap_generated"] == pytest.approx(abs(values["generated"].mean() - values["clean"].mean()))
+    assert result["energy_change_untargeted"] == pytest.approx((values["adversarial"] - values["clean"]).mean())
+    attacks = ("energy_aware", "targeted", "untargeted", "ascent")
+    change, rise = ({name: result[f"energy_{what}_{name}"] for name in attacks} for what in ("change", "rise"))
+    assert change["energy_aware"] < min(change["targeted"], change["untargeted"])  # each attack climbs what it is named after
+    assert change["ascent"] > max(change["targeted"], change["untargeted"])
+    assert change["targeted"] != change["untargeted"]
+    assert rise["ascent"] == 1.0
 
 
 def test_frechet_distance_is_to_the_training_images_under_the_reference(chain: Chain) -> None:
