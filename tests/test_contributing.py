@@ -100,7 +100,7 @@ def test_every_example_is_applied_passes_its_own_tests_and_is_linted(copy: Copy)
 
 
 def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: Copy) -> None:
-    edits = ["src/ebjdat/data/sources.py", "src/ebjdat/registry.py", "params/overrides/shapes.yaml", "tests/data/test_sources.py"]
+    edits = ["src/ebjdat/data/sources.py", "src/ebjdat/registry/data.py", "params/overrides/shapes.yaml", "tests/data/test_sources.py"]
     assert copy.edits(edits[0], 4) == edits
     settings = ("--params", "params/digits.yaml", "--override", "params/overrides/ci.yaml", "--override", "params/overrides/shapes.yaml")
     text = copy.run("ebjdat", "prepare", *settings, "--out", "shapes.npz", "--card", "shapes.json")

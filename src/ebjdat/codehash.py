@@ -61,7 +61,7 @@ class Module:
 def digest(starts: Iterable[str], entries: Iterable[Entry] = (), texts: Iterable[str] = ()) -> str:
     """Digest (16 hexadecimal digits) of what can be executed from these definitions ("module:name") on, with these strategies.
 
-    texts: modules ("ebjdat.registry") of which everything counts, and patterns of other files ("report/*.j2").
+    texts: modules ("ebjdat.registry.methods") of which everything counts, and patterns of other files ("report/*.j2").
     """
     named = {entry.target: entry for entry in entries}
     total = hashlib.sha256()

@@ -269,6 +269,7 @@ UNREAD = {
     *((stage, "journal") for stage in ("finetune", "attack", "generate", "energy", "reliability")),
     *{("finetune", "out"), ("generate", "samples"), ("energy", "figure"), ("reliability", "values")},
 }
+SHOWN_ROWS = ("ebjdat.registry.methods", "ebjdat.registry.strategies", "ebjdat.registry.evaluation", "ebjdat.registry.data")
 
 STAGES: Mapping[str, Stage] = {
     "prepare": Stage(
@@ -321,7 +322,11 @@ STAGES: Mapping[str, Stage] = {
         _report,
         _report_inputs,
         _report_outputs,
-        texts=("ebjdat.registry", "report/*.j2", "report/paper.yaml"),
+        texts=(
+            *(f"ebjdat.registry.{part}" for part in ("methods", "strategies", "evaluation", "data")),
+            "report/*.j2",
+            "report/paper.yaml",
+        ),
         calls_strategies=False,
     ),
 }

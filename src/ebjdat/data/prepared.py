@@ -155,7 +155,7 @@ def check_record(raw: Raw, record: registry.Source, name: str) -> None:
     sizes = {"train": n - n_test, "test": n_test} if record.test else {"train": n}
     for what, value in {**sizes, "shape": raw.images.shape[1:], "classes": len(raw.classes)}.items():
         if (stated := getattr(record, what)) not in (None, value):
-            raise DataError(f"source {name!r}: {what} is {value}, but its record in registry.py states {stated}")
+            raise DataError(f"source {name!r}: {what} is {value}, but its record in registry/data.py states {stated}")
 
 
 def _hashes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:

@@ -6,54 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ebjdat import registry
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
-from ebjdat.models.logits import predicted
+from ebjdat.objectives.parts import adversarial_terms, classified, cross_entropies, divergences, input_gradient, weighted_mean
 from ebjdat.objectives.terms import Samples, Terms
 from ebjdat.objectives.weighting import controlled
 from ebjdat.settings import WeightSettings
 
 MART_GUARD = 1.0001  # within MART's logarithm, in its authors' code
 S2O_CLASS, S2O_OTHERS = 0.2, 0.8  # shares of S2O's targets: the class itself, all others together
-
-
-def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    return (predicted(logits.detach()) == y).float().mean()
-
-
-def _classified(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, K), their cross-entropy and their accuracy."""
-    logits = model(x)
-    return logits, F.cross_entropy(logits, y), _accuracy(logits, y)
-
-
-def _divergences(of: Tensor, from_: Tensor) -> Tensor:
-    """KL(softmax(of) || softmax(from_)) for each example: (B,), in nats; gradients flow through both."""
-    return F.kl_div(from_.log_softmax(1), of.log_softmax(1), reduction="none", log_target=True).sum(1)
-
-
-def _mean(losses: Tensor, logits: Tensor, weights: WeightSettings) -> Tensor:
-    """Mean of losses (B,), each example weighted as the settings say; `logits` are those of its clean image where the method sees it."""
-    weigh = registry.load(registry.WEIGHTINGS, weights.examples.name)
-    return (controlled(weigh(losses.detach(), logits.detach(), weights.examples), weights.control) * losses).mean()
-
-
-def _logged(
-    y: Tensor, clean: Tensor | None, adversarial: Tensor, **terms: Tensor
-) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
-    """What adversarial trainings log, from logits (B, K): clean cross-entropy, the rest by name, mean energies."""
-    ce = None if clean is None else F.cross_entropy(clean.detach(), y)
-    logged = {} if clean is None else {"batch_clean_acc": _accuracy(clean, y)}
-    logged |= {name: value.detach() for name, value in terms.items()}
-    energies = {} if clean is None else {"clean": marginal_energy(clean.detach()).mean()}
-    return (
-        ce,
-        {**logged, "batch_robust_acc": _accuracy(adversarial, y)},
-        {**energies, "adversarial": marginal_energy(adversarial.detach()).mean()},
-    )
 
 
 def _generation(
@@ -74,31 +36,31 @@ def _generation(
 
 def classifier(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on clean images."""
-    logits, ce, accuracy = _classified(model, batch.x, batch.y)
+    logits, ce, accuracy = classified(model, batch.x, batch.y)
     return Terms(ce, ce.detach(), {"batch_clean_acc": accuracy}, {"clean": marginal_energy(logits.detach()).mean()})
 
 
 def pgd_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
     logits = model(samples["adversarial"])
-    ce = F.cross_entropy(logits, batch.y, reduction="none")
-    return Terms(_mean(ce, logits, weights), *_logged(batch.y, None, logits, ce_robust=ce.mean()))
+    ce = cross_entropies(logits, batch.y)
+    return adversarial_terms(weighted_mean(ce, logits, weights), batch.y, None, logits, ce_robust=ce.mean())
 
 
 def corners(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on random corners of the ball: the control of adversarial training with one step, as far and without a gradient."""
-    logits, ce, accuracy = _classified(model, samples["corner"], batch.y)
+    logits, ce, accuracy = classified(model, samples["corner"], batch.y)
     return Terms(ce, logged={"batch_corner_acc": accuracy}, energies={"corner": marginal_energy(logits.detach()).mean()})
 
 
 def trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
-    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: F.cross_entropy(clean, y, reduction="none"))
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: cross_entropies(clean, y))
 
 
 def weat_adv(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x~) + beta KL(p(.|x) || p(.|x~)), weighted by energy (WEAT, Mirza et al. 2024); its other variant has TRADES's CE(x)."""
-    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: F.cross_entropy(adversarial, y, reduction="none"))
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: cross_entropies(adversarial, y))
 
 
 def _with_divergence(
@@ -106,9 +68,9 @@ def _with_divergence(
 ) -> Terms:
     """Mean of a loss of (clean logits, adversarial logits, labels) -> (B,), and beta KL(p(.|x) || p(.|x~))."""
     clean, adversarial = model(batch.x), model(samples["adversarial"])
-    kl = _divergences(clean, adversarial)
-    loss = _mean(first(clean, adversarial, batch.y) + weights.beta * kl, clean, weights)
-    return Terms(loss, *_logged(batch.y, clean, adversarial, kl=kl.mean()))
+    kl = divergences(clean, adversarial)
+    loss = weighted_mean(first(clean, adversarial, batch.y) + weights.beta * kl, clean, weights)
+    return adversarial_terms(loss, batch.y, clean, adversarial, kl=kl.mean())
 
 
 def mart(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -118,11 +80,11 @@ def mart(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettin
     """
     clean, adversarial = model(batch.x), model(samples["adversarial"])
     others = adversarial.softmax(1).scatter(1, batch.y[:, None], 0.0).amax(1)
-    bce = F.cross_entropy(adversarial, batch.y, reduction="none") - (MART_GUARD - others).log()
+    bce = cross_entropies(adversarial, batch.y) - (MART_GUARD - others).log()
     missed = 1 - clean.softmax(1).gather(1, batch.y[:, None])[:, 0]
-    kl = _divergences(clean, adversarial)
+    kl = divergences(clean, adversarial)
     loss = (bce + weights.beta * controlled(missed, weights.control) * kl).mean()
-    return Terms(loss, *_logged(batch.y, clean, adversarial, kl=kl.mean(), bce=bce.mean()))
+    return adversarial_terms(loss, batch.y, clean, adversarial, kl=kl.mean(), bce=bce.mean())
 
 
 def der(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -139,9 +101,9 @@ def _with_energy_change(model: nn.Module, batch: Batch, samples: Samples, weight
     clean, adversarial = model(batch.x), model(samples["adversarial"])
     energy = marginal_energy(adversarial if moved is samples["adversarial"] else model(moved))
     change = (marginal_energy(clean) - energy).abs()
-    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
-    loss = _mean(ce + weights.delta * change, clean, weights)
-    return Terms(loss, *_logged(batch.y, clean, adversarial, ce_robust=ce.mean(), energy_change=change.mean()))
+    ce = cross_entropies(adversarial, batch.y)
+    loss = weighted_mean(ce + weights.delta * change, clean, weights)
+    return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=ce.mean(), energy_change=change.mean())
 
 
 def gradalign(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -150,28 +112,21 @@ def gradalign(model: nn.Module, batch: Batch, samples: Samples, weights: WeightS
     u is uniform in the ball. Gradients flow through g(x + u) alone; an image without a gradient counts as aligned (arXiv 2007.02617).
     """
     adversarial = model(samples["adversarial"])
-    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
-    fixed, other = (_input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
+    ce = cross_entropies(adversarial, batch.y)
+    fixed, other = (input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
     lengths = fixed.norm(dim=1) * other.norm(dim=1)
     aligned = torch.where(lengths > 0, (fixed * other).sum(1) / lengths.clamp_min(1e-30), 1.0)
-    loss = _mean(ce + weights.delta * (1 - aligned), adversarial, weights)
-    return Terms(loss, *_logged(batch.y, None, adversarial, ce_robust=ce.mean(), alignment=aligned.mean()))
-
-
-def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, graph: bool) -> Tensor:
-    """Gradient of each image's cross-entropy (B, C H W); graph: it can be differentiated."""
-    x = x.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x, create_graph=graph)
-    return gradient.flatten(1)
+    loss = weighted_mean(ce + weights.delta * (1 - aligned), adversarial, weights)
+    return adversarial_terms(loss, batch.y, None, adversarial, ce_robust=ce.mean(), alignment=aligned.mean())
 
 
 def s2o(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """(1 - 2 t) CE(x~) + t [KL(q || p(.|x)) + KL(q~ || p(.|x~))] (S2O on PGD-AT, arXiv 2203.06020; t = `targets`, published 0.05)."""
     clean, adversarial = model(batch.x), model(samples["adversarial"])
     second = _second_order(clean, batch.y, weights) + _second_order(adversarial, batch.y, weights)
-    ce = F.cross_entropy(adversarial, batch.y, reduction="none")
-    loss = _mean((1 - 2 * weights.targets) * ce + weights.targets * second, clean, weights)
-    return Terms(loss, *_logged(batch.y, clean, adversarial, ce_robust=ce.mean(), second_order=second.mean()))
+    ce = cross_entropies(adversarial, batch.y)
+    loss = weighted_mean((1 - 2 * weights.targets) * ce + weights.targets * second, clean, weights)
+    return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=ce.mean(), second_order=second.mean())
 
 
 def s2o_trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -179,7 +134,7 @@ def s2o_trades(model: nn.Module, batch: Batch, samples: Samples, weights: Weight
 
     def first(clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
         second = _second_order(clean, y, weights) + _second_order(adversarial, y, weights)
-        return (1 - 2 * weights.targets) * F.cross_entropy(clean, y, reduction="none") + weights.targets * second
+        return (1 - 2 * weights.targets) * cross_entropies(clean, y) + weights.targets * second
 
     return _with_divergence(model, batch, samples, weights, first)
 
@@ -205,7 +160,7 @@ def second_order_targets(logits: Tensor) -> Tensor:
 
 def jem(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
-    logits, ce, accuracy = _classified(model, batch.x, batch.y)
+    logits, ce, accuracy = classified(model, batch.x, batch.y)
     generation, _, energies = _generation(model, batch, logits, samples["negatives"], weights)
     return Terms(generation + weights.w3 * ce, ce.detach(), {"batch_clean_acc": accuracy}, energies)
 
@@ -217,8 +172,8 @@ def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSet
     of their clean images: mean E(x~) - mean E(x). h3: log p(y|x, x~), cross-entropy on both. The released code uses w2 = -0.1,
     which pushes E(x~) up instead, its own neighbours, and mean E(x+), which is of other images, in place of mean E(x) (`align`).
     """
-    logits, ce, accuracy = _classified(model, batch.x, batch.y)
-    adversarial_logits, robust_ce, robust_accuracy = _classified(model, samples["adversarial"], batch.y)
+    logits, ce, accuracy = classified(model, batch.x, batch.y)
+    adversarial_logits, robust_ce, robust_accuracy = classified(model, samples["adversarial"], batch.y)
     generation, density_energy, energies = _generation(model, batch, logits, samples["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
     alignment = energy_adversarial - (density_energy if weights.align == "density" else marginal_energy(logits).mean())

@@ -58,7 +58,7 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
 HEAD = """\
 # Methods
 
-Made by `ebjdat methods --markdown` from `src/ebjdat/registry.py` and the functions that it names; change it there. x̃ is written
+Made by `ebjdat methods --markdown` from `src/ebjdat/registry/` and the functions that it names; change it there. x̃ is written
 `x~`, chains `x-`; p is the softmax of the logits, E(x) = -logsumexp of them, E(x, y) = -z_y. "-style": the paper's form or strength is
 not confirmed.
 """

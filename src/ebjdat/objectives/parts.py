@@ -1,0 +1,59 @@
+"""What losses share: cross-entropies, divergences, means over weighted examples, what adversarial trainings log."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebjdat import registry
+from ebjdat.models.energy import marginal_energy
+from ebjdat.models.logits import predicted
+from ebjdat.objectives.terms import Terms
+from ebjdat.objectives.weighting import controlled
+from ebjdat.settings import WeightSettings
+
+
+def accuracy_of(logits: Tensor, y: Tensor) -> Tensor:
+    return (predicted(logits.detach()) == y).float().mean()
+
+
+def classified(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K), their cross-entropy and their accuracy."""
+    logits = model(x)
+    return logits, F.cross_entropy(logits, y), accuracy_of(logits, y)
+
+
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each example: (B,), in nats."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def divergences(of: Tensor, from_: Tensor) -> Tensor:
+    """KL(softmax(of) || softmax(from_)) for each example: (B,), in nats; gradients flow through both."""
+    return F.kl_div(from_.log_softmax(1), of.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def weighted_mean(losses: Tensor, logits: Tensor, weights: WeightSettings) -> Tensor:
+    """Mean of losses (B,), each example weighted as the settings say; `logits` are those of its clean image where the method sees it."""
+    weigh = registry.load(registry.WEIGHTINGS, weights.examples.name)
+    return (controlled(weigh(losses.detach(), logits.detach(), weights.examples), weights.control) * losses).mean()
+
+
+def adversarial_terms(loss: Tensor, y: Tensor, clean: Tensor | None, adversarial: Tensor, **logged: Tensor) -> Terms:
+    """A loss with what adversarial trainings log of it, from logits (B, K); clean: None where the method does not see clean images."""
+    of_clean = {} if clean is None else {"batch_clean_acc": accuracy_of(clean, y)}
+    energies = {} if clean is None else {"clean": marginal_energy(clean.detach()).mean()}
+    return Terms(
+        loss,
+        None if clean is None else F.cross_entropy(clean.detach(), y),
+        {**of_clean, **{name: value.detach() for name, value in logged.items()}, "batch_robust_acc": accuracy_of(adversarial, y)},
+        {**energies, "adversarial": marginal_energy(adversarial.detach()).mean()},
+    )
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, graph: bool) -> Tensor:
+    """Gradient of each image's cross-entropy (B, C H W); graph: it can be differentiated."""
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x, create_graph=graph)
+    return gradient.flatten(1)
