@@ -77,6 +77,21 @@ def test_train_and_load_a_checkpoint(digits: Prepared, tmp_path: Path) -> None:
         assert (start.read_bytes() == made) == same
 
 
+@pytest.mark.slow
+def test_train_a_student_and_the_teacher_that_it_needs(tmp_path: Path) -> None:
+    """The teacher's checkpoint is what training it by itself gives; it is trained once."""
+    profile, out = ROOT / "params/digits-methods.yaml", tmp_path / "rslad.safetensors"
+    _, header = ebjdat.train(profile, "rslad", out, overrides=SMALL)
+    teacher = tmp_path / "rslad.trades-seed0.safetensors"
+    alone, _ = ebjdat.train(profile, "trades", tmp_path / "trades.safetensors", overrides=SMALL)
+    taught, _ = ebjdat.load_checkpoint(teacher)
+    assert all(torch.equal(value, taught.state_dict()[name]) for name, value in alone.state_dict().items())
+    made, changed_at = out.read_bytes(), teacher.stat().st_mtime_ns
+    ebjdat.train(profile, "rslad", out, overrides=SMALL)
+    assert (out.read_bytes(), teacher.stat().st_mtime_ns) == (made, changed_at)
+    assert header.training.teacher is not None
+
+
 def test_import_loads_nothing() -> None:
     code = "import sys, ebjdat; ebjdat.__version__; dir(ebjdat); print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

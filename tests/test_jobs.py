@@ -17,6 +17,7 @@ from ebjdat.settings import Profile, load
 
 from .conftest import ROOT
 
+EXTERNAL = "experiment: null, model: 'a:b'"
 PROFILES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 
 
@@ -37,6 +38,23 @@ def test_a_job_reads_what_earlier_jobs_write_and_no_two_write_the_same(shipped: 
     assert len(jobs.jobs(profile)) == 2 + len(profile.seeds) * (
         len({e.pretraining for e in profile.experiments.values()}) + 5 * len(profile.experiments)
     )
+
+
+def test_a_student_reads_the_checkpoint_of_its_teacher_of_the_same_or_the_named_seed(tmp_path: Path) -> None:
+    options = ["experiments.s={method: ard, pretraining: clean, training: {teacher: {experiment: pgd_at}}}", "seeds=[0, 1]"]
+    for more, seeds in (([], {0: 0, 1: 1}), (["experiments.s.training.teacher.seed=1"], {0: 1, 1: 1})):
+        profile = load(ROOT / "params/digits.yaml", [*options, *more])
+        for own, of in seeds.items():
+            job = jobs.Job("finetune", "s", own)
+            words = jobs.command(profile, Layout("digits"), job, [])
+            assert words[words.index("--teacher") + 1] == f"checkpoints/digits/pgd_at/seed{of}.safetensors"
+        order = jobs.jobs(profile)
+        assert order.index(jobs.Job("finetune", "pgd_at", 1)) < order.index(jobs.Job("finetune", "s", 0))
+    (tmp_path / "w.pt").touch()
+    profile = load(ROOT / "params/digits.yaml", [*options, f"experiments.s.training.teacher={{{EXTERNAL}, weights: {tmp_path}/w.pt}}"])
+    assert jobs.inputs(profile, Layout("digits"), jobs.Job("finetune", "s", 0))["teacher"] == [f"{tmp_path}/w.pt"]
+    with_teacher = [f"experiments.s.training.teacher={{{EXTERNAL}}}"]
+    assert jobs.inputs(load(ROOT / "params/digits.yaml", [*options, *with_teacher]), Layout("digits"), job)["teacher"] == []
 
 
 def test_every_command_is_one_that_the_command_line_takes(profile: Profile) -> None:

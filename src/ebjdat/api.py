@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat.data import prepared
+from ebjdat.data.prepared import Prepared
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import robust, verdicts
 from ebjdat.evaluation.audit import limited
@@ -17,7 +18,7 @@ from ebjdat.jobs import STAGES
 from ebjdat.models.modes import UnitRange
 from ebjdat.pixels import UNIT
 from ebjdat.settings import ParamsError, load, nearest, usual_protocols
-from ebjdat.settings.profile import Pretraining
+from ebjdat.settings.profile import Pretraining, Profile
 from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import Header
 from ebjdat.training.fit import train_checkpoint
@@ -96,8 +97,9 @@ def train(
     """Train an experiment of a profile from its pretraining, on the profile's data, and write its checkpoint to `out`.
 
     profile: e.g. "params/digits.yaml". overrides: as on the command line: YAML files or "key.path=value".
-    Returns what `load_checkpoint(out)` does. The pretraining's checkpoint is written beside `out` and used again. A training that was
-    interrupted continues when it is called again. The same arguments give the same weights on the same machine.
+    Returns what `load_checkpoint(out)` does. The checkpoints of its pretraining and of its teacher are written beside `out` and used
+    again. A training that was interrupted continues when it is called again. The same arguments give the same weights on the same
+    machine.
 
     Raises ParamsError for settings that are wrong, DataError for the images, TrainingError where training diverged for good.
 
@@ -108,15 +110,31 @@ def train(
     chosen = load(profile, overrides)
     if experiment not in chosen.experiments:
         raise ParamsError(f"{experiment!r} is not in this profile; {nearest(experiment, list(chosen.experiments))}")
-    entry, out, on = chosen.experiments[experiment], Path(out), torch.device(device)
     data, _ = prepared.prepare(chosen.data)
+    _train(chosen, experiment, Path(out), data, seed, torch.device(device))
+    return load_checkpoint(out, device)
+
+
+def _train(chosen: Profile, experiment: str, out: Path, data: Prepared, seed: int, on: torch.device) -> None:
+    entry = chosen.experiments[experiment]
     start, initial = chosen.pretraining[entry.pretraining], out.with_name(f"{out.stem}.{entry.pretraining}{out.suffix}")
     code = STAGES["pretrain"].digest(chosen, entry.pretraining)
     if not _is_made(initial, start, data.data_hash, seed, code):
         train_checkpoint(start.method, start.model, start.training, data, initial, seed=seed, device=on, code=code)
     code = STAGES["finetune"].digest(chosen, experiment)
-    train_checkpoint(entry.method, entry.model, entry.training, data, out, seed=seed, device=on, initial=initial, code=code)
-    return load_checkpoint(out, on)
+    named, teacher = entry.training.teacher, None
+    if named and named.experiment:
+        own = seed if named.seed is None else named.seed
+        teacher = out.with_name(f"{out.stem}.{named.experiment}-seed{own}{out.suffix}")
+        student = chosen.experiments[named.experiment]
+        of_teacher = STAGES["finetune"].digest(chosen, named.experiment)
+        if not _is_made(teacher, Pretraining(student.method, student.model, student.training), data.data_hash, own, of_teacher):
+            _train(chosen, named.experiment, teacher, data, own, on)
+    elif named and named.weights:
+        teacher = Path(named.weights)
+    train_checkpoint(
+        entry.method, entry.model, entry.training, data, out, seed=seed, device=on, initial=initial, code=code, teacher=teacher
+    )
 
 
 def _is_made(path: Path, start: Pretraining, data_hash: str, seed: int, code: str) -> bool:

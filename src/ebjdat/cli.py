@@ -68,6 +68,7 @@ def finetune(
     out: Weights,
     metrics: Out,
     curve: Annotated[Path, typer.Option(help="One line per epoch (CSV).")],
+    teacher: Annotated[Path | None, typer.Option(help="Weights of its teacher (training.teacher): a checkpoint, or any file.")] = None,
     override: Overrides = NO_OVERRIDES,
     threads: Threads = None,
 ) -> None:
@@ -77,7 +78,7 @@ def finetune(
 
     context = Context.load(params, override)
     outputs = train.Outputs(out, metrics, curve)
-    train.finetune(context, known(experiment, context.profile.experiments), seed, data, initial, outputs, threads)
+    train.finetune(context, known(experiment, context.profile.experiments), seed, data, initial, outputs, threads, teacher)
 
 
 @app.command()

@@ -100,7 +100,7 @@ class Stage:
 
 def jobs(profile: Profile) -> list[Job]:
     """All jobs of a profile, stage by stage, each after those that it reads from."""
-    names: dict[str, list[str]] = {"run": [], "pretraining": list(profile.pretraining), "experiment": list(profile.experiments)}
+    names: dict[str, list[str]] = {"run": [], "pretraining": list(profile.pretraining), "experiment": profile.teachers_first()}
     used = {experiment.pretraining for experiment in profile.experiments.values()}
     names["pretraining"] = [name for name in names["pretraining"] if name in used]
     return [
@@ -215,9 +215,13 @@ def _trained(layout: Layout, job: Job) -> dict[str, str]:
     return {"out": layout.checkpoint(job.place)} | {option: layout.result(job.place, file) for option, file in files.items()}
 
 
-def _initial(profile: Profile, layout: Layout, job: Job) -> Files:
-    start = pretraining_place(profile.experiments[job.name].pretraining, job.seed)
-    return {"data": [layout.data], "initial": [layout.checkpoint(start)]}
+def _finetune_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    entry = profile.experiments[job.name]
+    start, teacher = pretraining_place(entry.pretraining, job.seed), entry.training.teacher
+    files = _given(teacher.weights) if teacher else []
+    if teacher and teacher.experiment:
+        files = [layout.checkpoint(place(teacher.experiment, job.seed if teacher.seed is None else teacher.seed))]
+    return {"data": [layout.data], "initial": [layout.checkpoint(start)], "teacher": files}
 
 
 def _attack_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
@@ -287,7 +291,7 @@ STAGES: Mapping[str, Stage] = {
         _trained,
         VALIDATION,
     ),
-    "finetune": Stage("experiment", ("ebjdat.stages.train:finetune", CONTEXT), _training, _initial, _trained, VALIDATION),
+    "finetune": Stage("experiment", ("ebjdat.stages.train:finetune", CONTEXT), _training, _finetune_inputs, _trained, VALIDATION),
     "attack": Stage(
         "experiment",
         ("ebjdat.stages.attack:run", CONTEXT),

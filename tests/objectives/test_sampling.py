@@ -82,7 +82,7 @@ def test_chains_walk_in_their_mode_to_their_own_class_and_start_afresh_by_chance
         state.buffer.images.fill_(5.0)
         chain = state.settings.chain.model_copy(update={"mode": mode, "reinit": reinit})
         settings = state.settings.model_copy(update={"chain": chain})
-        (begun,) = sampling_states(settings, state.buffer, pool, ("test",), 0, 1)
+        (begun,) = sampling_states(SamplingState(settings, state.buffer), pool, ("test",), 0, 1)
         negatives(network, batch, begun, rng)
         training, x, y = seen[-1]
         assert training == (mode == "train")
@@ -114,7 +114,7 @@ def state(pool: StartPool, settings: TrainingSettings) -> SamplingState:
 def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: SamplingState, pool: StartPool) -> None:
     settings = state.settings.model_copy(update={"density_batch": "own", "density_batch_size": 24})
     for asked, n in ((settings, 24), (state.settings, 64)):
-        (begun,) = sampling_states(asked, state.buffer, pool, ("test",), 0, 1)
+        (begun,) = sampling_states(SamplingState(asked, state.buffer), pool, ("test",), 0, 1)
         assert begun.chains is not None
         assert len(begun.chains.x) == len(begun.chains.slots) == n
 
@@ -122,7 +122,8 @@ def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: Sampl
 @pytest.mark.parametrize("first", [2, sampling.PLANNED_STEPS, sampling.PLANNED_STEPS + 1])
 def test_an_interrupted_epoch_goes_on_with_the_same_chains(first: int, state: SamplingState, pool: StartPool) -> None:
     whole, rest = (
-        list(sampling_states(state.settings, state.buffer, pool, ("test",), begin, sampling.PLANNED_STEPS + 3)) for begin in (0, first)
+        list(sampling_states(SamplingState(state.settings, state.buffer), pool, ("test",), begin, sampling.PLANNED_STEPS + 3))
+        for begin in (0, first)
     )
     for one, other in zip(whole[first:], rest, strict=True):
         assert one.chains is not None

@@ -13,6 +13,11 @@ from .conftest import DIGITS, Refusal, nested
 PROTOCOLS = "evaluation.attack.protocols"
 
 
+def student(teacher: str, **more: Any) -> dict[str, Any]:
+    """An experiment that learns from another."""
+    return {"method": "rslad", "pretraining": "clean", "training": {"teacher": {"experiment": teacher, **more}}}
+
+
 def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[str, Any], refusal: Refusal) -> None:
     for path, value in {
         "training.epocs": 3,
@@ -67,6 +72,23 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[s
         ("training.chain.clamp", 0.5, "training.chain.clamp: is never used"),
         ("bases.jempp.chain.stps", 3, "bases.jempp.chain.stps: unknown key; did you mean 'steps'?"),
         ("bases.jemp", {}, "'jemp' is unknown; did you mean 'jem"),
+        ("experiments.s", {"method": "rslad", "pretraining": "clean"}, "experiments.s: training.teacher: method 'rslad' needs one"),
+        ("experiments.s", student("nobody"), "experiments.s.training.teacher.experiment: 'nobody' is not another experiment"),
+        ("experiments.s", student("s"), "experiments.s.training.teacher.experiment: 's' is not another experiment"),
+        ("experiments.s", student("pgd_at", seed=8), "experiments.s.training.teacher.seed: 8 is not one of the profile's seeds [0]"),
+        ("experiments.s", student("pgd_at", weights="a.pt"), "training.teacher: `weights` is of `model`, which is not given"),
+        ("experiments.s", student("pgd_at", model="a:b"), "training.teacher: one of `experiment` (of this profile) and `model`"),
+        ("experiments.pgd_at.training", student("jempp")["training"], "experiments.pgd_at: training.teacher: nothing reads it here"),
+        (
+            "experiments.pgd_at.training",
+            {"adversary": {"score": "kl_teacher"}},
+            "experiments.pgd_at: training.teacher: score 'kl_teacher' needs one",
+        ),
+        (
+            "pretraining.clean",
+            {"method": "ard", "training": student("pgd_at")["training"]},
+            "pretraining.clean.training.teacher.experiment: a pretraining is trained before every experiment",
+        ),
         # what others inherit is reported where it is stated, and nowhere else
         ("training.batch_size", 5000, "training.batch_size: 5000 is larger than the training split (1170 images)"),
         ("training.adversary.step_size", 0.31, "training.adversary: step_size 0.31 is more than the diameter"),
@@ -78,6 +100,13 @@ def test_one_problem_is_one_line(raw: dict[str, Any], refusal: Refusal, path: st
     first, line = refusal(merge(raw, nested(path, value))).splitlines()
     assert first == "1 problem in the settings:"
     assert expected in line
+
+
+def test_experiments_that_teach_each_other_are_refused(raw: dict[str, Any], refusal: Refusal) -> None:
+    raw = merge(raw, nested("experiments", {"a": student("b"), "b": student("c"), "c": student("a"), "d": student("a")}))
+    first, *lines = refusal(raw).splitlines()
+    assert first == "3 problems in the settings:"
+    assert "experiments.a.training.teacher.experiment: experiments teach each other in a circle: a, b, c" in lines[0]
 
 
 def test_a_base_that_a_method_may_have_is_accepted() -> None:

@@ -57,6 +57,17 @@ def test_presets_are_those_of_the_published_table() -> None:
     assert sada == {**common, "sampler": "clipped_sgld", "steps": 5, "step_size": 1}
 
 
+def test_a_students_settings_hold_its_teachers() -> None:
+    """So a student's hash changes with what its teacher was trained with, and with nothing of another experiment."""
+    chain = ["experiments.a={method: ard, pretraining: clean, training: {teacher: {experiment: b}}}"]
+    chain += ["experiments.b={method: rslad, pretraining: clean, training: {teacher: {experiment: pgd_at}}}"]
+    hashes = {name: entry.params_hash(0) for name, entry in load(DIGITS, chain).experiments.items()}
+    assert load(DIGITS, chain).teachers_first()[-2:] == ["b", "a"]
+    for change, students in (("pgd_at", {"pgd_at", "a", "b"}), ("eb_jdat", {"eb_jdat"})):
+        changed = load(DIGITS, [*chain, f"experiments.{change}.training.adversary.steps=2"]).experiments
+        assert {name for name, entry in changed.items() if entry.params_hash(0) != hashes[name]} == students
+
+
 def test_every_method_with_chains_has_a_base() -> None:
     for name, method in registry.METHODS.items():
         assert bool(method.bases) == ("negatives" in method.samples), name

@@ -30,13 +30,14 @@ def run(
     events: list[Event] | None = None,
     seed: int = 0,
 ) -> TrainingState:
-    """A training of 4 steps per epoch from fixed weights."""
+    """A training of 4 steps per epoch from fixed weights. Where the settings name a teacher, it is another network as it was made."""
     cpu = torch.device("cpu")
     model = build(ModelSettings(depth=10, width=1), 1, 10, 0)
     job = Job("test", method, settings, seed, state, minutes)
     data, validation = DeviceData(digits, "train", cpu, 256), DeviceData(digits, "validation", cpu)
     hooks = Hooks(event=[].append if events is None else events.append)
-    return train(model, job, data, validation, torch.from_numpy(digits.class_mean), hooks)
+    teacher = build(ModelSettings(depth=10, width=1), 1, 10, 1).eval().requires_grad_(False) if settings.teacher else None
+    return train(model, job, data, validation, torch.from_numpy(digits.class_mean), hooks, teacher)
 
 
 def run_with_stops(digits: Prepared, settings: TrainingSettings, state: Path) -> tuple[TrainingState, int]:

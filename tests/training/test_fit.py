@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from ebjdat.training import checkpoint
 from ebjdat.training.checkpoint import CheckpointError
 from ebjdat.training.fit import train_checkpoint
 from ebjdat.training.loop import Hooks, train
-from ebjdat.training.state import Job
-from tests.training.conftest import changed
+from ebjdat.training.state import Job, TrainingError
+from tests.training.conftest import METHODS, changed
 
 MODEL, CPU = ModelSettings(depth=10, width=1), torch.device("cpu")
 
@@ -48,6 +49,49 @@ def test_a_checkpoint_holds_what_the_loop_selected(digits: Prepared, settings: T
     assert loaded.buffer is not None
     assert selected.buffer is not None
     assert torch.equal(loaded.buffer, selected.buffer)
+
+
+def test_a_student_learns_from_its_teachers_checkpoint_and_from_a_network_from_elsewhere(
+    digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights by both ways give the same student; another teacher, another; the teacher stays as it is."""
+    small = replace(digits, train=digits.train[:128])
+    plain = changed(METHODS.training_settings("pgd_at"), epochs=1)
+    for seed in (1, 2):
+        train_checkpoint("pgd_at", MODEL, plain, small, tmp_path / f"teacher{seed}.safetensors", seed=seed)
+    before = (tmp_path / "teacher1.safetensors").read_bytes()
+    settings = changed(METHODS.training_settings("iad"), epochs=2)
+    learn = partial(train_checkpoint, "iad", MODEL, data=small, seed=0)
+    students = [
+        learn(training=settings, out=tmp_path / f"student{i}.safetensors", teacher=tmp_path / f"teacher{of}.safetensors").weights
+        for i, of in enumerate((1, 1, 2))
+    ]
+    (tmp_path / "elsewhere.py").write_text(
+        "import ebjdat\n\n\ndef network():\n    return ebjdat.load_checkpoint('teacher1.safetensors')[0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    elsewhere = changed(settings, teacher={"model": "elsewhere:network", "experiment": None})
+    students.append(learn(training=elsewhere, out=tmp_path / "student3.safetensors").weights)
+    apart = [max(float((value - student[name]).abs().max()) for name, value in students[0].items()) for student in students]
+    assert apart[:2] == [0, 0]
+    assert apart[3] < apart[2] / 20  # its images were scaled to [0, 1] and back, which rounds
+    assert (tmp_path / "teacher1.safetensors").read_bytes() == before
+
+
+def test_a_teacher_of_other_images_or_classes_is_refused(digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "foreign.py").write_text(
+        "import torch\n\n\ndef flat():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))\n"
+        "\n\ndef colour():\n    return torch.nn.Conv2d(3, 10, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for model, problem in (("flat", r"foreign:flat gives \(2, 3\) for 2 images; these data have 10 classes"), ("colour", "cannot take")):
+        settings = changed(METHODS.training_settings("ard"), epochs=1, teacher={"model": f"foreign:{model}", "experiment": None})
+        with pytest.raises(TrainingError, match=problem):
+            train_checkpoint("ard", MODEL, settings, digits, tmp_path / "x.safetensors")
+    other, start = replace(digits, data_hash="other"), tmp_path / "other.safetensors"
+    train_checkpoint("classifier", MODEL, changed(METHODS.training_settings("pgd_at"), epochs=0), other, start)
+    with pytest.raises(CheckpointError, match="data"):
+        train_checkpoint("ard", MODEL, METHODS.training_settings("ard"), digits, tmp_path / "x.safetensors", teacher=start)
 
 
 def test_it_starts_from_a_checkpoint_that_fits(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ class PipelineStep:
         self.learner = Learner.of(self.model, Job("bench", case.method, settings, 0, Path()), self.pool)
         self.step = Step(case.method, settings, self.model, self.learner.optimizer)
         self.noise = generator(device, "bench")
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.teacher else None  # as large as the student
         self.when = When(0, self.noise)
         self.work = self._work()
 
@@ -85,7 +87,7 @@ class PipelineStep:
         while True:
             for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch, own_density=settings.own_density):
                 chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
-                yield batch, SamplingState(settings, buffer, chains)
+                yield batch, SamplingState(settings, buffer, chains, teacher=self.teacher)
                 step += 1
             epoch += 1
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ebjdat.errors import AttackError, UserError, in_a_line
-from ebjdat.pixels import internal_from_unit
+from ebjdat.pixels import internal_from_unit, unit_from_internal
 
 NO_GRADIENT = "the network passes no gradient on to its input (detach, no_grad or NumPy inside); gradient attacks cannot run"
 
@@ -106,6 +106,18 @@ class UnitRange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(internal_from_unit(x))
+        return logits
+
+
+class InternalRange(nn.Module):
+    """A network of images in [0, 1] as training sees it: images in [-1, 1] -> logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(unit_from_internal(x))
         return logits
 
 

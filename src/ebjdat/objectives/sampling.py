@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +26,38 @@ PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch."""
+    """What sampling needs besides the batch.
+
+    buffer, chains: for methods with chains; those of this batch. epoch: from 0. teacher: a frozen network in eval mode, internal range.
+    made: what was sampled before in the same step, by name.
+    """
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
+    epoch: int = 0
+    teacher: nn.Module | None = None
+    made: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sampling_states(
-    settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
+    epoch: SamplingState, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
 ) -> Iterator[SamplingState]:
     """What each step of an epoch samples from, from step `first` on; chains are planned some steps ahead.
 
-    The same purpose and step give the same chains, wherever a training was interrupted.
+    epoch: what all its steps share. The same purpose and step give the same chains, wherever a training was interrupted.
     """
-    plan = None
+    settings, buffer, plan = epoch.settings, epoch.buffer, None
     for step in range(first, steps):
         if buffer is None:
-            yield SamplingState(settings)
+            yield epoch
             continue
         block, within = divmod(step, PLANNED_STEPS)
         if plan is None or within == 0:
             noise, spec = batches.generator(pool.data.device, *purpose, block), settings.chain
             planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
             plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
-        yield SamplingState(settings, buffer, buffer.take(plan, within))
+        yield replace(epoch, chains=buffer.take(plan, within))
 
 
 def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
@@ -66,7 +73,33 @@ def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: 
 
 def adversarial(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """Adversarial neighbours of batch.x by the settings' score: (B, C, H, W) in [-1, 1]."""
-    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator)
+    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator, state.teacher)
+
+
+def taught(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """The teacher's logits of batch.x: (B, K)."""
+    return _of_teacher(batch.x, state)
+
+
+def taught_adversarial(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """The teacher's logits of the adversarial neighbours: (B, K)."""
+    return _of_teacher(state.made["adversarial"], state)
+
+
+def trust(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """IAD's reliability of its teacher, T_y(x~)^trust: (B,). 1 in the first epochs, `weights.alone` of them all."""
+    weights = state.settings.weights
+    if state.epoch < weights.alone * state.settings.epochs:
+        return torch.ones(len(batch.y), device=batch.x.device)
+    right = state.made["taught_adversarial"].log_softmax(1).gather(1, batch.y[:, None])[:, 0]
+    return (weights.trust * right).exp()
+
+
+def _of_teacher(x: Tensor, state: SamplingState) -> Tensor:
+    assert state.teacher is not None
+    with torch.no_grad():
+        logits: Tensor = state.teacher(x)
+    return logits
 
 
 def uniform(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
@@ -86,8 +119,13 @@ def internal_radius(spec: AdversarySettings) -> float:
     return internal_distance(spec.eps) if spec.range == "unit" else spec.eps
 
 
-def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
-    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise."""
+def neighbours(
+    model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator, teacher: nn.Module | None = None
+) -> Tensor:
+    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise.
+
+    teacher: for scores that read one.
+    """
     as_internal = internal_distance if spec.range == "unit" else float
     eps, step_size = as_internal(spec.eps), as_internal(spec.step)
     if spec.start == "uniform":
@@ -96,9 +134,11 @@ def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, 
         start = x + internal_distance(GAUSSIAN_START) * torch.randn(x.shape, generator=generator, device=x.device)
     else:
         start = x
+    at_hand = {"teacher": teacher, "generator": generator}
+    read = {name: at_hand[name] for name in registry.SCORES[spec.score].reads}
     with frozen_parameters(model, spec.mode):
         return projected_gradient(
-            registry.load(registry.SCORES, spec.score)(model, x, y),
+            registry.load(registry.SCORES, spec.score)(model, x, y, **read),
             x,
             eps=eps,
             step_size=step_size,

@@ -14,6 +14,17 @@ _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)
 _adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control"))
 _consistent = partial(_adversarial, reads=("beta", "examples", "control"), logs=(_KL,))
 _der = partial(_adversarial, reads=("delta", "examples", "control"), logs=(_ENERGY_CHANGE,))
+_KL_TEACHER = Logged("kl_teacher", "nats", "lower", "KL of the student's probabilities at x̃ from the teacher's, with ARD's temperature")
+_distilled = partial(
+    Method,
+    family="distilled",
+    samples=("adversarial", "taught"),
+    selection="robust",
+    reads=("control",),
+    logs=(_KL_TEACHER,),
+    control="weights.control mean_matched: the teacher's mean confidence and no more (label smoothing); shuffled: what it says of "
+    "another image's other classes; the same with an ordinary classifier as teacher",
+)
 _energy = partial(Method, family="energy", samples=("negatives",))
 
 METHODS: Mapping[str, Method] = {
@@ -106,6 +117,31 @@ METHODS: Mapping[str, Method] = {
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
+    ),
+    "ard": _distilled(
+        "ebjdat.objectives.distilled:ard",
+        "ARD, Goldblum et al. 2020, arXiv 1905.09747",
+        reads=("taught", "temperature", "control"),
+        defaults={"weights": {"taught": 1.0, "temperature": 30.0}},
+    ),
+    "rslad": _distilled(
+        "ebjdat.objectives.distilled:rslad",
+        "RSLAD, Zi et al. 2021, arXiv 2108.07969",
+        reads=("taught", "control"),
+        defaults={"adversary": {"score": "kl_teacher", "start": "gaussian", "mode": "eval"}, "weights": {"taught": 5 / 6}},
+    ),
+    "iad": _distilled(
+        "ebjdat.objectives.distilled:iad",
+        "IAD-I, Zhu et al. 2022 (ICLR)",
+        samples=("adversarial", "taught", "taught_adversarial", "trust"),
+        reads=("alone", "trust", "control"),
+        logs=(_KL_TEACHER, Logged("trust", "fraction", "", "mean reliability of the teacher, T_y(x̃)^trust")),
+    ),
+    "adaad": _distilled(
+        "ebjdat.objectives.distilled:adaad",
+        "AdaAD, Huang et al. 2023 (CVPR)",
+        samples=("adversarial", "taught_adversarial"),
+        defaults={"adversary": {"score": "kl_disagree", "start": "gaussian", "mode": "eval"}},
     ),
     "jem": _energy("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", bases=("jem",)),
     "jempp": _energy("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", bases=("jempp",)),

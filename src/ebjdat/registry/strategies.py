@@ -10,11 +10,14 @@ from ebjdat.registry.entries import RELEASE, Entry
 SAMPLES: Mapping[str, Entry] = {
     "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
+    "taught": Entry("ebjdat.objectives.sampling:taught", "the teacher's logits of the images"),
+    "taught_adversarial": Entry("ebjdat.objectives.sampling:taught_adversarial", "the teacher's logits of the adversarial neighbours"),
+    "trust": Entry("ebjdat.objectives.sampling:trust", "IAD, Zhu et al. 2022 (ICLR)"),
     "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
     "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
 }
 
-# Scores that adversarial neighbours ascend.
+# Scores that adversarial neighbours ascend. reads: what their functions take beside network, images and labels.
 SCORES: Mapping[str, Entry] = {
     "ce": Entry("ebjdat.samplers.pgd:cross_entropy_score", "arXiv 1706.06083"),
     "kl": Entry("ebjdat.samplers.pgd:kl_score", "TRADES, arXiv 1901.08573"),
@@ -23,6 +26,9 @@ SCORES: Mapping[str, Entry] = {
     "targeted_ce": Entry("ebjdat.samplers.pgd:targeted_score", "down the cross-entropy of class (y + 1) mod K"),
     "energy_ce": Entry("ebjdat.samplers.pgd:energy_ce_score", "CE - E: adaptive, keeps the energy low"),
     "squared": Entry("ebjdat.samplers.pgd:squared_score", "SCORE, arXiv 2202.10103: |p(x~) - p(x)|^2"),
+    "kl_teacher": Entry("ebjdat.samplers.pgd:kl_teacher_score", "RSLAD, arXiv 2108.07969: KL(T(x) || p(x~))", reads=("teacher",)),
+    "kl_disagree": Entry("ebjdat.samplers.pgd:kl_disagree_score", "AdaAD, Huang et al. 2023: KL(T(x~) || p(x~))", reads=("teacher",)),
+    "random_sign": Entry("ebjdat.samplers.pgd:random_sign_score", "control: asks no network", reads=("generator",)),
     "released": Entry("ebjdat.samplers.pgd:released_score", RELEASE),
     "released_ce": Entry("ebjdat.samplers.pgd:released_ce_score", f"{RELEASE}, commented out"),
 }

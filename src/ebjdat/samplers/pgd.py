@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ebjdat.models.energy import joint_energy, marginal_energy
 
 Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,)
-MakeScore = Callable[[nn.Module, Tensor, Tensor], Score]  # (network, images, labels) -> what to ascend
+MakeScore = Callable[..., Score]  # (network, images, labels), and what its row reads: teacher, generator -> what to ascend
 
 
 def cross_entropy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
@@ -24,6 +24,28 @@ def kl_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
     with torch.no_grad():
         clean = model(x).log_softmax(1)
     return lambda moved: F.kl_div(model(moved).log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+
+
+def kl_teacher_score(model: nn.Module, x: Tensor, y: Tensor, teacher: nn.Module) -> Score:
+    """KL(T(x) || p(.|moved)), T the teacher's probabilities: RSLAD's inner maximisation (Zi et al. 2021, arXiv 2108.07969)."""
+    with torch.no_grad():
+        target = teacher(x).log_softmax(1)
+    return lambda moved: F.kl_div(model(moved).log_softmax(1), target, reduction="none", log_target=True).sum(1)
+
+
+def kl_disagree_score(model: nn.Module, x: Tensor, y: Tensor, teacher: nn.Module) -> Score:
+    """KL(T(moved) || p(.|moved)), where student and teacher disagree: AdaAD's (Huang et al. 2023); gradients flow through both."""
+
+    def score(moved: Tensor) -> Tensor:
+        return F.kl_div(model(moved).log_softmax(1), teacher(moved).log_softmax(1), reduction="none", log_target=True).sum(1)
+
+    return score
+
+
+def random_sign_score(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Score:
+    """A linear function with random signs: as many steps as any other score, in a direction that knows nothing of the network."""
+    signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2.0 - 1
+    return lambda moved: (moved * signs).flatten(1).sum(1)
 
 
 def joint_energy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:

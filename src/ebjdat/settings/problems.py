@@ -51,6 +51,7 @@ def of_profile(
     yield from _unread(raw, whole)
     yield from _pretrainings(raw)
     yield from _controls(raw, whole)
+    yield from _teachers(raw, whole)
     if evaluation:
         if evaluation.attack.transfer is not None:
             yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
@@ -166,6 +167,35 @@ def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Prob
             yield ("experiments", name, "control"), f"{entry['control']!r} is not another experiment; {nearest(entry['control'], others)}"
         elif entry.get("control") is not None and _trained(whole, name) == _trained(whole, entry["control"]):
             yield ("experiments", name, "control"), f"{entry['control']!r} trains with the same settings; a control differs in what matters"
+
+
+def _teachers(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Teachers that are no other experiment of the profile, or learn from their own students."""
+
+    def teacher_of(kind: str, name: str) -> Any:
+        return section(mapping(mapping(whole.get(kind)).get(name)), "training.teacher.experiment")
+
+    for name in _entries(raw, "pretraining"):
+        if isinstance(teacher_of("pretraining", name), str):
+            where: Where = ("pretraining", name, "training", "teacher", "experiment")
+            yield where, "a pretraining is trained before every experiment; only a `model` can teach it"
+    entries = _entries(raw, "experiments")
+    for name in entries:
+        where, line = ("experiments", name, "training", "teacher"), [name]
+        teacher = teacher_of("experiments", name)
+        if not isinstance(teacher, str):
+            continue
+        others = [other for other in entries if other != name]
+        if teacher not in others:
+            yield (*where, "experiment"), f"{teacher!r} is not another experiment; {nearest(teacher, others)}"
+        while isinstance(teacher, str) and teacher in entries and teacher not in line:
+            line.append(teacher)
+            teacher = teacher_of("experiments", teacher)
+        if teacher == name and len(line) > 1:
+            yield (*where, "experiment"), f"experiments teach each other in a circle: {', '.join(line)}"
+        seed, seeds = section(whole["experiments"][name], "training.teacher.seed"), raw.get("seeds")
+        if seed is not None and isinstance(seeds, list) and seed not in seeds:
+            yield (*where, "seed"), f"{shown(seed)} is not one of the profile's seeds {shown(seeds)}"
 
 
 def _trained(whole: Mapping[str, Any], experiment: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ebjdat.settings.evaluation import AttackSettings, Evaluation
 from ebjdat.settings.training import ModelSettings, TrainingSettings
 from ebjdat.settings.types import EntryName, Epochs, Few, Positive, RandomSeed, Settings, known, mapping, merge
 
+OF_TRAINING = ("model", "pretraining", "method", "training", "teacher")  # what an experiment's checkpoint is made from, beside data
 RESERVED = "pretraining"  # results/<profile>/pretraining holds the shared pretrainings
 Base = Annotated[str, known(registry.BASES)]
 Form = Annotated[str, known(registry.FORMS)]
@@ -41,6 +42,13 @@ class MethodSettings(Settings):
         for name, value, allowed in (("base", self.base, method.bases), ("form", self.form, method.forms)):
             if value is not None and value not in allowed:
                 raise ValueError(f"method {self.method!r} has no {name} {value!r}; allowed: {', '.join(allowed) or 'none'}")
+        score = self.training.adversary.score
+        asks = [f"method {self.method!r}"] if method.family == "distilled" else []
+        asks += [f"score {score!r}"] if "adversarial" in method.samples and "teacher" in registry.SCORES[score].reads else []
+        if asks and self.training.teacher is None:
+            raise ValueError(f"training.teacher: {asks[0]} needs one; name an `experiment` of this profile in it, or a `model`")
+        if self.training.teacher and not asks:
+            raise ValueError(f"training.teacher: nothing reads it here; method {self.method!r} and score {score!r} learn from no teacher")
         weights = self.training.weights
         weighs_examples = "examples" in method.reads and "targets" not in method.reads  # S2O's control is of its targets
         if weights.control != "none" and weighs_examples and weights.examples.name == "uniform":
@@ -167,6 +175,15 @@ class Profile:
     def resolved(self, experiment: str) -> Mapping[str, Any]:
         return self.experiments[experiment].resolved
 
+    def teachers_first(self) -> list[str]:
+        """The experiments' names, each after the one that teaches it."""
+
+        def distance(name: str) -> int:
+            teacher = self.experiments[name].training.teacher
+            return 1 + distance(teacher.experiment) if teacher and teacher.experiment else 0
+
+        return sorted(self.experiments, key=distance)
+
     def params_hash(self, experiment: str, seed: int) -> str:
         return self.experiments[experiment].params_hash(seed)
 
@@ -210,8 +227,9 @@ def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
     pretraining = {name: Pretraining(entry.method, entry.model, entry.training) for name, entry in file.pretraining.items()}
     data, evaluation = file.data.model_dump(exclude={"path", "root", "label"}), file.evaluation.model_dump()
 
-    def experiment(name: str, entry: ExperimentSettings) -> Experiment:
-        start = pretraining[entry.pretraining]
+    def experiment(name: str) -> Experiment:
+        entry = file.experiments[name]
+        start, teacher = pretraining[entry.pretraining], entry.training.teacher
         resolved = {
             "data": data,
             "model": start.model.model_dump(),
@@ -220,6 +238,8 @@ def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
             "training": entry.training.model_dump(),
             "evaluation": evaluation,
         }
+        if teacher and teacher.experiment:
+            resolved["teacher"] = {key: value for key, value in experiment(teacher.experiment).resolved.items() if key in OF_TRAINING}
         own, attack = raw["experiments"][name].get("training", {}), file.evaluation.attack.on(entry.base)
         names = (entry.method, entry.base, entry.form, entry.pretraining, entry.note, entry.control)
         return Experiment(*names, own, start.model, entry.training, attack, resolved)
@@ -229,7 +249,7 @@ def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
         model=file.model,
         training=file.training,
         pretraining=pretraining,
-        experiments={name: experiment(name, entry) for name, entry in file.experiments.items()},
+        experiments={name: experiment(name) for name in file.experiments},
         seeds=file.seeds,
         evaluation=file.evaluation,
         runtime=file.runtime,

@@ -20,7 +20,7 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
     def entries(names: Mapping[str, registry.Entry], section: type[BaseModel] | None = None) -> dict[str, dict[str, Any]]:
         defaults = section.model_construct().model_dump() if section else {}
         return {
-            name: {"source": e.source, "implementation": e.target, "defaults": {key: defaults[key] for key in e.reads}}
+            name: {"source": e.source, "implementation": e.target, "defaults": {key: defaults[key] for key in e.reads if section}}
             for name, e in names.items()
         }
 

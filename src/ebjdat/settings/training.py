@@ -12,14 +12,17 @@ from ebjdat.settings.types import (
     Batch,
     Count,
     CountOrZero,
+    EntryName,
     Epochs,
     Epsilon,
     Few,
+    FilePath,
     Fraction01,
     Norm,
     NotNegative,
     Number,
     Positive,
+    RandomSeed,
     Settings,
     Signed,
     Steps,
@@ -125,10 +128,37 @@ class WeightSettings(Settings):
     beta: NotNegative = 6.0  # trades, mart, weat: weight of the KL term
     delta: NotNegative = 1.0  # der: weight of the energy change; gradalign: of the gradients' misalignment
     targets: Annotated[float, Number, Field(ge=0, le=0.5)] = 0.05  # s2o: weight of each second-order term
+    taught: Fraction01 = 1.0  # ard, rslad: weight of the teacher's term on adversarial images; 1 - taught, of that on clean ones
+    temperature: Positive = 1.0  # ard: divides logits
+    trust: NotNegative = 0.1  # iad: exponent of the teacher's probability of the label
+    alone: Fraction01 = 0.3  # iad: fraction of the epochs, at first, in which the teacher alone is followed
     examples: ExampleWeights = ExampleWeights()
     # what keeps the weights of examples (or MART's of its KL term, S2O's targets), but not where they belong
     control: Literal["none", "shuffled", "mean_matched"] = "none"
     energy_l2: NotNegative = 0.0  # mean squared energy of images and chains
+
+
+class TeacherSettings(Settings):
+    """The frozen network that a distilled training learns from: an experiment of the profile, or any network."""
+
+    experiment: EntryName | None = None
+    seed: RandomSeed | None = None  # of that experiment; None: the training's own
+    model: FilePath | None = None  # package.module:function that makes a network for images in [0, 1]
+    weights: FilePath | None = None  # model: a file of its weights; None: the function loads them
+    weights_key: FilePath | None = None  # model: which of several weights in that file
+
+    @model_validator(mode="after")
+    def one_network(self) -> Self:
+        if (self.experiment is None) == (self.model is None):
+            raise ValueError("one of `experiment` (of this profile) and `model` (package.module:function) is needed")
+        for name, value, owner in (
+            ("seed", self.seed, "experiment"),
+            ("weights", self.weights, "model"),
+            ("weights_key", self.weights_key, "weights"),
+        ):
+            if value is not None and getattr(self, owner) is None:
+                raise ValueError(f"`{name}` is of `{owner}`, which is not given")
+        return self
 
 
 class AugmentSettings(Settings):
@@ -244,6 +274,7 @@ class TrainingSettings(Settings):
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
+    teacher: TeacherSettings | None = None
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()

@@ -46,19 +46,28 @@ def pretrain(context: Context, name: str, seed: int, data_path: Path, out: Outpu
     job = _job(context, f"pretraining/{name}/seed{seed}", entry.method, settings, seed)
     made_by = Provenance(context.run, params_hash, git_commit(), STAGES["pretrain"].digest(context.profile, name))
     with context.track(subject, described, tags, out.metrics, data) as tracker:
-        _train(job, model, data, context.device(threads), None, made_by, out, tracker)
+        _train(job, model, data, context.device(threads), {}, made_by, out, tracker)
     shutil.rmtree(job.state, ignore_errors=True)  # every declared output is written, the journal too
 
 
-def finetune(context: Context, experiment: str, seed: int, data_path: Path, initial: Path, out: Outputs, threads: int | None) -> None:
-    """Train an experiment from its pretraining's checkpoint."""
+def finetune(
+    context: Context,
+    experiment: str,
+    seed: int,
+    data_path: Path,
+    initial: Path,
+    out: Outputs,
+    threads: int | None,
+    teacher: Path | None = None,
+) -> None:
+    """Train an experiment from its pretraining's checkpoint. teacher: weights of the network that its settings name as teacher."""
     entry, settings = context.profile.experiments[experiment], context.profile.training_settings(experiment)
     model, data = context.profile.model_settings(entry.pretraining), prepared.load(data_path)
     job = _job(context, f"{experiment}/seed{seed}", entry.method, settings, seed)
     params_hash = context.profile.params_hash(experiment, seed)
     made_by = Provenance(context.run, params_hash, git_commit(), STAGES["finetune"].digest(context.profile, experiment))
     with context.track_result(experiment, seed, "finetune", data, out.metrics) as tracker:
-        _train(job, model, data, context.device(threads), initial, made_by, out, tracker)
+        _train(job, model, data, context.device(threads), {"initial": initial, "teacher": teacher}, made_by, out, tracker)
     shutil.rmtree(job.state, ignore_errors=True)
 
 
@@ -71,12 +80,12 @@ def _train(
     model: ModelSettings,
     data: Prepared,
     device: torch.device,
-    initial: Path | None,
+    weights: Mapping[str, Path | None],
     made_by: Provenance,
     out: Outputs,
     tracker: Tracker,
 ) -> None:
-    """Train, then write and track the outputs."""
+    """Train, then write and track the outputs. weights: files that `fit` reads, "initial" and "teacher"."""
     events: list[Event] = []
 
     def on_event(event: Event) -> None:
@@ -90,11 +99,11 @@ def _train(
     )
     with alone(job.state):
         try:
-            state = fit(job, model, data, device, initial, made_by.code, hooks)
+            state = fit(job, model, data, device, code=made_by.code, hooks=hooks, **weights)
         except TrainingError:
             tracker.final(divergences(events))
             raise
-        made = to_checkpoint(job, model, data, state, "finetune_seconds" if initial else "pretrain_seconds", made_by)
+        made = to_checkpoint(job, model, data, state, "finetune_seconds" if weights else "pretrain_seconds", made_by)
         checkpoint.save(made, out.checkpoint)
         write_text(out.curve, _curve(state.rows))
         header = made.header

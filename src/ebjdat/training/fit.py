@@ -19,6 +19,7 @@ from ebjdat.training.checkpoint import Checkpoint, Header
 from ebjdat.training.healing import Event
 from ebjdat.training.loop import Hooks, train
 from ebjdat.training.state import Job, TrainingState
+from ebjdat.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ def fit(
     initial: Path | None = None,
     code: str = "",
     hooks: Hooks | None = None,
+    teacher: Path | None = None,
 ) -> TrainingState:
     """Train a network from the checkpoint `initial`, or from the job's seed; return the last state.
 
+    teacher: file of the weights of the network that the settings name as teacher, if they do and it needs one.
+
     Continues from a folder in `job.state` if it was made by the same `code`, from the same settings and inputs, on the same
-    machine. Raises CheckpointError when `initial` does not fit, otherwise as `loop.train`.
+    machine. Raises CheckpointError when `initial` does not fit, otherwise as `Teacher.load` and `loop.train`.
     """
     network = wrn.build(model, data.image_shape[0], len(data.classes), job.seed)
     if initial is not None:
@@ -51,11 +55,12 @@ def fit(
         network.load_state_dict(start.weights)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     machine = [str(device), torch.get_num_threads(), torch.__version__]
-    inputs = [data.data_hash, *([initial] if initial else []), code]
+    taught = Teacher.load(job.settings.teacher, teacher, data, device) if job.settings.teacher else None
+    inputs = [data.data_hash, *([initial] if initial else []), code, *([taught.digest] if taught else [])]
     made_from = digest(job.method, job.settings.model_dump(), model.model_dump(), job.seed, machine, *inputs)
     job = replace(job, state=job.state / made_from[:16])
     training, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
-    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks)
+    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks, taught.network if taught else None)
 
 
 def divergences(events: Sequence[Event]) -> dict[str, float]:
@@ -103,14 +108,15 @@ def train_checkpoint(
     initial: Path | None = None,
     code: str = "",
     hooks: Hooks | None = None,
+    teacher: Path | None = None,
 ) -> Checkpoint:
     """Train a method on prepared data and write its checkpoint to `out`. The same arguments give the same weights.
 
     Its state lies beside `out` until that is written; a killed training continues from it, if it was made by the same `code`.
-    device: the CPU by default. Raises DataError, CheckpointError and TrainingError as `fit`.
+    device: the CPU by default. teacher: as for `fit`. Raises DataError, CheckpointError and TrainingError as `fit`.
     """
     job = Job(out.stem, method, training, seed, out.with_name(f".{out.name}.state"))
-    state = fit(job, model, data, device or torch.device("cpu"), initial, code, hooks)
+    state = fit(job, model, data, device or torch.device("cpu"), initial, code, hooks, teacher)
     params_hash = digest(method, model.model_dump(), training.model_dump(), seed)[:16]
     seconds = "finetune_seconds" if initial else "pretrain_seconds"
     made = to_checkpoint(job, model, data, state, seconds, Provenance(job.title, params_hash, git_commit(), code))

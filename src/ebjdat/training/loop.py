@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
 from ebjdat.errors import DataError
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives.sampling import sampling_states
+from ebjdat.objectives.sampling import SamplingState, sampling_states
 from ebjdat.progress import Bar, format_values
 from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import TrainingSettings
@@ -55,15 +55,23 @@ class _Run:
     hooks: Hooks
     bar: Bar
     stop: StopRequest
+    teacher: nn.Module | None
 
 
 def train(
-    model: WideResNet, job: Job, train_data: DeviceData, validation: DeviceData, class_mean: Tensor, hooks: Hooks | None = None
+    model: WideResNet,
+    job: Job,
+    train_data: DeviceData,
+    validation: DeviceData,
+    class_mean: Tensor,
+    hooks: Hooks | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainingState:
     """Train `model` in place; return its last state, with the checkpoint that validation selected.
 
-    class_mean: (K, C, H, W) in [0, 1], for chain starts. Continues from the job's state where there is one. Raises DataError
-    when a batch does not fit the training split, TrainingError when training diverged and its ladder is exhausted.
+    class_mean: (K, C, H, W) in [0, 1], for chain starts. teacher: the network that `training.teacher` names. Continues from the
+    job's state where there is one. Raises DataError when a batch does not fit the training split, TrainingError when training
+    diverged and its ladder is exhausted.
     """
     epochs, hooks = job.settings.epochs, hooks or Hooks()
     per_epoch = _steps(job.settings, train_data)
@@ -76,7 +84,7 @@ def train(
         hooks.event(event)
     model.train()
     with Bar(job.title, epochs * per_epoch, state.epoch * per_epoch + state.step) as bar, StopRequest() as stop:
-        run = _Run(job, learner, train_data, pool, hooks, bar, stop)
+        run = _Run(job, learner, train_data, pool, hooks, bar, stop, teacher)
         if state.epoch or state.step:
             bar.line(f"continues at epoch {state.epoch + 1}, step {state.step}")
         if epochs and not (job.state / END_OF_EPOCH).exists():
@@ -147,7 +155,8 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
     epoch, per_epoch = state.epoch, steps_per_epoch(len(data), settings.batch_size)
 
     batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density)
-    sources = sampling_states(settings, learner.buffer, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
+    sampling = SamplingState(settings, learner.buffer, epoch=epoch, teacher=run.teacher)
+    sources = sampling_states(sampling, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
     began = time.monotonic()
     for step, (batch, source) in enumerate(zip(batches, sources, strict=True), state.step):
         factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
