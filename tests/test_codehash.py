@@ -33,7 +33,12 @@ def profile() -> Profile:
 def digests(profile: Profile) -> Digests:
     """(stage, experiment or pretraining) -> digest of its code."""
     names = {"prepare": [""], "report": [""], "pretrain": [*profile.pretraining]}
-    return {(stage, name): STAGES[stage].digest(profile, name) for stage in STAGES for name in names.get(stage, [*profile.experiments])}
+    return {
+        (stage, name): spec.digest(profile, name)
+        for stage, spec in STAGES.items()
+        for name in names.get(stage, [*profile.experiments])
+        if spec.needs(profile, name)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ def test_a_job_reads_what_earlier_jobs_write_and_no_two_write_the_same(shipped: 
     assert set(made.values()) == {1}
     assert len({job.title for job in jobs.jobs(profile)}) == len(jobs.jobs(profile))
     assert len(jobs.jobs(profile)) == 2 + len(profile.seeds) * (
-        len({e.pretraining for e in profile.experiments.values()}) + 5 * len(profile.experiments)
+        len({e.pretraining for e in profile.experiments.values()})
+        + 5 * len(profile.experiments)
+        + sum(e.training.teacher is not None for e in profile.experiments.values() if profile.evaluation.teacher)
     )
 
 
@@ -107,4 +109,4 @@ def test_a_setting_changes_what_is_read_by_the_jobs_that_it_is_for(setting: str,
 def test_the_report_runs_again_with_every_file_that_its_pages_show(profile: Profile) -> None:
     read = jobs.inputs(profile, Layout("digits"), jobs.Job("report"))["results"]
     shown = {"finetune_curve.csv", "verdicts.parquet", "samples.png", "chains.gif", "energy.npz", "reliability.png"}
-    assert {Path(file).name for file in read} == shown | {f"{stage}.json" for stage, spec in STAGES.items() if spec.of == "experiment"}
+    assert {Path(file).name for file in read} == shown | {f"{stage}.json" for stage in jobs.measured(profile, "eb_jdat")}

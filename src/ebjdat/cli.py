@@ -219,6 +219,35 @@ def reliability(
 
 @app.command()
 @friendly
+def teacher(
+    params: ParamsFile,
+    experiment: Name,
+    seed: Seed,
+    data: Data,
+    weights: Weights,
+    curve: Annotated[Path, typer.Option(help="The student's curve (CSV).")],
+    recipe: Annotated[list[Path], typer.Option(help="A checkpoint of the recipe (evaluation.teacher.recipe); repeat for each seed.")],
+    out: Out,
+    values: Annotated[Path, typer.Option(help="What was measured on every training image (npz).")],
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's weights.")] = None,
+    override: Overrides = NO_OVERRIDES,
+    threads: Threads = None,
+) -> None:
+    """How sure a student's teacher is of training images that a recipe of adversarial training does not learn."""
+    from ebjdat.stages import teacher as stage
+    from ebjdat.stages.context import Context
+    from ebjdat.stages.evaluation import Task
+
+    context = Context.load(params, override)
+    name = known(experiment, context.profile.experiments)
+    if context.profile.evaluation.teacher is None or context.profile.training_settings(name).teacher is None:
+        raise ParamsError(f"{experiment} has no teacher to measure: training.teacher and evaluation.teacher name it and the recipe")
+    inputs = {"data": data, "weights": weights, "curve": curve, **({"teacher": teacher} if teacher else {})}
+    stage.run(context, Task(name, seed, inputs, {"out": out, "values": values}, threads), recipe)
+
+
+@app.command()
+@friendly
 def report(
     params: ParamsFile,
     card: Annotated[Path, typer.Option(help="Data card (JSON).")],

@@ -89,6 +89,7 @@ class Stage:
     also: tuple[Entry, ...] = ()
     texts: tuple[str, ...] = ()
     calls_strategies: bool = True  # those that its settings name
+    needs: Callable[[Profile, str], bool] = lambda profile, name: True  # whether it is done for this experiment or pretraining
 
     def strategies(self, profile: Profile, name: str) -> list[Entry]:
         return [*(named(self.reads(profile, name)) if self.calls_strategies else ()), *self.also]
@@ -96,6 +97,11 @@ class Stage:
     def digest(self, profile: Profile, name: str) -> str:
         """Digest of what the stage can execute for this experiment or pretraining."""
         return codehash.digest(self.code, self.strategies(profile, name), self.texts)
+
+
+def measured(profile: Profile, experiment: str) -> list[str]:
+    """The stages that are done for an experiment."""
+    return [stage for stage, spec in STAGES.items() if spec.of == "experiment" and spec.needs(profile, experiment)]
 
 
 def jobs(profile: Profile) -> list[Job]:
@@ -106,7 +112,11 @@ def jobs(profile: Profile) -> list[Job]:
     return [
         job
         for stage, spec in STAGES.items()
-        for job in ([Job(stage)] if spec.of == "run" else [Job(stage, name, seed) for name in names[spec.of] for seed in profile.seeds])
+        for job in (
+            [Job(stage)]
+            if spec.of == "run"
+            else [Job(stage, name, seed) for name in names[spec.of] if spec.needs(profile, name) for seed in profile.seeds]
+        )
     ]
 
 
@@ -132,8 +142,7 @@ def command(profile: Profile, layout: Layout, job: Job, settings: Sequence[str])
     files = inputs(profile, layout, job) | {option: [file] for option, file in outputs(layout, job).items()}
     for option, group in files.items():
         if option not in NO_OPTION and group:
-            (file,) = group
-            words += [f"--{option.replace('_', '-')}", file]
+            words += [word for file in group for word in (f"--{option.replace('_', '-')}", file)]
     return words
 
 
@@ -183,6 +192,15 @@ def _energy(profile: Profile, name: str) -> dict[str, Any]:
 def _reliability(profile: Profile, name: str) -> dict[str, Any]:
     settings = profile.evaluation.reliability.model_dump(mode="json")
     return {"reliability": settings, "root": profile.data.root, **_pgd(profile, name)}
+
+
+def _teacher(profile: Profile, name: str) -> dict[str, Any]:
+    settings, teacher = profile.evaluation.teacher, profile.training_settings(name).teacher
+    return {
+        "teaching": settings.model_dump(mode="json") if settings else None,
+        "teacher": teacher.model_dump(mode="json") if teacher else None,
+        **_pgd(profile, name, STANDARD),
+    }
 
 
 def _report(profile: Profile, _: str) -> dict[str, Any]:
@@ -243,6 +261,14 @@ def _reliability_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
     return {**_with_weights(profile, layout, job), "archive": _given(profile.evaluation.reliability.ood_path)}
 
 
+def _teacher_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
+    settings = profile.evaluation.teacher
+    recipes = [layout.checkpoint(place(settings.recipe, seed)) for seed in profile.seeds] if settings else []
+    curve = [layout.result(job.place, "finetune_curve.csv")]
+    teacher = _finetune_inputs(profile, layout, job)["teacher"]
+    return {**_with_weights(profile, layout, job), "curve": curve, "teacher": teacher, "recipe": recipes}
+
+
 def _report_inputs(profile: Profile, layout: Layout, job: Job) -> Files:
     made = {job: outputs(layout, job) for job in jobs(profile) if job.stage not in ("prepare", "report")}
     return {
@@ -270,8 +296,8 @@ CONTEXT = "ebjdat.stages.context:Context"
 VALIDATION = (registry.SCORES["ce"],)  # every method is validated under the same attack
 # What the report does not read of what stages write: (stage, option).
 UNREAD = {
-    *((stage, "journal") for stage in ("finetune", "attack", "generate", "energy", "reliability")),
-    *{("finetune", "out"), ("generate", "samples"), ("energy", "figure"), ("reliability", "values")},
+    *((stage, "journal") for stage in ("finetune", "attack", "generate", "energy", "reliability", "teacher")),
+    *{("finetune", "out"), ("generate", "samples"), ("energy", "figure"), ("reliability", "values"), ("teacher", "values")},
 }
 SHOWN_ROWS = ("ebjdat.registry.methods", "ebjdat.registry.strategies", "ebjdat.registry.evaluation", "ebjdat.registry.data")
 
@@ -319,6 +345,15 @@ STAGES: Mapping[str, Stage] = {
         _reliability,
         _reliability_inputs,
         lambda layout, job: _results(layout, job, values="reliability.npz", figure="reliability.png"),
+    ),
+    "teacher": Stage(
+        "experiment",
+        ("ebjdat.stages.teacher:run", CONTEXT),
+        _teacher,
+        _teacher_inputs,
+        lambda layout, job: _results(layout, job, values="teacher.npz"),
+        VALIDATION,
+        needs=lambda profile, name: profile.evaluation.teacher is not None and profile.training_settings(name).teacher is not None,
     ),
     "report": Stage(
         "run",

@@ -26,6 +26,9 @@ STAGES: Mapping[str, str] = {
     "of samples, unless that is the fresh chains (`frechet_conditional`, `frechet_buffer`). What an experiment lacks is null.",
     "energy": "`energy.json`. Energies are E(x) = −logsumexp of the logits; in curves the same names are of training batches.",
     "reliability": "`reliability.json`. Scores are higher, the more an image is like those of the data.",
+    "teacher": "`teacher.json`, of experiments with a teacher where `evaluation.teacher` names a recipe: the first `n_teaching` training "
+    "images, and how the recipe's networks of all seeds fare on them under PGD of `teaching_steps` steps in the standard protocol's ball. "
+    "A teacher that is less sure of what is not learned makes better students (arXiv 2605.21999); on the other sets this should not hold.",
     "report": "`summary.csv` (a row per experiment and seed) and `table.csv` (a row per experiment: means over seeds); also names above.",
     "bench": "What `ebjdat bench` prints and saves: a training step's speed ([how fast](performance.md)).",
     "system": "MLflow's system metrics, on the run of each stage: of the whole machine, unless stated otherwise.",
@@ -44,6 +47,7 @@ CLEAN = "the method sees clean images"
 FOUR = "at least four samples (else null)"
 OOD = "`evaluation.reliability.ood` has the set"
 ANY_MODEL = "`ebjdat attack --model`"
+TAUGHT = "the experiment has a teacher, and `evaluation.teacher` is set"
 M = Metric
 # What the energy stage lets PGD climb, beside the attack on cross-entropy (evaluation/energy.py).
 ENERGY_ATTACKS = {
@@ -51,6 +55,13 @@ ENERGY_ATTACKS = {
     "targeted": "down the cross-entropy of class (y + 1) mod K",
     "ascent": "up E",
     "energy_aware": "up CE − E",
+}
+# Sets of training images that the teacher stage compares (evaluation/teaching.py).
+TEACHING = {
+    "unlearned": "that no network of the recipe classifies under PGD",
+    "learned": "that every network of the recipe classifies under PGD",
+    "random": "drawn at random, as many as are not learned",
+    "hardest": "with the largest cross-entropy without an attack, as many as are not learned",
 }
 LOGS = {log: [name for name, row in registry.METHODS.items() if log in row.logs] for row in registry.METHODS.values() for log in row.logs}
 
@@ -75,7 +86,7 @@ METRICS: tuple[Metric, ...] = (
         M("params_hash", "hex", "", "hash of everything in the settings that determines the row", summary=15),
         M("git_commit", "text", "",
           "commit at which it was measured (`summary.csv`, checkpoints: at which it was trained); `-dirty` when tracked files differed",
-          summary=17, needed=("finetune", "attack", "generate", "energy", "reliability")),
+          summary=17, needed=("finetune", "attack", "generate", "energy", "reliability", "teacher")),
         M("digest", "hex", "", "of everything else in the file, so that a later change of a value is noticed"),
         M("files", "mapping", "", "name → sha256 of the curves, pictures, arrays and verdicts that its stage wrote beside it"),
         M("version", "text", "", "version of this package"),
@@ -286,6 +297,22 @@ METRICS: tuple[Metric, ...] = (
           columns=(Column("reliability", "PGD, {protocol} (energy)", "detect_auroc_energy_<protocol>", interval=True),)),
         M("detect_auroc_(energy|max_probability)_<protocol>_(low|high)", "fraction", "", "its 95 % interval, as for `ood_auroc_…`"),
         M("n_detect_<protocol>", "count", "", "test images, and as many PGD neighbours (also of those that are misclassified anyway)"),
+    ),
+    *_of(
+        "teacher",
+        *(entry for chosen, images in TEACHING.items() for entry in (
+            M(f"teacher_entropy_{chosen}", "nats", "", f"mean entropy of the teacher on training images {images}; null: none",
+              TAUGHT,
+              columns=(Column("teacher", f"entropy, {chosen}", form=".3f", n=f"n_{chosen}"),)),
+            M(f"teacher_entropy_{chosen}_se", "nats", "", "its standard error; null for fewer than two images", TAUGHT),
+            M(f"teacher_confidence_{chosen}", "fraction", "", "mean of the teacher's largest probability on these", TAUGHT,
+              columns=(Column("teacher", f"confidence, {chosen} %"),)),
+            M(f"n_{chosen}", "count", "", "these images", TAUGHT, needed=("teacher",)))),
+        M("robust_overfitting", "fraction", "lower", "the student's best `validation_robust_acc` minus its last", TAUGHT,
+          columns=(Column("teacher", "best − last, robust %"),)),
+        M("n_teaching", "count", "", "training images", TAUGHT, needed=("teacher",)),
+        M("n_recipes", "count", "", "networks of the recipe, one per seed", TAUGHT, needed=("teacher",)),
+        M("teaching_steps", "count", "", "steps of PGD", TAUGHT),
     ),
     *_of(
         "report",

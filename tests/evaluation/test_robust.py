@@ -120,6 +120,7 @@ def test_what_is_not_finite_breaks_nothing(linear: Linear, monkeypatch: pytest.M
     assert not verdicts.lost.any()  # such an image is no image that the network lost
 
 
+@pytest.mark.slow
 def test_state_of_another_network_or_radius_is_not_continued(tmp_path: Path) -> None:
     first, second, x = Curved().eval(), Linear().eval(), images(40)
     y = labelled(first, x)

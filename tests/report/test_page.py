@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from ebjdat.cli import app
 from ebjdat.files import FileError, read_json, write_result
-from ebjdat.metrics import TABLE
+from ebjdat.metrics import TABLE, TEACHING
 from ebjdat.report import page
-from ebjdat.report.collect import STAGES, RunResult, checks_of, collect
+from ebjdat.report.collect import RunResult, checks_of, collect
 from ebjdat.report.format import side_by_side, write_audit_markdown, write_markdown
 from ebjdat.report.summary import aggregate, write_summary
 from ebjdat.settings import Profile, load
@@ -30,7 +30,10 @@ from ebjdat.settings import Profile, load
 from ..conftest import ROOT
 from .results import CARD, change, fill, seal, site_of, with_metrics
 
+STUDENT = "experiments.s={method: ard, pretraining: clean, training: {teacher: {experiment: pgd_at}}}"
+TAUGHT = ["evaluation.teacher={recipe: pgd_at}", STUDENT]
 LINKS = r"(?:src|href)=[\"'](?!data:|#)([^\"']*)"
+STAGES = ("finetune", "attack", "generate", "energy", "reliability")
 METRIC = {metric.name: metric for metric in TABLE}
 
 
@@ -118,13 +121,29 @@ def test_commands_reproduce_a_row_and_state_what_is_unknown(
     for stage, commit in commits.items():
         change(filled / f"classifier/seed0/{stage}.json", git_commit=commit)
     run = collect(profile, filled, "d1")[0]
-    command, notes = page.reproduce("digits+ci", filled, run, ["params/overrides/ci.yaml", "data.path=my images"])
+    command, notes = page.reproduce(STAGES, "digits+ci", filled, run, ["params/overrides/ci.yaml", "data.path=my images"])
     assert command.startswith(start)
     assert (note in notes) if note else (notes == "")
     words = shlex.split(command.splitlines()[-1])
     assert words[:4] == ["snakemake", "--cores", "all", "--config"]
     assert words[4:7] == ["profile=digits", 'overrides=["params/overrides/ci.yaml", "data.path=my images"]', "--"]
     assert words[7:] == [f"results/digits+ci/classifier/seed0/{stage}.json" for stage in STAGES]
+
+
+def test_teachers_have_a_table_where_they_were_measured(tmp_path: Path) -> None:
+    profile = load(ROOT / "params/digits.yaml", TAUGHT)
+    results = fill(profile, tmp_path / "results")
+    values = {"n_teaching": 50, "n_recipes": 1, "robust_overfitting": 0.125, "git_commit": "abc"}
+    for i, name in enumerate(TEACHING):
+        values |= {f"teacher_entropy_{name}": i + 0.25, f"teacher_confidence_{name}": 0.5, f"n_{name}": 10 + i}
+    write_result(results / "s/seed0/teacher.json", {**values, "teacher_entropy_unlearned": None, "n_unlearned": 0}, [])
+    text = write_page(site_of(profile, results), tmp_path / "report.html")
+    rows = text.split('id="teachers"')[1].split("</table>")[0].split("<tr")[2:]
+    assert len(rows) == 1  # the student's
+    assert all(value in rows[0] for value in (">s<", "1.250", "12.5"))
+    assert "results/digits/s/seed0/teacher.json" in text  # the command that reproduces the row asks for it
+    without = load(ROOT / "params/digits.yaml")
+    assert 'id="teachers"' not in write_page(site_of(without, fill(without, tmp_path / "b")), tmp_path / "b.html")
 
 
 def test_settings_are_shown_where_experiments_differ(profile: Profile) -> None:
@@ -170,6 +189,7 @@ def test_averaged_weights_and_unmeasured_values_are_on_the_page(
     assert "not measured" in html
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_warnings_of_the_data_card(profile: Profile, made: Path, html: str, tmp_path: Path) -> None:
     noted = {"duplicates": {"test_in_train": 40, "conflicting_labels": 0}, "notes": ["the folder '<b>' is the train split"]}
     warning = "test images that are training images too, pixel by pixel: 40"
@@ -227,6 +247,7 @@ def test_damaged_pictures_and_energies_are_named(filled: Path, monkeypatch: pyte
 NASTY = "<img src=x onerror=alert(1)>|`$x_{$\"'=cmd\x1b[2J\n# head"
 
 
+@pytest.mark.slow
 def test_text_of_result_files_stays_text_everywhere(profile: Profile, filled: Path) -> None:
     """Labels, notes, commits and texts of checks, in HTML, Markdown, CSV and commands."""
     folder = filled / "eb_jdat/seed0"
@@ -262,6 +283,7 @@ def test_text_of_result_files_stays_text_everywhere(profile: Profile, filled: Pa
     assert rows["classifier"]["git_commit"] == "abc"
 
 
+@pytest.mark.slow
 def test_reports_never_import_torch() -> None:
     code = "import sys, ebjdat.report.page, ebjdat.report.claims, ebjdat.report.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

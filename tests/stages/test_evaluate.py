@@ -29,7 +29,7 @@ from ..conftest import ROOT
 CPU = torch.device("cpu")
 
 
-def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Samples | None) -> WideResNet:
+def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Samples | None, method: str = "eb_jdat") -> WideResNet:
     """A network's checkpoint; its head is scaled so that what it says of images is not all alike."""
     settings = profile.model
     network = build(settings, 1, 10, seed)
@@ -38,7 +38,7 @@ def saved(path: Path, profile: Profile, data: Prepared, seed: int, buffer: Sampl
     header = checkpoint.Header(
         title="test",
         run="digits",
-        method="eb_jdat",
+        method=method,
         seed=seed,
         model=settings,
         training=profile.training_settings("eb_jdat"),

@@ -30,6 +30,7 @@ def journal_with_a_model(fresh_folder: None, network: WideResNet, profile: Profi
         tracker.model(CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_the_logged_model_classifies_images_in_the_unit_range(store: Mlflow, digits: Prepared, network: WideResNet) -> None:
     import mlflow
 

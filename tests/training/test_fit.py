@@ -23,6 +23,7 @@ from tests.training.conftest import METHODS, changed
 MODEL, CPU = ModelSettings(depth=10, width=1), torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_the_loop_selected(digits: Prepared, settings: TrainingSettings, tmp_path: Path) -> None:
     """Against the loop, called by hand; stopped once, which must not change a bit. Nothing but the checkpoint is left."""
     few = replace(digits, train=digits.train[:256])

@@ -204,6 +204,7 @@ def test_after_the_ladders_end_the_error_says_what_was_tried(wild: TrainingSetti
     assert (tmp_path / "state/epoch.pt").exists()
 
 
+@pytest.mark.slow
 def test_where_collapses_are_recorded_training_goes_on_as_if_nothing_had_been(
     settings: TrainingSettings, digits: Prepared, tmp_path: Path
 ) -> None:
@@ -217,6 +218,7 @@ def test_where_collapses_are_recorded_training_goes_on_as_if_nothing_had_been(
     assert same(result, plain)
 
 
+@pytest.mark.slow
 def test_a_recorded_training_that_breaks_ends_with_what_it_had(
     settings: TrainingSettings, digits: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
     assert sizes == {(settings.batch_size, 40)}
 
 
+@pytest.mark.slow
 def test_selection_uses_validation_and_a_later_epoch_wins_ties(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def taken(bench: PipelineStep, model: WideResNet, settings: TrainingSettings) ->
     return one.update(batch, samples, bench.when).scalars(), model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "variant"),
     [(name, "wrn") for name in ("eb_jdat", "eb_jdat_released", "eb_jdat_released_ce", "eb_jdat_ce", "jempp", "pgd_at", "classifier")]
@@ -173,6 +174,7 @@ def test_bf16_is_for_layers_alone() -> None:
         assert 0 < apart < 0.02  # 8 bits of mantissa; not fp32 in disguise
 
 
+@pytest.mark.slow
 def test_precision_is_entered_for_each_pass_and_everything_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast remembers weights in bf16 until it is left, so SAM's second pass, at other weights, needs one of its own."""
     of = case("eb_jdat", {"compute": {"precision": "bf16", "recompute": True}, "update": {"name": "sam"}, "chain": {"steps": 1}})

@@ -85,3 +85,25 @@ rule reliability:
         listing=listing(PROFILE.evaluation.reliability.ood_path),
     shell:
         "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"
+
+
+rule teacher:
+    """What a student's teacher says of training images that adversarial training does not learn."""
+    input:
+        unpack(inputs("teacher")),
+    output:
+        **outputs("teacher"),
+    log:
+        log_of("teacher"),
+    benchmark:
+        benchmark_of("teacher")
+    conda:
+        "../envs/ebjdat.yaml"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        command=command("teacher"),
+        depends_on=depends_on("teacher"),
+    shell:
+        "python -m ebjdat {params.command} --threads {threads} 2>&1 | tee -i {log}"

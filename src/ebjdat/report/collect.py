@@ -17,7 +17,6 @@ from ebjdat.layout import place, pretraining_place
 from ebjdat.metrics import NEEDED, VOCABULARY
 from ebjdat.settings import Profile
 
-STAGES = tuple(stage for stage, spec in jobs.STAGES.items() if spec.of == "experiment")
 OF_THE_FILE = ("method", "data_hash", "git_commit", FILES)  # names in a stage's file that are not results of the run
 MANY = 10_000  # names in a result file; real ones have hundreds
 
@@ -74,7 +73,10 @@ def collect(profile: Profile, results: Path, data_hash: str) -> list[RunResult]:
     runs = []
     for name, experiment in profile.experiments.items():
         for seed in profile.seeds:
-            parts = {stage: stage_result(results / place(name, seed) / f"{stage}.json", stage, protocols) for stage in STAGES}
+            parts = {
+                stage: stage_result(results / place(name, seed) / f"{stage}.json", stage, protocols)
+                for stage in jobs.measured(profile, name)
+            }
             before = stage_result(results / pretraining_place(experiment.pretraining, seed) / "pretrain.json", "pretrain", protocols)
             metrics: dict[str, Any] = {"collapse_epoch": None}
             for part in parts.values():
@@ -112,7 +114,7 @@ def stage_result(path: Path, stage: str, protocols: Collection[str]) -> dict[str
     with reading(path):
         if len(result) > MANY:
             raise ValueError(f"{len(result):,} names")
-        if not result.get(FILES):
+        if FILES not in result:
             raise ValueError(f"without {FILES}, so from an earlier version")
         needed = NEEDED[stage]
         missing = [metric.name for metric in needed if metric.name not in result or (result[metric.name] is None and not metric.nullable)]

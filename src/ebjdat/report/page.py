@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from PIL import Image, ImageSequence
 
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
+from ebjdat.jobs import measured
 from ebjdat.layout import Layout, place
 from ebjdat.metrics import PANELS, TABLE
 from ebjdat.registry import METHODS, PROTOCOLS
 from ebjdat.report import inline
 from ebjdat.report.claims import Finding
-from ebjdat.report.collect import STAGES, RunResult, checks_of, read_curve
+from ebjdat.report.collect import RunResult, checks_of, read_curve
 from ebjdat.report.format import (
     WHAT_WAS_READ,
     averaged_weights,
@@ -156,15 +157,22 @@ def write(site: Site, table: pd.DataFrame, out: Path, overrides: Sequence[str] =
         ece_bins=profile.evaluation.reliability.bins,
         side_by_side=side_by_side(profile, site.runs),
         sweeps=inline.inline(sweep, "sweep", "Accuracy under PGD at growing radii"),
-        commands=[(run, *reproduce(site.run, site.results, run, overrides)) for run in site.runs],
+        commands=[(run, *reproduce(measured(profile, run.experiment), site.run, site.results, run, overrides)) for run in site.runs],
         extractor=first["frechet_extractor"],
         sample_table=seed_table("samples", "experiment", details),
         energy_table=seed_table("energy", "E(x)", details),
         reliability_table=seed_table("reliability", "experiment", details),
+        teacher_table=teacher_table(details),
         ood_missing=first["ood_missing"],
         eps=standard.radius,
     )
     write_text(out, text)
+
+
+def teacher_table(details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """What the students' teachers say; empty where there are none."""
+    taught = {name: values for name, values in details.items() if "n_teaching" in values}
+    return seed_table("teacher", "student", taught) if taught else []
 
 
 def experiment_sections(site: Site, table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -264,14 +272,14 @@ def differing_settings(profile: Profile) -> dict[str, dict[str, Any]]:
     return {name: {key: settings[key] for key in varied if key in settings} for name, settings in everything.items()}
 
 
-def reproduce(run: str, results: Path, result: RunResult, overrides: Sequence[str]) -> tuple[str, str]:
-    """The commands that reproduce a run's results, and notes on what they cannot settle."""
+def reproduce(stages: Sequence[str], run: str, results: Path, result: RunResult, overrides: Sequence[str]) -> tuple[str, str]:
+    """The commands that reproduce a run's results, all these stages, and notes on what they cannot settle."""
     at = place(result.experiment, result.seed)
-    commits = {stage: read_json(results / at / f"{stage}.json").get("git_commit", "unknown") for stage in STAGES}
+    commits = {stage: read_json(results / at / f"{stage}.json").get("git_commit", "unknown") for stage in stages}
     # a stage that ran at another commit than its training ran later; Snakemake kept the training, so its code had not changed
     chosen = next((c for c in reversed(commits.values()) if c != result.git_commit), result.git_commit)
     config = [f"profile={run.split('+')[0]}", *([f"overrides={join_overrides(overrides)}"] if overrides else [])]
-    targets = [Layout(run).result(at, f"{stage}.json") for stage in STAGES]
+    targets = [Layout(run).result(at, f"{stage}.json") for stage in stages]
     lines = [shlex.join(["snakemake", "--cores", "all", "--config", *config, "--", *targets])]
     notes = []
     if len(set(commits.values())) > 1:

@@ -15,6 +15,7 @@ from ebjdat.settings.types import (
     Batch,
     Count,
     CountOrZero,
+    EntryName,
     Epsilon,
     Few,
     FilePath,
@@ -283,8 +284,18 @@ class ReliabilitySettings(Settings):
         return self
 
 
+class TeachingSettings(Settings):
+    """What distilled experiments' teachers say of training images that a recipe does not learn (arXiv 2605.21999)."""
+
+    recipe: EntryName  # an experiment of this profile; its networks of all seeds say what is learned
+    n: Count | None = None  # first n training images; None: all
+    steps: Steps = 10  # of PGD, in the standard protocol's ball
+    batch_size: Batch = 250
+
+
 class Evaluation(Settings):
     attack: AttackSettings
     generate: GenerateSettings
     energy: EnergySettings = EnergySettings()
     reliability: ReliabilitySettings = ReliabilitySettings()
+    teacher: TeachingSettings | None = None  # None: not measured

@@ -56,6 +56,8 @@ def of_profile(
         if evaluation.attack.transfer is not None:
             yield from _missing_run(raw, ("evaluation", "attack", "transfer"), evaluation.attack.transfer)
         yield from _missing_run(raw, ("evaluation", "generate", "reference"), evaluation.generate.reference)  # read with any extractor
+        if evaluation.teacher is not None:
+            yield from _missing_experiment(raw, ("evaluation", "teacher", "recipe"), evaluation.teacher.recipe)
 
 
 def of_validation(model: type[BaseModel], error: ValidationError) -> Iterator[Problem]:
@@ -204,12 +206,16 @@ def _trained(whole: Mapping[str, Any], experiment: str) -> dict[str, Any]:
 
 
 def _missing_run(raw: Mapping[str, Any], where: Where, reference: ReferenceSettings) -> Iterator[Problem]:
-    experiments, seeds = list(_entries(raw, "experiments")), raw.get("seeds")
-    if reference.experiment not in experiments:
-        what = f"{reference.experiment!r} is not an experiment of this profile; {nearest(reference.experiment, experiments)}"
-        yield (*where, "experiment"), what
+    seeds = raw.get("seeds")
+    yield from _missing_experiment(raw, (*where, "experiment"), reference.experiment)
     if isinstance(seeds, list) and reference.seed not in seeds:
         yield (*where, "seed"), f"{reference.seed} is not one of the profile's seeds {shown(seeds)}"
+
+
+def _missing_experiment(raw: Mapping[str, Any], where: Where, name: str) -> Iterator[Problem]:
+    experiments = list(_entries(raw, "experiments"))
+    if name not in experiments:
+        yield where, f"{name!r} is not an experiment of this profile; {nearest(name, experiments)}"
 
 
 def _fields_at(model: type[BaseModel], where: Where) -> list[str]:
