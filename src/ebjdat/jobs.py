@@ -27,17 +27,18 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "data.source": registry.SOURCES,
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
+    "contrast.ood": registry.MADE_SETS,
 }
 # Of a stage's files, those that its command takes no option for.
 NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
 # What a method that does not sample them does not execute: what is sampled -> the settings of how.
-SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary."}
+SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary.", "contrast": ".contrast."}
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
-    """Registry entries that resolved settings name, and what a method samples. A name like "auto" is all of them."""
+    """Registry entries that resolved settings name, and what a method samples and keeps. A name like "auto" is all of them."""
     method = registry.METHODS.get(settings.get("method", ""))
     unused = [part for sample, part in SAMPLED_BY.items() if method and sample not in method.samples]
     for key, value in flat(settings).items():
@@ -47,6 +48,7 @@ def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
             if match and not any(part in f".{key}" for part in unused):
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     yield from (registry.SAMPLES[name] for name in (method.samples if method else ()))
+    yield from [Entry(method.state, method.source)] if method and method.state else []
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,23 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
     assert sizes == {(settings.batch_size, 40)}
 
 
+@pytest.mark.slow
+def test_a_methods_own_state_continues_bit_for_bit(digits: Prepared, tmp_path: Path) -> None:
+    """DAT's number of steps and its running area, stopped after every step, between two decisions too; batch norm stays frozen."""
+    contrast = {"every": 3, "most": 3, "threshold": 0.5, "ood": "noise"}
+    settings = changed(METHODS.training_settings("dat"), epochs=2, contrast=contrast, adversary={"steps": 1})
+    whole = run(digits, settings, tmp_path / "whole", "dat")
+    result, saves = run_with_stops(digits, settings, tmp_path / "cut", "dat")
+    assert saves == 1 + 2 * (4 + 1)
+    assert same(whole, result)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert strip(whole.rows) == strip(result.rows)
+    assert whole.rows[-1]["contrast_steps"] > 0
+    weights = whole.selected.weights
+    assert all((value == ("var" in name)).all() for name, value in weights.items() if "running" in name)
+    assert not torch.equal(weights["norm.weight"], torch.ones_like(weights["norm.weight"]))
+
+
 def test_selection_uses_validation_and_a_later_epoch_wins_ties(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from ebjdat.data import batches
 from ebjdat.data.batches import Batch
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
+from ebjdat.objectives.terms import MethodState
 from ebjdat.pixels import INTERNAL, internal_distance
 from ebjdat.samplers.buffer import Chains, ReplayBuffer
 from ebjdat.samplers.chains import run_chain, starter
@@ -26,11 +27,12 @@ PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch."""
+    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch. own: a method's state."""
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
+    own: MethodState | None = None
 
 
 def sampling_states(

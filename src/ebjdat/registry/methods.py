@@ -120,6 +120,31 @@ METHODS: Mapping[str, Method] = {
         forms=("paper", "released", "released_ce"),
         control="weights.w2 0: without the alignment",
     ),
+    # joint: its logsumexp is trained as a density of images (it generates by climbing that), and its cross-entropy on neighbours
+    "dat": Method(
+        "ebjdat.objectives.dat:dat",
+        "DAT, second stage, arXiv 2510.13872; its images of another data set are made ones here",
+        family="joint",
+        samples=("adversarial", "contrast"),
+        state="ebjdat.objectives.dat:growth",
+        selection="clean_and_robust",
+        reads=(),
+        defaults={
+            "mode": "eval",
+            "optimizer": {"lr": 0.001},
+            "schedule": {"name": "constant"},
+            "adversary": {"norm": "L2", "eps": 0.5, "steps": 10, "step_size": 0.1, "mode": "eval"},
+            "augment": {"noise": 0.0},
+        },
+        logs=(
+            Logged("bce_data", "nats", "lower", "cross-entropy of data against x-, with −E as the logit"),
+            Logged("auc", "fraction", "", "area under the ROC curve of −E, data against x-, in a batch"),
+            Logged("energy_contrast", "nats", "", "mean energy of x-"),
+            Logged("contrast_steps", "steps", "", "how many steps x- climb"),
+        ),
+        control="contrast.most 0: x- never climb; contrast.direction random: as far, in a random direction; mode train: batch norm is not "
+        "frozen; adversary.norm Linf",
+    ),
 }
 
 # The JEM family: one objective, three presets.

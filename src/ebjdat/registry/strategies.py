@@ -12,6 +12,7 @@ SAMPLES: Mapping[str, Entry] = {
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
     "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
     "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
+    "contrast": Entry("ebjdat.objectives.dat:contrast", "images out of distribution that climb the density, arXiv 2510.13872"),
 }
 
 # Scores that adversarial neighbours ascend.

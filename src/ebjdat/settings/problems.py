@@ -26,6 +26,8 @@ CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
     "training.weights.examples": ("training.weights.examples.name", registry.WEIGHTINGS, ExampleWeights().name),
     "training.weights": ("method", registry.METHODS, "classifier"),
 }
+# Sections that only methods read which sample this.
+SAMPLED: Mapping[str, str] = {"training.contrast": "contrast"}
 # Chain settings that some samplers ignore.
 READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
 # Keys of the profile's training.chain that no training would use: every base sets them, or has a sampler that ignores them.
@@ -50,6 +52,7 @@ def of_profile(
         yield from _stated_in(raw, of_validation(ProfileFile, error))
     yield from _unread(raw, whole)
     yield from _pretrainings(raw)
+    yield from _frozen(whole)
     yield from _controls(raw, whole)
     if evaluation:
         if evaluation.attack.transfer is not None:
@@ -135,6 +138,11 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                     for unread in sorted(known & set(mapping(section(entry, part))) - set(reads)):
                         by = f"{key.removesuffix('.name').rpartition('.')[2]} {chosen!r}"
                         yield (kind, name, *part.split("."), unread), f"is not read by {by}; it reads {', '.join(reads) or 'none'}"
+            method = str(whole[kind][name].get("method") or "classifier")
+            for part, sample in SAMPLED.items():
+                readers = [other for other, row in registry.METHODS.items() if sample in row.samples]
+                if method in registry.METHODS and method not in readers and mapping(section(entry, part)):
+                    yield (kind, name, *part.split(".")), f"is not read by method {method!r}, only by {', '.join(readers)}"
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 
@@ -155,6 +163,16 @@ def _pretrainings(raw: Mapping[str, Any]) -> Iterator[Problem]:
         twin = first.setdefault(repr(sorted(content.items())), name)
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; use that one, so that they share a checkpoint"
+
+
+def _frozen(whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Trainings that keep running statistics which no training made."""
+    for kind in ("pretraining", "experiments"):
+        for name, entry in _entries(whole, kind).items():
+            start = _entries(whole, "pretraining").get(str(entry.get("pretraining")), {})
+            if section(entry, "training.mode") == "eval" and (start.get("epochs") == 0 or (kind == "pretraining" and entry.get("epochs"))):
+                what = "'eval' keeps batch norm's running statistics, and a network that was not trained has none"
+                yield (kind, name, "training", "mode"), f"{what}; start from a pretraining with epochs"
 
 
 def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:

@@ -108,6 +108,24 @@ class AdversarySettings(Settings):
         return self
 
 
+class ContrastSettings(Settings):
+    """Images out of distribution that `dat` tells from data: where they begin, and how far they climb (objectives/dat.py)."""
+
+    ood: Annotated[str, known(registry.MADE_SETS)] = "shuffled"  # made from the images of the p(x) term
+    norm: Norm = "L2"  # of a step: unit vectors or signs
+    step_size: Epsilon = 0.1
+    direction: Literal["gradient", "random"] = "gradient"  # random: as far as with the gradient, the control
+    most: Annotated[int, Number, Field(ge=0, le=1000)] = 40  # steps; they begin with 0
+    threshold: Annotated[float, Number, Field(ge=0.5, le=1)] = 0.8  # area under the ROC curve at which there is one step more
+    every: Count = 50  # training steps over which the area is averaged before the number of steps may grow
+
+    @model_validator(mode="after")
+    def moves(self) -> Self:
+        if not self.most and self.direction != "gradient":
+            raise ValueError(f"direction {self.direction!r} changes nothing where `most` is 0: no image moves")
+        return self
+
+
 class ExampleWeights(Settings):
     """How much each example counts in the loss of an adversarial training (objectives/weighting.py)."""
 
@@ -235,6 +253,8 @@ class ComputeSettings(Settings):
 class TrainingSettings(Settings):
     epochs: Epochs  # over the labelled images
     batch_size: Batch
+    # batch-norm statistics in the loss: those of the batch; or the running ones, which stay as the pretraining left them
+    mode: Literal["train", "eval"] = "train"
     density_batch: Literal["labelled", "own"] = "labelled"  # images of the p(x) term: the labelled ones, or from their own shuffle
     density_batch_size: Batch | None = None  # own: their number, which is that of chains; None: batch_size
     optimizer: OptimizerSettings
@@ -244,6 +264,7 @@ class TrainingSettings(Settings):
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
+    contrast: ContrastSettings = ContrastSettings()
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()
