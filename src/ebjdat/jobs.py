@@ -19,6 +19,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "chain.sampler": registry.SAMPLERS,
     "chain.start": registry.STARTS,
     "adversary.score": registry.SCORES,
+    "adversary.budget.name": registry.BUDGETS,
     "update.name": registry.UPDATES,
     "weights.examples.name": registry.WEIGHTINGS,
     "optimizer.name": registry.OPTIMIZERS,
@@ -32,8 +33,8 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
 NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
-# What a method that does not sample them does not execute: what is sampled -> the settings of how.
-SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary."}
+# What a method that does not sample them does not execute: what is sampled -> the settings of how. (Budgets are made for every method.)
+SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary.score"}
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
