@@ -19,6 +19,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "chain.sampler": registry.SAMPLERS,
     "chain.start": registry.STARTS,
     "adversary.score": registry.SCORES,
+    "adversary.budget.name": registry.BUDGETS,
     "update.name": registry.UPDATES,
     "weights.examples.name": registry.WEIGHTINGS,
     "optimizer.name": registry.OPTIMIZERS,
@@ -33,14 +34,14 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
 NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
-# What a method that does not sample them does not execute: what is sampled -> the settings of how.
-SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary.", "contrast": ".contrast."}
+# What a method that samples none of them does not execute: settings of how -> what is sampled. (Budgets are made for every method.)
+SAMPLED_BY = {".chain.": {"negatives"}, ".adversary.score": {"adversarial"}, ".contrast.": {"contrast"}}
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
     """Registry entries that resolved settings name, and what a method samples and keeps. A name like "auto" is all of them."""
     method = registry.METHODS.get(settings.get("method", ""))
-    unused = [part for sample, part in SAMPLED_BY.items() if method and sample not in method.samples]
+    unused = [part for part, samples in SAMPLED_BY.items() if method and not samples & {*method.samples}]
     for key, value in flat(settings).items():
         for end, entries in NAMED_BY.items():
             _, match, below = f".{key}.".partition(f".{end}.")

@@ -9,7 +9,7 @@ import pytest
 from ebjdat.settings import load, usual_protocols
 
 from ..conftest import ROOT
-from .conftest import CIFAR, FULL, Refusal
+from .conftest import CIFAR, DIGITS, FULL, Refusal
 
 STANDARD, L2 = "evaluation.attack.protocols.standard", "evaluation.attack.protocols.standard_l2"
 
@@ -34,6 +34,19 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("training.adversary.step_size=0.31", "more than the diameter"),
         ("training.adversary.step_ratio=2.1", "more than the diameter"),
         ("training.adversary.start_ratio=2", "set project: false"),
+        ("training.adversary={project: false, budget: {name: robust_lt}}", "budget 'robust_lt' starts in the ball of eps"),
+        ("training.adversary.budget.name=rampp", "'rampp' is unknown; did you mean 'ramp'"),
+        ("training.adversary.budget.by_class=1.5", "less than or equal to 1"),
+        ("experiments.pgd_at.training.adversary.budget={name: ramp, by_class: 0.1}", "is not read by budget 'ramp'; it reads warmup"),
+        ("experiments.pgd_at.training.adversary.budget.warmup=0.1", "is not read by budget 'uniform'; it reads none"),
+        ("experiments.jempp.training.adversary.budget.name=ramp", "is not read by method 'jempp', which moves no images"),
+        ("pretraining.clean.training.adversary.budget.name=ramp", "is not read by method 'classifier', which moves no images"),
+        ("data.validation=null", "needs `validation`, how many training images"),
+        ("data.imbalance={ratio: 10, largest: 100}", "`validation` is not for a split with `imbalance`"),
+        ("data={validation: null, n_train: 100, imbalance: {ratio: 10, largest: 100}}", "`n_train` is not for a split with `imbalance`"),
+        ("data={validation: null, imbalance: {ratio: 10}}", "data.imbalance.largest: is missing"),
+        ("data={validation: null, imbalance: {ratio: 0.5, largest: 100}}", "greater than or equal to 1"),
+        ("data={validation: null, imbalance: {ratio: 10, largest: 100, validation: 1}}", "less than 1"),
         ("training.update.name=awp", "published: 0.005 to 0.01"),
         ("training.adversary={start: clean, start_ratio: 0.5}", "start_ratio is of start 'uniform'"),
         ("experiments.pgd_at.training.weights.control=shuffled", "training.weights.examples is uniform"),
@@ -93,6 +106,13 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
 )
 def test_settings_that_do_not_go_together_are_refused(override: str, expected: str, refusal: Refusal) -> None:
     assert expected in refusal([override])
+
+
+def test_a_batch_must_fit_a_long_tailed_split(refusal: Refusal) -> None:
+    """Of 60, 46, 35, 27, 21, 16, 12, 10, 7 and 6 images, all but int(0.2 n) of each."""
+    tailed = "data={validation: null, imbalance: {ratio: 10, largest: 60}}"
+    assert "batch_size: 195 is larger than the training split (194 images)" in refusal([tailed, "training.batch_size=195"])
+    assert load(DIGITS, [tailed, "training.batch_size=194"]).data.training_size() == 194
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -81,11 +81,11 @@ class PipelineStep:
 
     def _work(self) -> Iterator[tuple[Batch, SamplingState]]:
         settings, buffer, epoch, step = self.case.settings, self.learner.buffer, 0, 0
-        plan = self.plan()
+        plan, common = self.plan(), SamplingState.of_epoch(settings, buffer, self.pool, settings.epochs)
         while True:
             for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch, own_density=settings.own_density):
                 chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
-                yield batch, SamplingState(settings, buffer, chains)
+                yield batch, replace(common, chains=chains)
                 step += 1
             epoch += 1
 

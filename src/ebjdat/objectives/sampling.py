@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.terms import MethodState
 from ebjdat.pixels import INTERNAL, internal_distance
+from ebjdat.samplers.budgets import Budget, Scale
 from ebjdat.samplers.buffer import Chains, ReplayBuffer
 from ebjdat.samplers.chains import run_chain, starter
 from ebjdat.samplers.pgd import projected_gradient, random_point
@@ -27,32 +28,52 @@ PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch. own: a method's state."""
+    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch.
+
+    scale: of the adversary's budget by class, in this epoch; None: the same budget for all. log_counts: log of the images of each class
+    of the training split, less that of the largest class (K,). own: what the method keeps.
+    """
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
+    scale: Scale | None = None
+    log_counts: Tensor | None = None
     own: MethodState | None = None
+
+    @classmethod
+    def of_epoch(cls, settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, epoch: int) -> SamplingState:
+        """What all steps of an epoch, from 0, have in common."""
+        counts, spec = torch.tensor([len(members) for members in pool.members], dtype=torch.float64), settings.adversary.budget
+        scale: Scale | None = registry.load(registry.BUDGETS, spec.name)(spec, counts, epoch, settings.epochs)
+        device = pool.data.device
+        logs = (counts / counts.max()).log().to(device, torch.float32)
+        return cls(settings, buffer, scale=scale and scale.on(device), log_counts=logs)
+
+    def budget(self, y: Tensor) -> Budget:
+        """How far the adversary may move images with labels y (B,)."""
+        usual = Budget.usual(self.settings.adversary)
+        return usual if self.scale is None else self.scale.of(usual, y)
 
 
 def sampling_states(
-    settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
+    common: SamplingState, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
 ) -> Iterator[SamplingState]:
     """What each step of an epoch samples from, from step `first` on; chains are planned some steps ahead.
 
-    The same purpose and step give the same chains, wherever a training was interrupted.
+    common: SamplingState.of_epoch. The same purpose and step give the same chains, wherever a training was interrupted.
     """
-    plan = None
+    plan, settings, buffer = None, common.settings, common.buffer
     for step in range(first, steps):
         if buffer is None:
-            yield SamplingState(settings)
+            yield common
             continue
         block, within = divmod(step, PLANNED_STEPS)
         if plan is None or within == 0:
             noise, spec = batches.generator(pool.data.device, *purpose, block), settings.chain
             planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
             plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
-        yield SamplingState(settings, buffer, buffer.take(plan, within))
+        yield replace(common, chains=buffer.take(plan, within))
 
 
 def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
@@ -68,32 +89,36 @@ def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: 
 
 def adversarial(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """Adversarial neighbours of batch.x by the settings' score: (B, C, H, W) in [-1, 1]."""
-    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator)
+    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator, state.budget(batch.y))
 
 
 def uniform(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """A uniform point of each image's ball: (B, C, H, W) in [-1, 1]."""
-    spec = state.settings.adversary
-    return random_point(batch.x, internal_radius(spec), spec.norm, INTERNAL, generator)
+    return random_point(batch.x, state.budget(batch.y).eps, state.settings.adversary.norm, INTERNAL, generator)
 
 
 def corner(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """Each image moved by the radius up or down in every pixel, at random: (B, C, H, W) in [-1, 1]."""
     sign = torch.randint(0, 2, batch.x.shape, generator=generator, device=batch.x.device) * 2 - 1
-    return (batch.x + internal_radius(state.settings.adversary) * sign).clamp(*INTERNAL)
+    return (batch.x + state.budget(batch.y).eps * sign).clamp(*INTERNAL)
 
 
-def internal_radius(spec: AdversarySettings) -> float:
-    """eps in the internal range."""
-    return internal_distance(spec.eps) if spec.range == "unit" else spec.eps
+def log_counts(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """log(n_c / n_max) of every class, n_c its images in the training split: the same row (B, K) for each image."""
+    assert state.log_counts is not None
+    return state.log_counts.expand(len(batch.y), -1)
 
 
-def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator) -> Tensor:
-    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise."""
-    as_internal = internal_distance if spec.range == "unit" else float
-    eps, step_size = as_internal(spec.eps), as_internal(spec.step)
+def neighbours(
+    model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator, budget: Budget | None = None
+) -> Tensor:
+    """Projected-gradient neighbours of internal-range images: (B, C, H, W) in [-1, 1].
+
+    budget: limits of each image; None: the settings' eps, step and steps for all, which are in [0, 1] pixels unless they say otherwise.
+    """
+    budget = budget or Budget.usual(spec)
     if spec.start == "uniform":
-        start = random_point(x, spec.start_ratio * eps, spec.norm, INTERNAL, generator)
+        start = random_point(x, budget.start, spec.norm, INTERNAL, generator)
     elif spec.start == "gaussian":
         start = x + internal_distance(GAUSSIAN_START) * torch.randn(x.shape, generator=generator, device=x.device)
     else:
@@ -102,11 +127,12 @@ def neighbours(model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, 
         return projected_gradient(
             registry.load(registry.SCORES, spec.score)(model, x, y),
             x,
-            eps=eps,
-            step_size=step_size,
-            steps=spec.steps,
+            eps=budget.eps,
+            step_size=budget.step,
+            steps=budget.steps,
             norm=spec.norm,
             bounds=INTERNAL,
             start=start,
             into_ball=spec.project,
+            own_steps=budget.own_steps,
         )

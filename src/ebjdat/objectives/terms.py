@@ -13,7 +13,7 @@ from torch import Tensor
 from ebjdat.data.batches import Batch
 from ebjdat.models.wrn import WideResNet
 
-Samples = Mapping[str, Tensor]  # name in registry.SAMPLES -> images (B, C, H, W) in [-1, 1]
+Samples = Mapping[str, Tensor]  # name in registry.SAMPLES -> images (B, C, H, W) in [-1, 1]; log_counts: (B, K)
 
 
 @dataclass(frozen=True)

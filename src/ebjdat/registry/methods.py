@@ -70,6 +70,13 @@ METHODS: Mapping[str, Method] = {
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
         control="as for s2o",
     ),
+    "at_bsl": _adversarial(
+        "ebjdat.objectives.longtail:at_bsl",
+        "AT-BSL, Yue et al. 2024, arXiv 2403.10073; balanced softmax, Ren et al. 2020, arXiv 2007.10740",
+        samples=("adversarial", "log_counts"),
+        logs=(Logged("ce_balanced", "nats", "lower", "cross-entropy of adversarial neighbours, logits shifted by log n_c"),),
+        control="pgd_at with the same augmentation: the same without the shift",
+    ),
     "fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",

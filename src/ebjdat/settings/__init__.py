@@ -9,7 +9,7 @@ inherit. problems: what validation reports. loading: files, overrides, names. st
 """
 
 from ebjdat.names import STANDARD
-from ebjdat.settings.data import DataSettings
+from ebjdat.settings.data import DataSettings, ImbalanceSettings
 from ebjdat.settings.evaluation import (
     AUTO,
     RELEASED,
@@ -36,6 +36,7 @@ from ebjdat.settings.strategies import catalogue
 from ebjdat.settings.training import (
     AdversarySettings,
     AugmentSettings,
+    BudgetSettings,
     ChainSettings,
     ContrastSettings,
     ExampleWeights,
@@ -57,6 +58,7 @@ __all__ = [
     "AdversarySettings",
     "AttackSettings",
     "AugmentSettings",
+    "BudgetSettings",
     "ChainSettings",
     "ContrastSettings",
     "DataSettings",
@@ -65,6 +67,7 @@ __all__ = [
     "Experiment",
     "GenerateSettings",
     "HealingSettings",
+    "ImbalanceSettings",
     "ModelSettings",
     "OptimizerSettings",
     "PGDSettings",

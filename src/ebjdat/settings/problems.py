@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ebjdat import registry
 from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
 from ebjdat.settings.profile import ProfileFile
-from ebjdat.settings.training import ChainSettings, ExampleWeights, UpdateSettings
+from ebjdat.settings.training import BudgetSettings, ChainSettings, ExampleWeights, UpdateSettings
 from ebjdat.settings.types import mapping, merge, nearest, section, shown
 
 Where = tuple[str | int, ...]
@@ -23,6 +23,7 @@ Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (a file's name, or an overri
 CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
     "training.chain": ("training.chain.sampler", registry.SAMPLERS, ChainSettings().sampler),
     "training.update": ("training.update.name", registry.UPDATES, UpdateSettings().name),
+    "training.adversary.budget": ("training.adversary.budget.name", registry.BUDGETS, BudgetSettings().name),
     "training.weights.examples": ("training.weights.examples.name", registry.WEIGHTINGS, ExampleWeights().name),
     "training.weights": ("method", registry.METHODS, "classifier"),
 }
@@ -127,6 +128,10 @@ def _entries(raw: Mapping[str, Any], kind: str) -> dict[str, Mapping[str, Any]]:
     return {name: entry for name, entry in mapping(raw.get(kind)).items() if isinstance(entry, Mapping)}
 
 
+# Samples that the adversary's budget limits.
+LIMITED = frozenset({"adversarial", "corner", "uniform"})
+
+
 def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings that the strategy of their section does not read, and chain settings that nothing does."""
     for kind in ("pretraining", "experiments"):
@@ -143,6 +148,8 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                 readers = [other for other, row in registry.METHODS.items() if sample in row.samples]
                 if method in registry.METHODS and method not in readers and mapping(section(entry, part)):
                     yield (kind, name, *part.split(".")), f"is not read by method {method!r}, only by {', '.join(readers)}"
+            if section(entry, "training.adversary.budget") and not LIMITED & {*getattr(registry.METHODS.get(method), "samples", LIMITED)}:
+                yield (kind, name, "training", "adversary", "budget"), f"is not read by method {method!r}, which moves no images"
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 

@@ -75,6 +75,14 @@ class ChainSettings(Settings):
     reinit: Fraction01 = 0.05  # probability that a chain restarts
 
 
+class BudgetSettings(Settings):
+    """How eps and step_size depend on the image's class and on the epoch, in training (samplers/budgets.py)."""
+
+    name: Annotated[str, known(registry.BUDGETS)] = "uniform"
+    by_class: Fraction01 = 0.3  # robust_lt: share of eps that goes by the rarity of the class
+    warmup: Fraction01 = 0.8  # robust_lt, ramp: share of the epochs in which the budget grows from 0
+
+
 class AdversarySettings(Settings):
     score: Annotated[str, known(registry.SCORES)] = "ce"
     norm: Norm = "Linf"
@@ -89,6 +97,7 @@ class AdversarySettings(Settings):
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the eps-ball; 0.001 N(0, 1) in [0, 1] pixels (TRADES); at x
     project: StrictBool = True  # back into the eps-ball after each step; the released code does not
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
+    budget: BudgetSettings = BudgetSettings()  # of training's neighbours; validation's have eps and step_size
 
     @property
     def step(self) -> float:
@@ -103,6 +112,8 @@ class AdversarySettings(Settings):
             raise ValueError(f"start_ratio {self.start_ratio:.4g} leaves the ball, into which `project` brings it back; set project: false")
         if self.start_ratio != 1 and self.start != "uniform":
             raise ValueError(f"start_ratio is of start 'uniform', not of {self.start!r}")
+        if "by_class" in registry.BUDGETS[self.budget.name].reads and not self.project:
+            raise ValueError(f"budget {self.budget.name!r} starts in the ball of eps, whatever the class's is; it needs project: true")
         if self.score in ("kl", "squared") and self.start == "clean":
             raise ValueError(f"score {self.score!r} has no gradient at the clean image; start 'uniform' or 'gaussian' is allowed")
         return self

@@ -15,7 +15,7 @@ from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_
 from ebjdat.errors import DataError
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives.sampling import sampling_states
+from ebjdat.objectives.sampling import SamplingState, sampling_states
 from ebjdat.progress import Bar, format_values
 from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import TrainingSettings
@@ -147,7 +147,8 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
     epoch, per_epoch = state.epoch, steps_per_epoch(len(data), settings.batch_size)
 
     batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density)
-    sources = sampling_states(settings, learner.buffer, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
+    common = SamplingState.of_epoch(settings, learner.buffer, run.pool, epoch)
+    sources = sampling_states(common, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
     began = time.monotonic()
     for step, (batch, source) in enumerate(zip(batches, sources, strict=True), state.step):
         factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
