@@ -35,7 +35,7 @@ NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
 # What a method that samples none of them does not execute: settings of how -> what is sampled. (Budgets are made for every method.)
-SAMPLED_BY = {".chain.": {"negatives"}, ".adversary.score": {"adversarial"}, ".contrast.": {"contrast"}}
+SAMPLED_BY = {".chain.": {"negatives"}, ".adversary.score": {"adversarial", "policy"}, ".contrast.": {"contrast"}}
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:

@@ -76,19 +76,31 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_methods_own_state_continues_bit_for_bit(digits: Prepared, tmp_path: Path) -> None:
-    """DAT's number of steps and its running area, stopped after every step, between two decisions too; batch norm stays frozen."""
-    contrast = {"every": 3, "most": 3, "threshold": 0.5, "ood": "noise"}
-    settings = changed(METHODS.training_settings("dat"), epochs=2, contrast=contrast, adversary={"steps": 1})
-    whole = run(digits, settings, tmp_path / "whole", "dat")
-    result, saves = run_with_stops(digits, settings, tmp_path / "cut", "dat")
+@pytest.mark.parametrize(
+    ("method", "shows", "changes"),
+    [
+        ("dat", "contrast_steps", {"contrast": {"every": 3, "most": 3, "threshold": 0.5, "ood": "noise"}, "adversary": {"steps": 1}}),
+        ("las_at", "policy_reward", {"policy": {"every": 3, "lr": 1.0}, "compute": {"accumulate": 2}}),
+    ],
+)
+def test_a_methods_own_state_continues_bit_for_bit(
+    method: str, shows: str, changes: dict[str, Any], digits: Prepared, tmp_path: Path
+) -> None:
+    """DAT's number of steps and running area, LAS-AT's policy: stopped after every step, so between two of their changes, too.
+
+    Batch norm stays frozen, where it is to.
+    """
+    settings = changed(METHODS.training_settings(method), epochs=2, **changes)
+    whole = run(digits, settings, tmp_path / "whole", method)
+    result, saves = run_with_stops(digits, settings, tmp_path / "cut", method)
     assert saves == 1 + 2 * (4 + 1)
     assert same(whole, result)
     strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
     assert strip(whole.rows) == strip(result.rows)
-    assert whole.rows[-1]["contrast_steps"] > 0
+    assert whole.rows[-1][shows] > 0
     weights = whole.selected.weights
-    assert all((value == ("var" in name)).all() for name, value in weights.items() if "running" in name)
+    kept = all((value == ("var" in name)).all() for name, value in weights.items() if "running" in name)
+    assert kept == (settings.mode == "eval") == (method == "dat")
     assert not torch.equal(weights["norm.weight"], torch.ones_like(weights["norm.weight"]))
 
 

@@ -114,6 +114,23 @@ METHODS: Mapping[str, Method] = {
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
     ),
+    "las_at": _adversarial(
+        "ebjdat.objectives.las_at:las_at",
+        "LAS-AT, Jia et al. 2022, arXiv 2203.06616; its policy is a small WRN here, a ResNet-18 there",
+        samples=("policy",),
+        state="ebjdat.objectives.las_at:policy",
+        defaults={"adversary": {"start": "uniform", "mode": "eval"}},
+        logs=(
+            Logged("policy_eps", "policy.unit", "", "radius that the policy chose, mean over images"),
+            Logged("policy_steps", "steps", "", "steps of the attack that it chose"),
+            Logged("policy_step", "policy.unit", "", "size of a step that it chose"),
+            Logged(
+                "policy_reward", "nats and fractions", "higher", "its last reward: min(CE(x̃), 10) + 4 robust accuracy + 2 clean accuracy"
+            ),
+        ),
+        control="policy.choose uniform: the same ranges at random; single numbers for ranges: their mean for every image; and with "
+        "adversary.budget ramp: growing linearly",
+    ),
     "jem": _energy("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", bases=("jem",)),
     "jempp": _energy("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", bases=("jempp",)),
     "sadajem": _energy("ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", bases=("sadajem",)),

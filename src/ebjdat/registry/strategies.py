@@ -13,6 +13,7 @@ SAMPLES: Mapping[str, Entry] = {
     "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
     "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
     "contrast": Entry("ebjdat.objectives.dat:contrast", "images out of distribution that climb the density, arXiv 2510.13872"),
+    "policy": Entry("ebjdat.objectives.las_at:by_policy", "projected gradient whose budget a policy chooses, arXiv 2203.06616"),
     "log_counts": Entry("ebjdat.objectives.sampling:log_counts", "how frequent each class is in the training split"),
 }
 

@@ -28,7 +28,7 @@ CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
     "training.weights": ("method", registry.METHODS, "classifier"),
 }
 # Sections that only methods read which sample this.
-SAMPLED: Mapping[str, str] = {"training.contrast": "contrast"}
+SAMPLED: Mapping[str, str] = {"training.contrast": "contrast", "training.policy": "policy"}
 # Chain settings that some samplers ignore.
 READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
 # Keys of the profile's training.chain that no training would use: every base sets them, or has a sampler that ignores them.
@@ -129,7 +129,9 @@ def _entries(raw: Mapping[str, Any], kind: str) -> dict[str, Mapping[str, Any]]:
 
 
 # Samples that the adversary's budget limits.
-LIMITED = frozenset({"adversarial", "corner", "uniform"})
+LIMITED = frozenset({"adversarial", "corner", "policy", "uniform"})
+# Settings of the adversary that the policy chooses instead.
+CHOSEN_BY_POLICY = frozenset({"steps", "step_ratio"})
 
 
 def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
@@ -148,6 +150,10 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                 readers = [other for other, row in registry.METHODS.items() if sample in row.samples]
                 if method in registry.METHODS and method not in readers and mapping(section(entry, part)):
                     yield (kind, name, *part.split(".")), f"is not read by method {method!r}, only by {', '.join(readers)}"
+            if method in registry.METHODS and "policy" in registry.METHODS[method].samples:
+                for key in sorted(CHOSEN_BY_POLICY & set(mapping(section(entry, "training.adversary")))):
+                    what = f"is not read by method {method!r}, whose policy chooses it; set training.policy"
+                    yield (kind, name, "training", "adversary", key), what
             if section(entry, "training.adversary.budget") and not LIMITED & {*getattr(registry.METHODS.get(method), "samples", LIMITED)}:
                 yield (kind, name, "training", "adversary", "budget"), f"is not read by method {method!r}, which moves no images"
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):

@@ -28,6 +28,12 @@ from ebjdat.settings.types import (
 )
 
 
+def six_n_plus_four(depth: int) -> int:
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth {depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
+    return depth
+
+
 class ModelSettings(Settings):
     depth: Few = 28  # 6 n + 4
     width: Few = 10
@@ -40,9 +46,8 @@ class ModelSettings(Settings):
         return f"WRN-{self.depth}-{self.width}" + (" (jem)" if self.variant == "jem" else "")
 
     @model_validator(mode="after")
-    def six_n_plus_four(self) -> Self:
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise ValueError(f"depth {self.depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
+    def has_blocks(self) -> Self:
+        six_n_plus_four(self.depth)
         return self
 
 
@@ -134,6 +139,49 @@ class ContrastSettings(Settings):
     def moves(self) -> Self:
         if not self.most and self.direction != "gradient":
             raise ValueError(f"direction {self.direction!r} changes nothing where `most` is 0: no image moves")
+        return self
+
+
+class PolicySettings(Settings):
+    """How `las_at` attacks each image: ranges of whole numbers, ends included, of which one is chosen (objectives/las_at.py)."""
+
+    choose: Literal["learned", "uniform"] = "learned"  # uniform: with equal chances, always, the control
+    unit: Epsilon = 1 / 255  # of eps and step, in [0, 1] pixels
+    eps: tuple[Few, Few] = (3, 15)
+    iterations: tuple[Few, Few] = (3, 14)
+    step: tuple[Few, Few] = (1, 5)
+    # the policy's own wide residual network, without batch norm, and its optimiser (SGD)
+    depth: Few = 10
+    width: Few = 1
+    lr: Positive = 1e-4
+    every: Count = 20  # training steps between two of its own
+
+    @property
+    def network(self) -> ModelSettings:
+        return ModelSettings(depth=self.depth, width=self.width, norm="none")
+
+    @field_validator("depth")
+    @classmethod
+    def has_blocks(cls, depth: int) -> int:
+        return six_n_plus_four(depth)
+
+    @field_validator("eps", "iterations", "step")
+    @classmethod
+    def ascends(cls, ends: tuple[int, int]) -> tuple[int, int]:
+        if ends[0] > ends[1]:
+            raise ValueError(f"{list(ends)} is no range; its first number must not be greater than its second")
+        return ends
+
+    @model_validator(mode="after")
+    def sensible(self) -> Self:
+        if self.eps[1] * self.unit > 1:
+            raise ValueError(
+                f"eps reaches {self.eps[1]} x unit = {self.eps[1] * self.unit:.4g}; at most 1, the range of pixels, is allowed"
+            )
+        if self.step[1] > 2 * self.eps[1]:
+            raise ValueError(f"step reaches {self.step[1]}, more than the largest diameter 2 eps = {2 * self.eps[1]}")
+        if self.choose == "learned" and all(low == high for low, high in (self.eps, self.iterations, self.step)):
+            raise ValueError("every range has one number, so there is nothing to learn; set choose: uniform, or widen a range")
         return self
 
 
@@ -276,6 +324,7 @@ class TrainingSettings(Settings):
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
     contrast: ContrastSettings = ContrastSettings()
+    policy: PolicySettings = PolicySettings()
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()
