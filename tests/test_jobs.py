@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 
-from ebjdat import jobs
+from ebjdat import jobs, registry
 from ebjdat.cli import app
 from ebjdat.jobs import STAGES
 from ebjdat.layout import Layout
@@ -110,3 +110,15 @@ def test_the_report_runs_again_with_every_file_that_its_pages_show(profile: Prof
     read = jobs.inputs(profile, Layout("digits"), jobs.Job("report"))["results"]
     shown = {"finetune_curve.csv", "verdicts.parquet", "samples.png", "chains.gif", "energy.npz", "reliability.png"}
     assert {Path(file).name for file in read} == shown | {f"{stage}.json" for stage in jobs.measured(profile, "eb_jdat")}
+
+
+@pytest.mark.parametrize("budget", registry.BUDGETS)
+def test_a_training_holds_the_code_of_its_budget(budget: str) -> None:
+    """Of every method, since each epoch makes it; scores only where there are neighbours."""
+    settings = {"training": {"adversary": {"score": "ce", "budget": {"name": budget}}}}
+    for method, others in (("pgd_at", [registry.SCORES["ce"]]), ("classifier", [])):
+        found = [entry for entry in jobs.named({"method": method, **settings}) if entry not in registry.SAMPLES.values()]
+        assert found == [registry.METHODS[method], *others, registry.BUDGETS[budget]]
+    other = load(ROOT / "params/digits.yaml", [f"experiments.pgd_at.training.adversary.budget.name={budget}"])
+    same = STAGES["finetune"].digest(load(ROOT / "params/digits.yaml"), "pgd_at") == STAGES["finetune"].digest(other, "pgd_at")
+    assert same == (budget == "uniform")

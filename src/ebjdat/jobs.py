@@ -19,6 +19,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "chain.sampler": registry.SAMPLERS,
     "chain.start": registry.STARTS,
     "adversary.score": registry.SCORES,
+    "adversary.budget.name": registry.BUDGETS,
     "update.name": registry.UPDATES,
     "weights.examples.name": registry.WEIGHTINGS,
     "optimizer.name": registry.OPTIMIZERS,
@@ -27,19 +28,20 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "data.source": registry.SOURCES,
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
+    "contrast.ood": registry.MADE_SETS,
 }
 # Of a stage's files, those that its command takes no option for.
 NO_OPTION = ("journal", "archive", "results", "pretraining")
 
 
-# What a method that does not sample them does not execute: what is sampled -> the settings of how.
-SAMPLED_BY = {"negatives": ".chain.", "adversarial": ".adversary."}
+# What a method that samples none of them does not execute: settings of how -> what is sampled. (Budgets are made for every method.)
+SAMPLED_BY = {".chain.": {"negatives"}, ".adversary.score": {"adversarial", "policy"}, ".contrast.": {"contrast"}}
 
 
 def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
-    """Registry entries that resolved settings name, and what a method samples. A name like "auto" is all of them."""
+    """Registry entries that resolved settings name, and what a method samples and keeps. A name like "auto" is all of them."""
     method = registry.METHODS.get(settings.get("method", ""))
-    unused = [part for sample, part in SAMPLED_BY.items() if method and sample not in method.samples]
+    unused = [part for part, samples in SAMPLED_BY.items() if method and not samples & {*method.samples}]
     for key, value in flat(settings).items():
         for end, entries in NAMED_BY.items():
             _, match, below = f".{key}.".partition(f".{end}.")
@@ -47,6 +49,7 @@ def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
             if match and not any(part in f".{key}" for part in unused):
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     yield from (registry.SAMPLES[name] for name in (method.samples if method else ()))
+    yield from [Entry(method.state, method.source)] if method and method.state else []
 
 
 @dataclass(frozen=True)

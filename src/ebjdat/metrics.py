@@ -48,6 +48,8 @@ FOUR = "at least four samples (else null)"
 OOD = "`evaluation.reliability.ood` has the set"
 ANY_MODEL = "`ebjdat attack --model`"
 TAUGHT = "the experiment has a teacher, and `evaluation.teacher` is set"
+LONG_TAILED = "the profile has `data.imbalance`"
+GROUPS = {"head": "of the largest 20 % of the classes", "tail": "of the smallest 80 % of the classes"}  # by training images
 M = Metric
 # What the energy stage lets PGD climb, beside the attack on cross-entropy (evaluation/energy.py).
 ENERGY_ATTACKS = {
@@ -175,6 +177,16 @@ METRICS: tuple[Metric, ...] = (
         M("[<protocol>_]autoattack_warnings", "list of text", "", "what AutoAttack's own checks warned of", ENSEMBLE),
         M("[<protocol>_]attack_seconds", "seconds", "lower",
           "time of PGD and ensemble, summed over batches, parallel ones too", ENSEMBLE),
+        *(M(f"[ema_][<protocol>_]{attack}_{group}_acc", "fraction", "higher", f"`{plain}_acc` of the test images {which}", LONG_TAILED,
+            n=f"{n}_{group}", interval="wilson", summary=24 + 2 * i + j)
+          for i, (attack, plain, n) in enumerate((
+              ("clean", "clean", "n"), ("pgd<steps>", "pgd20", "n"), ("autoattack", "autoattack", "n_attack")))
+          for j, (group, which) in enumerate(GROUPS.items())),
+        M("[ema_][<protocol>_](clean|pgd<steps>|autoattack)_(head|tail)_correct", "count", "higher", "their right ones", LONG_TAILED),
+        M("[ema_][<protocol>_](clean|pgd<steps>|autoattack)_(head|tail)_(low|high)", "fraction", "", "95 % Wilson interval", LONG_TAILED),
+        *(M(f"[ema_][<protocol>_]n_{group}", "count", "", f"test images {which}, behind `clean_{group}_acc` and `pgd<steps>_{group}_acc`",
+            LONG_TAILED) for group, which in GROUPS.items()),
+        M("[ema_][<protocol>_]n_attack_(head|tail)", "count", "", "of these, those among the first `n_attack`", LONG_TAILED),
         M("checks", "list", "",
           "integrity checks: `name`, `protocol`, `passed` (null: not run), `value` and `limit` in the unit that `says` names, `n`",
           needed=("attack",)),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebjdat.data import prepared
+from ebjdat.data import prepared, sources
 from ebjdat.data.prepared import Prepared
-from ebjdat.settings import DataSettings, load
+from ebjdat.settings import DataSettings, ImbalanceSettings, load
 from ebjdat.stages import prepare
 
 from ..conftest import ROOT
@@ -22,6 +22,12 @@ from .conftest import Files, as_folder, as_zip, picture, refusal, saved, setting
 
 def of_digits(**more: int) -> DataSettings:
     return DataSettings.model_validate({"source": "digits", "test": 497, "validation": 130, **more})
+
+
+def tailed(ratio: float = 10, largest: int = 120, split_seed: int = 0, **more: float) -> DataSettings:
+    """Digits of which the later classes are rare."""
+    imbalance = {"ratio": ratio, "largest": largest, **more}
+    return DataSettings.model_validate({"source": "digits", "test": 497, "split_seed": split_seed, "imbalance": imbalance})
 
 
 def test_splits_are_disjoint_stratified_and_fixed(digits: Prepared) -> None:
@@ -41,6 +47,78 @@ def test_limits_keep_classes_and_the_first_test_examples(digits: Prepared) -> No
     assert np.bincount(small.labels[small.train]).min() >= 9
     assert np.array_equal(small.split("test")[0], digits.split("test", 50)[0])
     assert len(prepared.prepare(of_digits(n_train=1165))[0].train) == 1165
+
+
+@pytest.mark.parametrize(
+    ("ratio", "total", "classes"),
+    [
+        (10, 20_431, None),
+        (50, 13_996, [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]),
+        (100, 12_406, None),
+        (1, 50_000, [5000] * 10),
+    ],
+)
+def test_the_sizes_of_cifar10_lt_are_the_published_ones(ratio: float, total: int, classes: list[int] | None) -> None:
+    """Training and validation together; what settings are validated with is the training split alone."""
+    imbalance = ImbalanceSettings(ratio=ratio, largest=5000)
+    sizes = imbalance.drawn(10)
+    assert sum(sizes) == total
+    assert classes is None or sizes == classes
+    data = DataSettings(source="cifar10", imbalance=imbalance)
+    assert data.training_size() == total - sum(int(0.2 * n) for n in sizes)
+    assert data.test_size() == 10_000
+    assert DataSettings(source="folder", path="x", imbalance=imbalance).training_size() is None  # of how many classes?
+
+
+def test_a_long_tailed_split_has_its_sizes_and_the_same_test_split(digits: Prepared) -> None:
+    """The last int(0.2 n) of each class's images are the validation split; every image is one of the source's training images."""
+    found, card = prepared.prepare(tailed())
+    sizes = [int(120 * 10 ** (-c / 9)) for c in range(10)]
+    assert sizes[0] == 120
+    assert sizes[-1] == 12
+    assert np.bincount(found.split("validation")[1], minlength=10).tolist() == [int(0.2 * n) for n in sizes]
+    assert np.bincount(found.split("train")[1], minlength=10).tolist() == [n - int(0.2 * n) for n in sizes]
+    assert tailed().training_size() == len(found.train)
+    assert all(np.array_equal(a, b) for a, b in zip(found.split("test"), digits.split("test"), strict=True))
+    whole = {image.tobytes() for name in ("train", "validation") for image in digits.split(name)[0]}
+    own = [image.tobytes() for name in ("train", "validation") for image in found.split(name)[0]]
+    assert len(set(own)) == len(own) == sum(sizes)
+    assert set(own) <= whole
+    assert (np.diff(found.split("train")[1]) < 0).any()  # mixed, not class after class
+    assert list(card["counts"]["train"].values()) == [n - int(0.2 * n) for n in sizes]
+    assert card["notes"] == [
+        f"long-tailed: 120 to 12 images per class in the order of the labels, {sum(sizes)} in all, of which 0.2 of each class's "
+        "(rounded down) are the validation split"
+    ]
+
+
+def test_a_long_tailed_split_is_a_function_of_its_seed_and_drawn_class_by_class() -> None:
+    """Against the drawing written out: one generator, classes in order, the first n of each after a shuffle."""
+    first, again, other = (prepared.prepare(tailed(split_seed=seed))[0] for seed in (3, 3, 4))
+    assert first.data_hash == again.data_hash != other.data_hash
+    raw = sources.digits(tailed(split_seed=3))
+    rng = np.random.default_rng(3)
+    for c in range(10):
+        indices = np.array([i for i in range(1797) if raw.labels[i] == c and not raw.test[i]])
+        rng.shuffle(indices)
+        n = int(120 * 10 ** (-c / 9))
+        held = int(0.2 * n)
+        for name, part in (("train", indices[: n - held]), ("validation", indices[n - held : n])):
+            images, labels = first.split(name)
+            assert {image.tobytes() for image in images[labels == c]} == {raw.images[i].tobytes() for i in part}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"largest": 500}, "draw 500 images of class '0', of its 129 training images; lower largest"),
+        ({"ratio": 200}, "ratio 200 and largest 120 draw 0 images of class '9', which leaves none for training; lower ratio"),
+        ({"ratio": 1, "largest": 128}, "draw 128 images of class '1?[1-9]', of its 12[0-9] training images"),
+        ({"ratio": 1, "largest": 3}, "imbalance.validation is 0.2 of each class: no image of any"),
+    ],
+)
+def test_impossible_long_tails_are_refused(wrong: dict[str, float], expected: str) -> None:
+    assert re.search(expected, refusal(lambda: prepared.prepare(tailed(**wrong))))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ebjdat import registry
-from ebjdat.data.batches import DeviceData, epoch_batches
+from ebjdat.data.batches import Batch, DeviceData, epoch_batches
+from ebjdat.data.prepared import Prepared
 from ebjdat.models.wrn import WideResNet, build
 from ebjdat.objectives import sampling
 from ebjdat.objectives.sampling import SamplingState, adversarial, negatives, neighbours, sampling_states
 from ebjdat.pixels import internal_distance
+from ebjdat.samplers.budgets import Budget
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
-from ebjdat.settings import AdversarySettings, ModelSettings, TrainingSettings
+from ebjdat.settings import AdversarySettings, BudgetSettings, ModelSettings, Profile, TrainingSettings
 from tests.objectives.test_recipes import form
 
 
@@ -121,10 +125,7 @@ def test_a_step_moves_as_many_chains_as_the_density_term_has_images(state: Sampl
 
 @pytest.mark.parametrize("first", [2, sampling.PLANNED_STEPS, sampling.PLANNED_STEPS + 1])
 def test_an_interrupted_epoch_goes_on_with_the_same_chains(first: int, state: SamplingState, pool: StartPool) -> None:
-    whole, rest = (
-        list(sampling_states(SamplingState(state.settings, state.buffer), pool, ("test",), begin, sampling.PLANNED_STEPS + 3))
-        for begin in (0, first)
-    )
+    whole, rest = (list(sampling_states(state, pool, ("test",), begin, sampling.PLANNED_STEPS + 3)) for begin in (0, first))
     for one, other in zip(whole[first:], rest, strict=True):
         assert one.chains is not None
         assert other.chains is not None
@@ -188,3 +189,77 @@ def test_uniform_points_and_corners_of_the_ball(state: SamplingState, train_data
     assert float((at["corner"][inside] > 0).float().mean()) == pytest.approx(0.5, abs=0.05)
     assert float(at["uniform"].abs().max()) <= spec.eps + 1e-6
     assert float(at["uniform"][inside].std()) == pytest.approx(spec.eps / 3**0.5, rel=0.05)
+
+
+@pytest.fixture
+def tailed(digits: Prepared) -> StartPool:
+    """The training split without most of its first classes, so that the last is the most frequent."""
+    kept = np.concatenate([digits.train[digits.labels[digits.train] == c][: 10 * (c + 1)] for c in range(10)])
+    few = dataclasses.replace(digits, train=kept)
+    return StartPool.of(DeviceData(few, "train", torch.device("cpu")), torch.from_numpy(digits.class_mean))
+
+
+def with_budget(settings: TrainingSettings, **budget: object) -> TrainingSettings:
+    adversary = settings.adversary.model_copy(update={"budget": BudgetSettings.model_validate(budget)})
+    return settings.model_copy(update={"adversary": adversary, "epochs": 10})
+
+
+@pytest.mark.parametrize(("name", "method"), [("robust_lt", "eb_jdat"), ("robust_lt_permuted", "pgd_at")])
+def test_neighbours_stay_in_the_ball_of_their_class(
+    name: str, method: str, profile: Profile, tailed: StartPool, network: WideResNet, rng: torch.Generator
+) -> None:
+    """Of the last epoch, whose budgets are whole; in the first, they are the images themselves."""
+    settings = with_budget(profile.training_settings(method), name=name)
+    x, y = tailed.data.internal(slice(0, None, 8)) * 0.5, tailed.data.labels[::8]  # mid-grey: the range does not bind
+    batch, counts = Batch(x, x, y), torch.arange(10, 101, 10, dtype=torch.float64)
+    state = SamplingState.of_epoch(settings, None, tailed, 9)
+    factors = registry.load(registry.BUDGETS, name)(settings.adversary.budget, counts, 9, 10).by_class
+    assert factors.max() > 1.2
+    eps = 2 * settings.adversary.eps * factors[y]
+    for sample in (adversarial, sampling.uniform, sampling.corner):
+        reach = (sample(network, batch, state, rng) - x).flatten(1).abs().amax(1)
+        assert (reach <= eps + 1e-6).all()
+        assert (reach > (0.9 if sample is sampling.uniform else 0.5) * eps).all()
+    first = SamplingState.of_epoch(settings, None, tailed, 0)
+    assert torch.equal(adversarial(network, batch, first, rng), x)
+
+
+def test_a_start_is_uniform_in_the_ball_of_eps_and_its_first_step_ends_in_the_class_s(
+    profile: Profile, tailed: StartPool, network: WideResNet, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in RobustLT's code; a ramp's start is in the ball of its epoch."""
+    seen: list[Tensor] = []
+    real = sampling.projected_gradient
+
+    def noted(score: object, x: Tensor, *, start: Tensor, **more: object) -> Tensor:
+        seen.append((start - x).abs().amax())
+        return real(score, x, start=start, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampling, "projected_gradient", noted)
+    x, y = tailed.data.internal(slice(0, None, 8)) * 0.5, tailed.data.labels[::8]
+    eps = internal_distance(profile.training.adversary.eps)
+    for name, epoch, radius in (("robust_lt", 0, eps), ("robust_lt", 9, eps), ("ramp", 0, 0.0), ("ramp", 4, eps / 2), ("uniform", 0, eps)):
+        state = SamplingState.of_epoch(with_budget(profile.training_settings("pgd_at"), name=name), None, tailed, epoch)
+        adversarial(network, Batch(x, x, y), state, rng)
+        assert float(seen.pop()) == pytest.approx(radius, rel=0.01)
+
+
+def test_a_uniform_budget_is_none_bit_for_bit(profile: Profile, tailed: StartPool, network: WideResNet) -> None:
+    settings = profile.training_settings("pgd_at")
+    state = SamplingState.of_epoch(settings, None, tailed, 0)
+    assert state.scale is None
+    x, y = tailed.data.internal(slice(0, 32)), tailed.data.labels[:32]
+    found = adversarial(network, Batch(x, x, y), state, torch.Generator().manual_seed(3))
+    assert torch.equal(found, neighbours(network, x, y, settings.adversary, torch.Generator().manual_seed(3)))
+    ones = with_budget(settings, name="robust_lt", by_class=0.0, warmup=0.0)
+    other = adversarial(network, Batch(x, x, y), SamplingState.of_epoch(ones, None, tailed, 0), torch.Generator().manual_seed(3))
+    assert torch.allclose(found, other, rtol=0, atol=1e-6)  # float32 products of eps and 1
+    assert state.budget(y) == Budget.usual(settings.adversary)
+
+
+def test_log_counts_are_those_of_the_training_split(profile: Profile, tailed: StartPool, network: WideResNet, rng: torch.Generator) -> None:
+    state = SamplingState.of_epoch(profile.training_settings("pgd_at"), None, tailed, 0)
+    x, y = tailed.data.internal(slice(0, 6)), tailed.data.labels[:6]
+    found = sampling.log_counts(network, Batch(x, x, y), state, rng)
+    assert found.shape == (6, 10)
+    assert torch.allclose(found, torch.tensor([(c + 1) / 10 for c in range(10)]).log().expand(6, -1))

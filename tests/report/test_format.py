@@ -13,6 +13,7 @@ from ebjdat.report.format import (
     collapse_cell,
     differences,
     effective_radius,
+    head_and_tail,
     header,
     seed_table,
     side_by_side,
@@ -36,6 +37,18 @@ def test_cells_and_headings_of_the_main_table(profile: Profile, runs: list[RunRe
     assert header(METRIC["frechet"], table.assign(frechet_extractor="inception")) == "FID, n=200"
     asked = dataclasses.replace(profile, report=ReportSettings(paper="cifar10"))
     assert cell(aggregate(asked, runs).iloc[3], METRIC["clean_acc"]).endswith("(paper 90.3)")
+
+
+def test_frequent_and_rare_classes_have_columns_where_they_were_measured(profile: Profile, runs: list[RunResult]) -> None:
+    assert head_and_tail(profile, runs) == []
+    own = {"clean_tail_acc": 0.5, "clean_tail_correct": 40, "n_tail": 80, "clean_head_acc": 0.9, "clean_head_correct": 18, "n_head": 20}
+    ensemble = {"released_autoattack_tail_acc": 0.25, "released_autoattack_tail_correct": 1, "released_n_attack_tail": 4}
+    heads, *lines = head_and_tail(profile, with_metrics(runs, classifier=own, eb_jdat=ensemble))
+    assert heads == ["experiment", "standard: clean %, head", "standard: clean %, tail", "released: ensemble %, tail"]
+    by_name = {line[0]: line[1:] for line in lines}
+    assert by_name["classifier"] == ["90.0 [69.9, 97.2]", "50.0 [39.3, 60.7]", "–"]
+    assert by_name["eb_jdat"] == ["–", "–", "25.0 [4.6, 69.9]"]
+    assert by_name["pgd_at"] == ["–"] * 3
 
 
 def test_cells_of_several_seeds(three_seeds: Profile, three_runs: list[RunResult]) -> None:

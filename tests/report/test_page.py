@@ -60,6 +60,17 @@ def test_the_page_is_self_contained(profile: Profile, html: str) -> None:
     assert all(p[:4] in (b"RIFF", b"GIF8", b"\x89PNG") for p in pictures)
 
 
+def test_frequent_and_rare_classes_are_shown_where_they_were_measured(
+    profile: Profile, runs: list[RunResult], made: Path, html: str, tmp_path: Path
+) -> None:
+    assert "Frequent and rare classes" not in html
+    tail = {"clean_tail_acc": 0.5, "clean_tail_correct": 40, "n_tail": 80}
+    text = write_page(site_of(profile, made, with_metrics(runs, pgd_at=tail)), tmp_path / "report.html")
+    section = text[text.index('<h3 id="tail">') : text.index('<h3 id="samples">')]
+    assert "50.0<br><small>[39.3, 60.7]" in section
+    assert "The training split is long-tailed" in section
+
+
 def test_only_the_pages_own_script_may_run(html: str) -> None:
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

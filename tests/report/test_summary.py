@@ -82,6 +82,16 @@ def test_one_seed_has_intervals_over_examples(profile: Profile, runs: list[RunRe
     assert low == 0  # a gap is not negative
 
 
+def test_a_groups_interval_is_of_its_own_images() -> None:
+    """Not of all images of the attack."""
+    metrics = {"clean_correct": 90, "n_test": 100, "clean_tail_correct": 50, "clean_tail_acc": 50 / 80, "n_tail": 80}
+    metrics |= {"released_pgd20_head_acc": 0.5, "released_pgd20_head_correct": 10, "released_n_head": 20}
+    for name, protocol, counts in (("clean_tail_acc", "standard", (50, 80)), ("pgd20_head_acc", "released", (10, 20))):
+        found = estimate([metrics], name, protocol)
+        assert found is not None
+        assert (found.value, found.low, found.high, found.n) == (counts[0] / counts[1], *wilson(*counts), counts[1])
+
+
 def test_several_seeds_have_spread_and_student_intervals(three_seeds: Profile, three_runs: list[RunResult]) -> None:
     record = aggregate(three_seeds, three_runs).iloc[0]
     expected = scipy.stats.ttest_1samp([0.90, 0.89, 0.88], 0).confidence_interval(0.95)

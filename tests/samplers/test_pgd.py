@@ -109,3 +109,47 @@ def test_without_projection_steps_add_up_beyond_the_ball() -> None:
     assert free.flatten().tolist() == pytest.approx([18 / 255, 0.05], abs=1e-6)
     held = projected_gradient(lambda z: z.flatten(1).sum(1), x, **budget) - x  # type: ignore[arg-type]
     assert held.flatten().tolist() == pytest.approx([8 / 255, 8 / 255], abs=1e-6)
+
+
+@given(images, st.sampled_from(["Linf", "L2"]), st.floats(0, 3), st.integers(0, 1000))
+@hypothesis_settings(deadline=None)
+def test_a_radius_for_each_image_is_that_of_a_slow_loop(x: Tensor, norm: str, far: float, seed: int) -> None:
+    """As one image after another, each with its own number (bit for bit, but for sums of lengths); a radius of 0 is the image itself."""
+    moved = x + far * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    radii = [0.0, 0.03, 0.4]
+    each = torch.tensor(radii).view(-1, 1, 1, 1)
+    found = project(moved, x, each, norm, (0.0, 1.0))
+    slow = torch.cat([project(moved[i : i + 1], x[i : i + 1], eps, norm, (0.0, 1.0)) for i, eps in enumerate(radii)])
+    assert torch.allclose(found, slow, rtol=0, atol=0 if norm == "Linf" else 1e-6)
+    assert torch.equal(found[0], x[0])
+    start = random_point(x, each, norm, (0.0, 1.0), torch.Generator().manual_seed(seed))
+    size = (start - x).flatten(1).abs().amax(1) if norm == "Linf" else (start - x).flatten(1).norm(dim=1)
+    assert (size <= each.flatten() + 1e-6).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_each_image_has_its_own_radius_step_and_number_of_steps(norm: str, rng: torch.Generator) -> None:
+    """A whole batch, against one image after another with plain numbers; bit for bit, but for sums of lengths (L2: 1e-6)."""
+    w = torch.randn(1, 1, 4, 4, generator=rng)
+    x, start = (torch.rand(5, 1, 4, 4, generator=rng) * 0.2 + 0.4 for _ in range(2))
+
+    def score(z: Tensor) -> Tensor:
+        return ((z - 0.4) ** 3 * w).flatten(1).sum(1)
+
+    radii, steps, numbers = [0.0, 0.05, 0.1, 0.02, 0.3], [0.01, 0.02, 0.03, 0.01, 0.04], [3, 0, 5, 1, 4]
+    common = {"norm": norm, "bounds": (0.0, 1.0)}
+    eps, step, own = (torch.tensor(values).view(-1, 1, 1, 1) for values in (radii, steps, numbers))
+    found = projected_gradient(score, x, eps=eps, step_size=step, steps=5, start=start, own_steps=own, **common)  # type: ignore[arg-type]
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone = projected_gradient(
+            score,
+            x[one],
+            eps=radii[i],
+            step_size=steps[i],
+            steps=numbers[i],
+            start=start[one],
+            **common,  # type: ignore[arg-type]
+        )
+        assert torch.allclose(found[one], alone, rtol=0, atol=0 if norm == "Linf" else 1e-6)
+    assert torch.equal(found[1], start[1])  # no step: where it started, even outside its ball

@@ -9,7 +9,7 @@ import pytest
 from ebjdat.settings import load, usual_protocols
 
 from ..conftest import ROOT
-from .conftest import CIFAR, FULL, Refusal
+from .conftest import CIFAR, DIGITS, FULL, Refusal
 
 STANDARD, L2 = "evaluation.attack.protocols.standard", "evaluation.attack.protocols.standard_l2"
 
@@ -34,6 +34,19 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("training.adversary.step_size=0.31", "more than the diameter"),
         ("training.adversary.step_ratio=2.1", "more than the diameter"),
         ("training.adversary.start_ratio=2", "set project: false"),
+        ("training.adversary={project: false, budget: {name: robust_lt}}", "budget 'robust_lt' starts in the ball of eps"),
+        ("training.adversary.budget.name=rampp", "'rampp' is unknown; did you mean 'ramp'"),
+        ("training.adversary.budget.by_class=1.5", "less than or equal to 1"),
+        ("experiments.pgd_at.training.adversary.budget={name: ramp, by_class: 0.1}", "is not read by budget 'ramp'; it reads warmup"),
+        ("experiments.pgd_at.training.adversary.budget.warmup=0.1", "is not read by budget 'uniform'; it reads none"),
+        ("experiments.jempp.training.adversary.budget.name=ramp", "is not read by method 'jempp', which moves no images"),
+        ("pretraining.clean.training.adversary.budget.name=ramp", "is not read by method 'classifier', which moves no images"),
+        ("data.validation=null", "needs `validation`, how many training images"),
+        ("data.imbalance={ratio: 10, largest: 100}", "`validation` is not for a split with `imbalance`"),
+        ("data={validation: null, n_train: 100, imbalance: {ratio: 10, largest: 100}}", "`n_train` is not for a split with `imbalance`"),
+        ("data={validation: null, imbalance: {ratio: 10}}", "data.imbalance.largest: is missing"),
+        ("data={validation: null, imbalance: {ratio: 0.5, largest: 100}}", "greater than or equal to 1"),
+        ("data={validation: null, imbalance: {ratio: 10, largest: 100, validation: 1}}", "less than 1"),
         ("training.update.name=awp", "published: 0.005 to 0.01"),
         ("training.adversary={start: clean, start_ratio: 0.5}", "start_ratio is of start 'uniform'"),
         ("experiments.pgd_at.training.weights.control=shuffled", "training.weights.examples is uniform"),
@@ -42,6 +55,27 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("experiments.pgd_at.training.weights.examples={name: term, radius: 2}", "is not read by examples 'term'; it reads tilt"),
         ("experiments.pgd_at.control=pgd_at", "'pgd_at' is not another experiment"),
         ("experiments={twin: {method: pgd_at, pretraining: clean, control: pgd_at}}", "'pgd_at' trains with the same settings"),
+        ("training.policy.eps=[15, 3]", "[15, 3] is no range; its first number must not be greater than its second"),
+        ("training.policy.iterations=[0, 3]", "greater than or equal to 1"),
+        ("training.policy.step=[1, 40]", "step reaches 40, more than the largest diameter 2 eps = 30"),
+        ("training.policy.unit=0.1", "eps reaches 15 x unit = 1.5; at most 1"),
+        ("training.policy.depth=12", "6 n + 4"),
+        ("training.policy={eps: [8, 8], iterations: [10, 10], step: [2, 2]}", "nothing to learn; set choose: uniform"),
+        ("experiments.pgd_at.training.policy.lr=1", "training.policy: is not read by method 'pgd_at', only by las_at"),
+        (
+            "experiments.pgd_at={method: las_at, training: {adversary: {steps: 3}}}",
+            "adversary.steps: is not read by method 'las_at', whose",
+        ),
+        ("experiments.pgd_at={method: las_at, training: {adversary: {project: false}}}", "training.policy.eps limits nothing"),
+        ("training.contrast={most: 0, direction: random}", "changes nothing where `most` is 0"),
+        ("training.contrast.threshold=0.4", "greater than or equal to 0.5"),
+        ("training.contrast.ood=svhn", "'svhn' is unknown; allowed: inverted, noise, shuffled"),
+        ("experiments.pgd_at.training.contrast.most=3", "training.contrast: is not read by method 'pgd_at', only by dat"),
+        (
+            "experiments.pgd_at={pretraining: scratch, training: {mode: eval}}",
+            "training.mode: 'eval' keeps batch norm's running statistics",
+        ),
+        ("pretraining.clean.training.mode=eval", "pretraining.clean.training.mode: 'eval' keeps batch norm's running statistics"),
         ("training.weights.examples.name=gairat", "allowed: kl_dro, term, uniform, weat"),
         ("training.weights.targets=0.6", "less than or equal to 0.5"),
         ("training.density_batch_size=32", "density_batch_size is for density_batch 'own'"),
@@ -84,6 +118,13 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
 )
 def test_settings_that_do_not_go_together_are_refused(override: str, expected: str, refusal: Refusal) -> None:
     assert expected in refusal([override])
+
+
+def test_a_batch_must_fit_a_long_tailed_split(refusal: Refusal) -> None:
+    """Of 60, 46, 35, 27, 21, 16, 12, 10, 7 and 6 images, all but int(0.2 n) of each."""
+    tailed = "data={validation: null, imbalance: {ratio: 10, largest: 60}}"
+    assert "batch_size: 195 is larger than the training split (194 images)" in refusal([tailed, "training.batch_size=195"])
+    assert load(DIGITS, [tailed, "training.batch_size=194"]).data.training_size() == 194
 
 
 @pytest.mark.parametrize(

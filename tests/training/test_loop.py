@@ -52,10 +52,11 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
 ) -> None:
     """Stopped after every single step in turn; also the rows' running means and the buffer are restored, and chains planned.
 
-    With images of the p(x) term of their own, whose passes do not end with the epochs.
+    With images of the p(x) term of their own, whose passes do not end with the epochs, and a budget that depends on the epoch.
     """
     monkeypatch.setattr(sampling, "PLANNED_STEPS", 3)
     settings = changed(settings, epochs=2, ema=0.9, density_batch="own", density_batch_size=40, augment={"labelled_noise": 0.03})
+    settings = changed(settings, adversary={"budget": {"name": "robust_lt"}})
     sizes, batches = set(), loop.epoch_batches
 
     def noted(*arguments: Any, **named: Any) -> Iterator[Batch]:
@@ -75,6 +76,43 @@ def test_an_interrupted_epoch_continues_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "shows", "changes"),
+    [
+        ("dat", "contrast_steps", {"contrast": {"every": 3, "most": 3, "threshold": 0.5, "ood": "noise"}, "adversary": {"steps": 1}}),
+        ("las_at", "policy_reward", {"policy": {"every": 3, "lr": 1.0}, "compute": {"accumulate": 2}}),
+    ],
+)
+def test_a_methods_own_state_continues_bit_for_bit(
+    method: str, shows: str, changes: dict[str, Any], digits: Prepared, tmp_path: Path
+) -> None:
+    """DAT's number of steps and running area, LAS-AT's policy: stopped after every step, so between two of their changes, too.
+
+    Batch norm stays frozen, where it is to.
+    """
+    settings = changed(METHODS.training_settings(method), epochs=2, **changes)
+    whole = run(digits, settings, tmp_path / "whole", method)
+    result, saves = run_with_stops(digits, settings, tmp_path / "cut", method)
+    assert saves == 1 + 2 * (4 + 1)
+    assert same(whole, result)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert strip(whole.rows) == strip(result.rows)
+    assert whole.rows[-1][shows] > 0
+    weights = whole.selected.weights
+    kept = all((value == ("var" in name)).all() for name, value in weights.items() if "running" in name)
+    assert kept == (settings.mode == "eval") == (method == "dat")
+    assert not torch.equal(weights["norm.weight"], torch.ones_like(weights["norm.weight"]))
+
+
+def test_the_budget_of_an_epoch_is_the_epochs(digits: Prepared, tmp_path: Path) -> None:
+    """Of TRADES, whose divergence is 0 where neighbours do not move: in the first epoch, and then no longer."""
+    settings = changed(METHODS.training_settings("trades"), epochs=2, adversary={"budget": {"name": "robust_lt"}})
+    first, second = run(digits, settings, tmp_path / "state", "trades").rows
+    assert first["kl"] == pytest.approx(0, abs=1e-6)  # float32
+    assert first["energy_clean"] == pytest.approx(first["energy_adversarial"], abs=1e-6)
+    assert second["kl"] > 1e-4
+
+
 def test_selection_uses_validation_and_a_later_epoch_wins_ties(
     digits: Prepared, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

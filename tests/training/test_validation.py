@@ -62,3 +62,14 @@ def test_it_never_sees_the_test_split(digits: Prepared, images: DeviceData, sett
     assert row["validation_clean_acc"] == pytest.approx(correct)
     assert row["validation_robust_acc"] <= row["validation_clean_acc"]
     assert score == pytest.approx((row["validation_clean_acc"] + row["validation_robust_acc"]) / 2)
+
+
+def test_the_attack_has_the_usual_budget_whatever_the_training_s(images: DeviceData, network: WideResNet) -> None:
+    """Bit for bit, in an epoch whose own neighbours would not move."""
+    plain = METHODS.training_settings("pgd_at")
+    found = [
+        validation.scores(network, changed(plain, adversary={"budget": {"name": name}}), images, robust=True)
+        for name in ("uniform", "robust_lt", "ramp")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["robust_acc"] < found[0]["clean_acc"]

@@ -6,7 +6,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,7 @@ from ebjdat.training.state import Job, Learner
 from ebjdat.training.step import Step
 from ebjdat.training.updates import When
 
-PARTS = {"negatives": "chain", "adversarial": "adversarial"}  # kind of sample -> name of its part
+PARTS = {"negatives": "chain"}  # kind of sample -> name of its part, where that is another
 LEAST_SECONDS = 0.5  # of one timing: short steps are timed several at once
 WARM_UP = 3
 
@@ -72,10 +72,10 @@ class PipelineStep:
         self.case, self.data = case, DeviceData(data, "train", device)
         model = wrn.build(case.model, case.shape[0], case.classes, 0)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.train()
+        self.model.train(settings.mode == "train")
         self.pool = StartPool.of(self.data, torch.from_numpy(data.class_mean))
         self.learner = Learner.of(self.model, Job("bench", case.method, settings, 0, Path()), self.pool)
-        self.step = Step(case.method, settings, self.model, self.learner.optimizer)
+        self.step = Step(case.method, settings, self.model, self.learner.optimizer, self.learner.own)
         self.noise = generator(device, "bench")
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.teacher else None  # as large as the student
         self.when = When(0, self.noise)
@@ -83,11 +83,11 @@ class PipelineStep:
 
     def _work(self) -> Iterator[tuple[Batch, SamplingState]]:
         settings, buffer, epoch, step = self.case.settings, self.learner.buffer, 0, 0
-        plan = self.plan()
+        plan, common = self.plan(), SamplingState.of_epoch(settings, buffer, self.pool, settings.epochs, self.teacher)
         while True:
             for batch in epoch_batches(self.data, settings.batch_size, settings.augment, 0, epoch, own_density=settings.own_density):
                 chains = None if buffer is None or plan is None else buffer.take(plan, step % PLANNED_STEPS)
-                yield batch, SamplingState(settings, buffer, chains, teacher=self.teacher)
+                yield batch, replace(common, chains=chains)
                 step += 1
             epoch += 1
 
@@ -268,7 +268,8 @@ class FlopCount(TorchDispatchMode):
 def step_flops(bench: PipelineStep) -> int:
     """Floating-point operations of a step's convolutions and matrix products, as torch counts those it dispatches."""
     compute = bench.case.settings.compute.model_copy(update={"compile": False, "recompute": False})  # what is repeated is no work done
-    step = Step(bench.case.method, bench.case.settings.model_copy(update={"compute": compute}), bench.model, bench.learner.optimizer)
+    settings = bench.case.settings.model_copy(update={"compute": compute})
+    step = Step(bench.case.method, settings, bench.model, bench.learner.optimizer, bench.learner.own)
     batch, state = next(bench.work)
     with FlopCount() as counter:
         step.update(batch, step.sample(batch, state, bench.noise), bench.when)
@@ -283,7 +284,7 @@ def parts_of(bench: PipelineStep, planned: float, repeats: int) -> tuple[dict[st
     """
     device, step = bench.case.device, bench.step
     names = registry.METHODS[bench.case.method].samples
-    seconds: dict[str, list[float]] = {name: [] for name in ("data", *(PARTS[n] for n in names), "update")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("data", *(PARTS.get(n, n) for n in names), "update")}
     held: dict[str, Any] = {}
 
     def fetch() -> None:
@@ -296,12 +297,12 @@ def parts_of(bench: PipelineStep, planned: float, repeats: int) -> tuple[dict[st
     for _ in range(repeats):
         seconds["data"].append(timed(fetch, device, 1) + planned)
         for name in names:
-            seconds[PARTS[name]].append(timed(lambda n=name: sample(n), device, 1))  # type: ignore[misc]
+            seconds[PARTS.get(name, name)].append(timed(lambda n=name: sample(n), device, 1))  # type: ignore[misc]
         seconds["update"].append(timed(lambda: step.update(held["work"][0], {n: held[n] for n in names}, bench.when), device, 1))
     parts = {name: median(values) for name, values in seconds.items()}
     outside = parts["data"] + median(timed(bench.learner.optimizer.step, device, 1) for _ in range(repeats))
     for name in names:
-        outside += max(0.0, parts[PARTS[name]] - bare_passes(bench, held["work"][0], name, repeats))
+        outside += max(0.0, parts[PARTS.get(name, name)] - bare_passes(bench, held["work"][0], name, repeats))
     return {name: 1e3 * value for name, value in parts.items()}, outside / sum(parts.values())
 
 
@@ -309,7 +310,8 @@ def bare_passes(bench: PipelineStep, batch: Batch, name: str, repeats: int) -> f
     """Seconds that sampling `name` spends in the network alone."""
     settings, model = bench.case.settings, bench.model
     chain = name == "negatives"
-    mode, steps = (settings.chain.mode, settings.chain.steps) if chain else (settings.adversary.mode, settings.adversary.steps)
+    mode = settings.chain.mode if chain else settings.adversary.mode
+    steps = {"negatives": settings.chain.steps, "adversarial": settings.adversary.steps}.get(name, 0)  # contrast: 0 at the beginning
     through_trunk = chain and settings.chain.sampler == "pyld"
     precision = settings.compute.precision
 

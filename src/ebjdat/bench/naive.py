@@ -58,6 +58,8 @@ def check(method: str, settings: TrainingSettings) -> None:
         )
     if method in ("pgd_at", "eb_jdat") and (settings.adversary.step_ratio is not None or settings.adversary.start_ratio != 1):
         wrong.append("adversary.step_ratio or start_ratio")
+    if method in ("pgd_at", "eb_jdat") and settings.adversary.budget.name != "uniform":
+        wrong.append(f"adversary.budget {settings.adversary.budget.name!r} (only uniform)")
     if settings.weights.examples.name != "uniform":
         wrong.append(f"weights.examples {settings.weights.examples.name!r} (only uniform)")
     if method in ("pgd_at", "eb_jdat") and settings.adversary.norm != "Linf":

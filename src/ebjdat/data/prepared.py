@@ -16,7 +16,7 @@ from ebjdat import registry
 from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of, write_npz, write_result
-from ebjdat.settings import DataSettings
+from ebjdat.settings import DataSettings, ImbalanceSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
 DUPLICATES = {  # counts of `duplicates` that cause a warning
@@ -63,23 +63,62 @@ class Prepared:
 
 
 def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Train, validation and test indices: stratified, shuffled, and a function of split_seed alone.
+    """Train, validation and test indices: stratified or long-tailed, shuffled, and a function of split_seed alone.
 
     The test split keeps a meaningful order of the source (torchvision's), so that "the first n" are the same examples as in other
     work; otherwise its order is a fixed shuffle. Raises DataError when a split cannot be made.
     """
+    train, validation = _long_tailed(raw, settings, settings.imbalance) if settings.imbalance else _stratified(raw, settings)
+    test = np.flatnonzero(raw.test)
+    if not raw.ordered:
+        test = np.random.default_rng(settings.split_seed).permutation(test)
+    if settings.n_test is not None:
+        if settings.n_test > len(test):
+            raise DataError(f"data.n_test is {settings.n_test}, but the test split has {len(test)} images")
+        test = test[: settings.n_test]
+    return train, validation, test
+
+
+def _long_tailed(raw: Raw, settings: DataSettings, imbalance: ImbalanceSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and validation indices, in mixed order: of each class's images, shuffled, the first so many; their last are validation.
+
+    One generator of split_seed serves all classes, in the order of their labels. Raises DataError where a class has too few images.
+    """
+    rng = np.random.default_rng(settings.split_seed)
+    parts: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
+    for c, n in enumerate(imbalance.drawn(len(raw.classes))):
+        of_class = np.flatnonzero(~raw.test & (raw.labels == c))
+        held = imbalance.held_out(n)
+        if not held < n <= len(of_class):
+            what = f"of its {len(of_class)} training images" if n > len(of_class) else "which leaves none for training"
+            raise DataError(
+                f"data.imbalance: ratio {imbalance.ratio:g} and largest {imbalance.largest} draw {n} images of class {raw.classes[c]!r}, "
+                f"{what}; lower {'largest' if n > len(of_class) else 'ratio, or raise largest'}"
+            )
+        rng.shuffle(of_class)
+        for part, some in zip(parts, (of_class[: n - held], of_class[n - held : n]), strict=True):
+            part.append(some)
+    train, validation = (rng.permutation(np.concatenate(part)) for part in parts)
+    if not len(validation):
+        raise DataError(f"data.imbalance.validation is {imbalance.validation:g} of each class: no image of any; raise it, or `largest`")
+    return train, validation
+
+
+def _stratified(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and validation indices with all classes in their shares. Raises DataError when a split cannot be made."""
     from sklearn.model_selection import train_test_split
 
+    asked = settings.validation or 0
     official = np.flatnonzero(~raw.test)
     smallest = int(np.bincount(raw.labels[official]).min())
     classes = len(raw.classes)
-    if not classes <= settings.validation <= len(official) - classes or smallest < 2:
+    if not classes <= asked <= len(official) - classes or smallest < 2:
         raise DataError(
-            f"data.validation is {settings.validation}: allowed are {classes} (one per class) to {len(official) - classes}, "
+            f"data.validation is {asked}: allowed are {classes} (one per class) to {len(official) - classes}, "
             f"and at least 2 training images per class (the smallest class has {smallest})"
         )
     seed = settings.split_seed
-    train, validation = train_test_split(official, test_size=settings.validation, stratify=raw.labels[official], random_state=seed)
+    train, validation = train_test_split(official, test_size=asked, stratify=raw.labels[official], random_state=seed)
     if settings.n_train is not None:
         if settings.n_train > len(train):
             raise DataError(f"data.n_train is {settings.n_train}, but the training split has {len(train)} images")
@@ -89,20 +128,13 @@ def make_splits(raw: Raw, settings: DataSettings) -> tuple[NDArray[np.int64], ND
             counts = np.bincount(raw.labels[train], minlength=classes)
             if counts.min() < 2:
                 raise DataError(
-                    f"data.n_train is {settings.n_train}: data.validation ({settings.validation}) leaves {counts.min()} training images of "
+                    f"data.n_train is {settings.n_train}: data.validation ({asked}) leaves {counts.min()} training images of "
                     f"{raw.classes[counts.argmin()]!r}, but a stratified subset needs 2 of each class; lower data.validation, or use all "
                     f"{len(train)} (data.n_train: null)"
                 )
             train, _ = train_test_split(train, train_size=settings.n_train, stratify=raw.labels[train], random_state=seed)
         train = train[: settings.n_train]  # nearly all: already shuffled, and the rest is too small to stratify
-    test = np.flatnonzero(raw.test)
-    if not raw.ordered:
-        test = np.random.default_rng(seed).permutation(test)
-    if settings.n_test is not None:
-        if settings.n_test > len(test):
-            raise DataError(f"data.n_test is {settings.n_test}, but the test split has {len(test)} images")
-        test = test[: settings.n_test]
-    return train, validation, test
+    return train, validation
 
 
 def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
@@ -141,12 +173,23 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "split_seed": settings.split_seed,
         "reading": dict(raw.reading),
         "duplicates": doubles,
-        "notes": raw.notes(),
+        "notes": [*raw.notes(), *_of_imbalance(settings, labels[np.concatenate([train, validation])])],
         "warnings": raw.warnings() + [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]],
         "sha256": hashes,
         "data_hash": prepared.data_hash,
     }
     return prepared, card
+
+
+def _of_imbalance(settings: DataSettings, labels: NDArray[np.int64]) -> list[str]:
+    """What the card says of a long-tailed split. labels: of its training and validation images."""
+    if settings.imbalance is None:
+        return []
+    n = np.bincount(labels)
+    return [
+        f"long-tailed: {n.max()} to {n.min()} images per class in the order of the labels, {n.sum()} in all, "
+        f"of which {settings.imbalance.validation:g} of each class's (rounded down) are the validation split"
+    ]
 
 
 def check_record(raw: Raw, record: registry.Source, name: str) -> None:

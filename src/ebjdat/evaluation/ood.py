@@ -18,7 +18,7 @@ from ebjdat.errors import DataError
 from ebjdat.pixels import UNIT, unit_from_uint8
 from ebjdat.settings import AUTO, DataSettings, ReliabilitySettings
 
-MADE = tuple(name for name in registry.OOD_SETS if name not in registry.SOURCES)
+MADE = tuple(registry.MADE_SETS)
 NATURAL = ("svhn", "cifar100", "folder")  # what `auto` looks for beside colour images
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of RGB
 
@@ -33,20 +33,10 @@ class OODSource:
     seed: int
 
 
-def noise(x: Tensor, source: OODSource) -> Tensor:
-    """Independent uniform pixels, as many images as x (N, C, H, W)."""
-    return torch.rand(x.shape, generator=generator(x.device, "ood noise", source.seed), device=x.device)
-
-
-def inverted(x: Tensor, source: OODSource) -> Tensor:
-    return 1 - x
-
-
-def shuffled(x: Tensor, source: OODSource) -> Tensor:
-    """Each image of x (N, C, H, W) with its pixels in an order of its own; a pixel's channels stay together."""
-    n, c, h, w = x.shape
-    order = torch.rand(n, h * w, generator=generator(x.device, "ood shuffled", source.seed), device=x.device).argsort(1)
-    return x.flatten(2).gather(2, order[:, None].expand(n, c, h * w)).view_as(x)
+def made(name: str, x: Tensor, where: OODSource) -> Tensor:
+    """As many images as x (N, C, H, W), made from them (data/made.py)."""
+    images: Tensor = registry.load(registry.MADE_SETS, name)(x, generator(x.device, f"ood {name}", where.seed))
+    return images
 
 
 def natural(name: str, x: Tensor, where: OODSource) -> Tensor:
@@ -89,7 +79,7 @@ def choose(x: Tensor, data: DataSettings, settings: ReliabilitySettings) -> tupl
     available, missing = {}, {}
     for name in names:
         try:
-            available[name] = natural(name, x, source) if name in registry.SOURCES else registry.load(registry.OOD_SETS, name)(x, source)
+            available[name] = (made if name in MADE else natural)(name, x, source)
         except DataError as error:
             if not automatic or (name == "folder" and settings.ood_path):
                 raise DataError(f"evaluation.reliability.ood: {name!r} is unavailable: {error}") from error

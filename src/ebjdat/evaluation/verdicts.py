@@ -131,16 +131,17 @@ class ProtocolResult:
             "n_not_finite_adversarial": self.not_finite_adversarial,
             "n_attack": self.n_attack,
         }
-        values = {"": of_protocol, "clean": _statistics(self.clean), self.pgd_name: _statistics(self.pgd)}
+        values = {"": of_protocol, "clean": statistics(self.clean), self.pgd_name: statistics(self.pgd)}
         if self.ensemble:
             of_protocol |= {"attack_seconds": self.ensemble.seconds, "n_targets": dict(self.ensemble.targets)}
             values[self.pgd_name]["acc_first_n"] = self.ensemble.pgd.value
-            values["autoattack"] = {**_statistics(self.ensemble.robust), "warnings": list(self.ensemble.warnings)}
+            values["autoattack"] = {**statistics(self.ensemble.robust), "warnings": list(self.ensemble.warnings)}
             values |= {f"after_{attack}": {"correct": after.correct} for attack, after in self.ensemble.after.items()}
         return values
 
 
-def _statistics(proportion: Proportion) -> dict[str, Any]:
+def statistics(proportion: Proportion) -> dict[str, Any]:
+    """A proportion with its interval, as result files name them."""
     low, high = proportion.interval
     return {"correct": proportion.correct, "acc": proportion.value, "low": low, "high": high}
 

@@ -13,7 +13,9 @@ from ebjdat.data import batches
 from ebjdat.data.batches import Batch
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
+from ebjdat.objectives.terms import MethodState
 from ebjdat.pixels import INTERNAL, internal_distance
+from ebjdat.samplers.budgets import Budget, Scale
 from ebjdat.samplers.buffer import Chains, ReplayBuffer
 from ebjdat.samplers.chains import run_chain, starter
 from ebjdat.samplers.pgd import projected_gradient, random_point
@@ -26,38 +28,58 @@ PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What sampling needs besides the batch.
+    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch.
 
-    buffer, chains: for methods with chains; those of this batch. epoch: from 0. teacher: a frozen network in eval mode, internal range.
-    made: what was sampled before in the same step, by name.
+    scale: of the adversary's budget by class, in this epoch; None: the same budget for all. log_counts: log of the images of each class
+    of the training split, less that of the largest class (K,). own: what the method keeps. epoch: from 0. teacher: a frozen network in
+    eval mode, internal range. made: what was sampled before in the same step, by name.
     """
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
+    scale: Scale | None = None
+    log_counts: Tensor | None = None
+    own: MethodState | None = None
     epoch: int = 0
     teacher: nn.Module | None = None
     made: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_epoch(
+        cls, settings: TrainingSettings, buffer: ReplayBuffer | None, pool: StartPool, epoch: int, teacher: nn.Module | None = None
+    ) -> SamplingState:
+        """What all steps of an epoch, from 0, have in common."""
+        counts, spec = torch.tensor([len(members) for members in pool.members], dtype=torch.float64), settings.adversary.budget
+        scale: Scale | None = registry.load(registry.BUDGETS, spec.name)(spec, counts, epoch, settings.epochs)
+        device = pool.data.device
+        logs = (counts / counts.max()).log().to(device, torch.float32)
+        return cls(settings, buffer, scale=scale and scale.on(device), log_counts=logs, epoch=epoch, teacher=teacher)
+
+    def budget(self, y: Tensor) -> Budget:
+        """How far the adversary may move images with labels y (B,)."""
+        usual = Budget.usual(self.settings.adversary)
+        return usual if self.scale is None else self.scale.of(usual, y)
+
 
 def sampling_states(
-    epoch: SamplingState, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
+    common: SamplingState, pool: StartPool, purpose: tuple[int | str, ...], first: int, steps: int
 ) -> Iterator[SamplingState]:
     """What each step of an epoch samples from, from step `first` on; chains are planned some steps ahead.
 
-    epoch: what all its steps share. The same purpose and step give the same chains, wherever a training was interrupted.
+    common: SamplingState.of_epoch. The same purpose and step give the same chains, wherever a training was interrupted.
     """
-    settings, buffer, plan = epoch.settings, epoch.buffer, None
+    plan, settings, buffer = None, common.settings, common.buffer
     for step in range(first, steps):
         if buffer is None:
-            yield epoch
+            yield common
             continue
         block, within = divmod(step, PLANNED_STEPS)
         if plan is None or within == 0:
             noise, spec = batches.generator(pool.data.device, *purpose, block), settings.chain
             planned = min(PLANNED_STEPS, steps - block * PLANNED_STEPS)
             plan = buffer.plan(planned, settings.chains, spec.reinit, starter(spec, pool), noise)
-        yield replace(epoch, chains=buffer.take(plan, within))
+        yield replace(common, chains=buffer.take(plan, within))
 
 
 def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
@@ -73,7 +95,7 @@ def negatives(model: WideResNet, batch: Batch, state: SamplingState, generator: 
 
 def adversarial(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """Adversarial neighbours of batch.x by the settings' score: (B, C, H, W) in [-1, 1]."""
-    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator, state.teacher)
+    return neighbours(model, batch.x, batch.y, state.settings.adversary, generator, state.budget(batch.y), state.teacher)
 
 
 def taught(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
@@ -104,32 +126,38 @@ def _of_teacher(x: Tensor, state: SamplingState) -> Tensor:
 
 def uniform(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """A uniform point of each image's ball: (B, C, H, W) in [-1, 1]."""
-    spec = state.settings.adversary
-    return random_point(batch.x, internal_radius(spec), spec.norm, INTERNAL, generator)
+    return random_point(batch.x, state.budget(batch.y).eps, state.settings.adversary.norm, INTERNAL, generator)
 
 
 def corner(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
     """Each image moved by the radius up or down in every pixel, at random: (B, C, H, W) in [-1, 1]."""
     sign = torch.randint(0, 2, batch.x.shape, generator=generator, device=batch.x.device) * 2 - 1
-    return (batch.x + internal_radius(state.settings.adversary) * sign).clamp(*INTERNAL)
+    return (batch.x + state.budget(batch.y).eps * sign).clamp(*INTERNAL)
 
 
-def internal_radius(spec: AdversarySettings) -> float:
-    """eps in the internal range."""
-    return internal_distance(spec.eps) if spec.range == "unit" else spec.eps
+def log_counts(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """log(n_c / n_max) of every class, n_c its images in the training split: the same row (B, K) for each image."""
+    assert state.log_counts is not None
+    return state.log_counts.expand(len(batch.y), -1)
 
 
 def neighbours(
-    model: nn.Module, x: Tensor, y: Tensor, spec: AdversarySettings, generator: torch.Generator, teacher: nn.Module | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    spec: AdversarySettings,
+    generator: torch.Generator,
+    budget: Budget | None = None,
+    teacher: nn.Module | None = None,
 ) -> Tensor:
-    """Projected-gradient neighbours of internal-range images; the budget of `spec` is in [0, 1] pixels unless it says otherwise.
+    """Projected-gradient neighbours of internal-range images: (B, C, H, W) in [-1, 1].
 
+    budget: limits of each image; None: the settings' eps, step and steps for all, which are in [0, 1] pixels unless they say otherwise.
     teacher: for scores that read one.
     """
-    as_internal = internal_distance if spec.range == "unit" else float
-    eps, step_size = as_internal(spec.eps), as_internal(spec.step)
+    budget = budget or Budget.usual(spec)
     if spec.start == "uniform":
-        start = random_point(x, spec.start_ratio * eps, spec.norm, INTERNAL, generator)
+        start = random_point(x, budget.start, spec.norm, INTERNAL, generator)
     elif spec.start == "gaussian":
         start = x + internal_distance(GAUSSIAN_START) * torch.randn(x.shape, generator=generator, device=x.device)
     else:
@@ -140,11 +168,12 @@ def neighbours(
         return projected_gradient(
             registry.load(registry.SCORES, spec.score)(model, x, y, **read),
             x,
-            eps=eps,
-            step_size=step_size,
-            steps=spec.steps,
+            eps=budget.eps,
+            step_size=budget.step,
+            steps=budget.steps,
             norm=spec.norm,
             bounds=INTERNAL,
             start=start,
             into_ball=spec.project,
+            own_steps=budget.own_steps,
         )

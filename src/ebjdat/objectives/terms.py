@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Samples = Mapping[str, Tensor]  # name in registry.SAMPLES -> (B, ...): images (B, C, H, W) in [-1, 1], a teacher's logits (B, K)
+from ebjdat.data.batches import Batch
+from ebjdat.models.wrn import WideResNet
+
+# name in registry.SAMPLES -> (B, ...): images (B, C, H, W) in [-1, 1]; log_counts and a teacher's logits: (B, K)
+Samples = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,21 @@ def mean(parts: Sequence[Terms]) -> Terms:
         {name: over(part.logged[name] for part in parts) for name in first.logged},
         {of: over(part.energies[of] for part in parts) for of in first.energies},
     )
+
+
+class MethodState(Protocol):
+    """What a method changes during training besides the network: made by its `state`, handed to its samples, saved with the training.
+
+    Its factory takes (network, TrainingSettings, seed).
+    """
+
+    def after(
+        self, model: WideResNet, batch: Batch, samples: Samples, terms: Terms, index: int, noise: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """Change with a step that was just made, the index-th of the training, from 0; returns scalars of it that are logged."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, and mappings of them."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state_dict."""

@@ -7,18 +7,20 @@ entries: what rows are. methods: objectives and their presets. strategies: what 
 protocols. data: data sets.
 """
 
-from ebjdat.registry.data import OOD_SETS, SOURCES
-from ebjdat.registry.entries import RELEASE, Entry, Family, Logged, Method, Preset, Source, load
+from ebjdat.registry.data import MADE_SETS, OOD_SETS, SOURCES
+from ebjdat.registry.entries import RELEASE, Entry, Family, Logged, Method, Preset, Source, implementation, load
 from ebjdat.registry.evaluation import ATTACKS, EXTRACTORS, FEWEST_CLASSES, PROTOCOLS, SAMPLE_PROTOCOLS
 from ebjdat.registry.methods import BASES, FORMS, METHODS
-from ebjdat.registry.strategies import OPTIMIZERS, SAMPLERS, SAMPLES, SCHEDULES, SCORES, STARTS, UPDATES, WEIGHTINGS
+from ebjdat.registry.strategies import BUDGETS, OPTIMIZERS, SAMPLERS, SAMPLES, SCHEDULES, SCORES, STARTS, UPDATES, WEIGHTINGS
 
 __all__ = [
     "ATTACKS",
     "BASES",
+    "BUDGETS",
     "EXTRACTORS",
     "FEWEST_CLASSES",
     "FORMS",
+    "MADE_SETS",
     "METHODS",
     "OOD_SETS",
     "OPTIMIZERS",
@@ -39,5 +41,6 @@ __all__ = [
     "Method",
     "Preset",
     "Source",
+    "implementation",
     "load",
 ]

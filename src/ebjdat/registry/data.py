@@ -47,10 +47,12 @@ SOURCES: Mapping[str, Source] = {
     ),
 }
 
-# Out-of-distribution sets: made from the test images, or the test images of other sources.
-OOD_SETS: Mapping[str, Entry] = {
-    "noise": Entry("ebjdat.evaluation.ood:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
-    "inverted": Entry("ebjdat.evaluation.ood:inverted", "1 - x: each image's negative"),
-    "shuffled": Entry("ebjdat.evaluation.ood:shuffled", "x with its pixels permuted, each image in its own order"),
-    **{name: source for name, source in SOURCES.items() if source.test != 0},
+# Out-of-distribution sets that are made from the images at hand.
+MADE_SETS: Mapping[str, Entry] = {
+    "noise": Entry("ebjdat.data.made:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
+    "inverted": Entry("ebjdat.data.made:inverted", "1 - x: each image's negative"),
+    "shuffled": Entry("ebjdat.data.made:shuffled", "x with its pixels permuted, each image in its own order"),
 }
+
+# Out-of-distribution sets of the evaluation: made from the test images, or the test images of other sources.
+OOD_SETS: Mapping[str, Entry] = {**MADE_SETS, **{name: source for name, source in SOURCES.items() if source.test != 0}}

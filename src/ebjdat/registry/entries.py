@@ -51,6 +51,7 @@ class Method(Entry):
 
     reads: what it uses of `training.weights` beyond w1, w2, w3, align and energy_l2.
     samples: names in SAMPLES; a step makes each once, before the loss.
+    state: "module:factory" of what it changes during training besides the network (objectives/terms.py, MethodState); "" for nothing.
     selection: the validation score that picks the checkpoint unless the settings choose another.
     bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
     defaults: training settings of the method; they override those of its base.
@@ -60,6 +61,7 @@ class Method(Entry):
 
     family: Family
     samples: tuple[str, ...] = ()
+    state: str = ""
     selection: str = "clean"
     bases: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
@@ -98,5 +100,10 @@ RELEASE = "jkcjkc/EB-JDAT at 327ea16 (May 2025)"
 
 def load(registry: Mapping[str, Entry], name: str) -> Callable[..., Any]:
     """Import and return the implementation of `name`."""
-    function: Callable[..., Any] = pkgutil.resolve_name(registry[name].target)
+    return implementation(registry[name].target)
+
+
+def implementation(target: str) -> Callable[..., Any]:
+    """Import and return what is at "module:function"."""
+    function: Callable[..., Any] = pkgutil.resolve_name(target)
     return function

@@ -81,6 +81,13 @@ METHODS: Mapping[str, Method] = {
         defaults={**_TRADES_ATTACK, "weights": {"targets": 0.15, "beta": 6.0}},
         control="as for s2o",
     ),
+    "at_bsl": _adversarial(
+        "ebjdat.objectives.longtail:at_bsl",
+        "AT-BSL, Yue et al. 2024, arXiv 2403.10073; balanced softmax, Ren et al. 2020, arXiv 2007.10740",
+        samples=("adversarial", "log_counts"),
+        logs=(Logged("ce_balanced", "nats", "lower", "cross-entropy of adversarial neighbours, logits shifted by log n_c"),),
+        control="pgd_at with the same augmentation: the same without the shift",
+    ),
     "fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",
@@ -143,6 +150,23 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial", "taught_adversarial"),
         defaults={"adversary": {"score": "kl_disagree", "start": "gaussian", "mode": "eval"}},
     ),
+    "las_at": _adversarial(
+        "ebjdat.objectives.las_at:las_at",
+        "LAS-AT, Jia et al. 2022, arXiv 2203.06616; its policy is a small WRN here, a ResNet-18 there",
+        samples=("policy",),
+        state="ebjdat.objectives.las_at:policy",
+        defaults={"adversary": {"start": "uniform", "mode": "eval"}},
+        logs=(
+            Logged("policy_eps", "policy.unit", "", "radius that the policy chose, mean over images"),
+            Logged("policy_steps", "steps", "", "steps of the attack that it chose"),
+            Logged("policy_step", "policy.unit", "", "size of a step that it chose"),
+            Logged(
+                "policy_reward", "nats and fractions", "higher", "its last reward: min(CE(x̃), 10) + 4 robust accuracy + 2 clean accuracy"
+            ),
+        ),
+        control="policy.choose uniform: the same ranges at random; single numbers for ranges: their mean for every image; and with "
+        "adversary.budget ramp: growing linearly",
+    ),
     "jem": _energy("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", bases=("jem",)),
     "jempp": _energy("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", bases=("jempp",)),
     "sadajem": _energy("ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", bases=("sadajem",)),
@@ -155,6 +179,31 @@ METHODS: Mapping[str, Method] = {
         bases=("jempp", "jem", "sadajem"),
         forms=("paper", "released", "released_ce"),
         control="weights.w2 0: without the alignment",
+    ),
+    # joint: its logsumexp is trained as a density of images (it generates by climbing that), and its cross-entropy on neighbours
+    "dat": Method(
+        "ebjdat.objectives.dat:dat",
+        "DAT, second stage, arXiv 2510.13872; its images of another data set are made ones here",
+        family="joint",
+        samples=("adversarial", "contrast"),
+        state="ebjdat.objectives.dat:growth",
+        selection="clean_and_robust",
+        reads=(),
+        defaults={
+            "mode": "eval",
+            "optimizer": {"lr": 0.001},
+            "schedule": {"name": "constant"},
+            "adversary": {"norm": "L2", "eps": 0.5, "steps": 10, "step_size": 0.1, "mode": "eval"},
+            "augment": {"noise": 0.0},
+        },
+        logs=(
+            Logged("bce_data", "nats", "lower", "cross-entropy of data against x-, with −E as the logit"),
+            Logged("auc", "fraction", "", "area under the ROC curve of −E, data against x-, in a batch"),
+            Logged("energy_contrast", "nats", "", "mean energy of x-"),
+            Logged("contrast_steps", "steps", "", "how many steps x- climb"),
+        ),
+        control="contrast.most 0: x- never climb; contrast.direction random: as far, in a random direction; mode train: batch norm is not "
+        "frozen; adversary.norm Linf",
     ),
 }
 

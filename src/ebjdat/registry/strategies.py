@@ -15,6 +15,9 @@ SAMPLES: Mapping[str, Entry] = {
     "trust": Entry("ebjdat.objectives.sampling:trust", "IAD, Zhu et al. 2022 (ICLR)"),
     "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
     "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
+    "contrast": Entry("ebjdat.objectives.dat:contrast", "images out of distribution that climb the density, arXiv 2510.13872"),
+    "policy": Entry("ebjdat.objectives.las_at:by_policy", "projected gradient whose budget a policy chooses, arXiv 2203.06616"),
+    "log_counts": Entry("ebjdat.objectives.sampling:log_counts", "how frequent each class is in the training split"),
 }
 
 # Scores that adversarial neighbours ascend. reads: what their functions take beside network, images and labels.
@@ -31,6 +34,16 @@ SCORES: Mapping[str, Entry] = {
     "random_sign": Entry("ebjdat.samplers.pgd:random_sign_score", "control: asks no network", reads=("generator",)),
     "released": Entry("ebjdat.samplers.pgd:released_score", RELEASE),
     "released_ce": Entry("ebjdat.samplers.pgd:released_ce_score", f"{RELEASE}, commented out"),
+}
+
+# How the adversary's eps and step depend on the image's class and on the epoch.
+BUDGETS: Mapping[str, Entry] = {
+    "uniform": Entry("ebjdat.samplers.budgets:uniform", "all alike"),
+    "ramp": Entry("ebjdat.samplers.budgets:ramp", "as N-FGSM's on SVHN, de Jorge et al. 2022, arXiv 2202.01181", reads=("warmup",)),
+    "robust_lt": Entry("ebjdat.samplers.budgets:robust_lt", "RobustLT, Zhang et al. 2026, arXiv 2605.13395", reads=("by_class", "warmup")),
+    "robust_lt_permuted": Entry(
+        "ebjdat.samplers.budgets:robust_lt_permuted", "control of robust_lt: its budgets, of other classes", reads=("by_class", "warmup")
+    ),
 }
 
 SAMPLERS: Mapping[str, Entry] = {

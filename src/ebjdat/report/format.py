@@ -11,7 +11,7 @@ import pandas as pd
 
 from ebjdat.errors import printable
 from ebjdat.files import write_text
-from ebjdat.metrics import COLUMNS, PANELS, TABLE, VOCABULARY
+from ebjdat.metrics import COLUMNS, GROUPS, PANELS, TABLE, VOCABULARY
 from ebjdat.names import STANDARD, flat_name
 from ebjdat.registry import BASES, METHODS, RELEASE
 from ebjdat.report.collect import RunResult, metrics_of
@@ -221,6 +221,23 @@ def side_by_side(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]
                 line.append(f"{100 * (own.value - reference.value):+.1f}" if own and reference else NOT_MEASURED)
         lines.append(line)
     return lines
+
+
+def head_and_tail(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]:
+    """Heading and a row per experiment: accuracy on frequent and on rare classes under every protocol; [] where it was not measured."""
+    columns = [
+        (f"{name}: {title} %, {group}", f"{attack}_{group}_acc", name)
+        for name, protocol in profile.evaluation.attack.protocols.items()
+        for title, attack in (("clean", "clean"), (f"PGD-{protocol.pgd.steps}", f"pgd{protocol.pgd.steps}"), ("ensemble", "autoattack"))
+        for group in GROUPS
+    ]
+    found = {
+        experiment: [estimate(metrics_of(runs, experiment), metric, protocol) for _, metric, protocol in columns]
+        for experiment in profile.experiments
+    }
+    shown = [i for i in range(len(columns)) if any(row[i] for row in found.values())]
+    rows = [[name, *((own.percent() if (own := row[i]) else NOT_MEASURED) for i in shown)] for name, row in found.items()]
+    return [["experiment", *(columns[i][0] for i in shown)], *rows] if shown else []
 
 
 def _protocol_heading(profile: Profile, kind: str, name: str, protocol: ProtocolSettings) -> str:

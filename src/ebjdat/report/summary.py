@@ -51,7 +51,8 @@ def estimate(seeds: Sequence[dict[str, Any]], name: str, protocol: str = STANDAR
     if len(values) > 1:
         low, high = over_seeds(values)
     elif metric.interval == "wilson":
-        correct = first.get(flat_name("correct", take_apart(name).attack, protocol))
+        parts = take_apart(name)
+        correct = first.get(flat_name(parts.statistic.removesuffix("acc") + "correct", parts.attack, protocol))
         low, high = (low, high) if correct is None else wilson(correct, n)
     elif metric.interval in ("normal", "signed"):
         error = first.get(f"{column}_se")

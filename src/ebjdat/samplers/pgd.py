@@ -12,6 +12,7 @@ from ebjdat.models.energy import joint_energy, marginal_energy
 
 Score = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B,)
 MakeScore = Callable[..., Score]  # (network, images, labels), and what its row reads: teacher, generator -> what to ascend
+Distance = float | Tensor  # of every image alike, or of each: (B, 1, 1, 1)
 
 
 def cross_entropy_score(model: nn.Module, x: Tensor, y: Tensor) -> Score:
@@ -112,18 +113,18 @@ def unit_vectors(x: Tensor) -> Tensor:
     return x / x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
-def project(x: Tensor, centre: Tensor, eps: float, norm: str, bounds: tuple[float, float]) -> Tensor:
+def project(x: Tensor, centre: Tensor, eps: Distance, norm: str, bounds: tuple[float, float]) -> Tensor:
     """Nearest point of the eps-ball around `centre`, then clamped into `bounds` (which keeps it in the ball)."""
     delta = x - centre
     if norm == "Linf":
-        delta = delta.clamp(-eps, eps)
+        delta = delta.clamp(-eps, eps)  # type: ignore[arg-type] # two numbers, or two tensors
     else:
-        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
-        delta = delta * (eps / length).clamp_max(1.0).view(-1, 1, 1, 1)
+        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        delta = delta * (eps / length).clamp_max(1.0)
     return (centre + delta).clamp(*bounds)
 
 
-def random_point(x: Tensor, eps: float, norm: str, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+def random_point(x: Tensor, eps: Distance, norm: str, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
     """Uniform in the eps-ball around x, then clamped into `bounds`."""
     if norm == "Linf":
         noise = (torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1) * eps
@@ -138,25 +139,30 @@ def projected_gradient(
     score: Score,
     x: Tensor,
     *,
-    eps: float,
-    step_size: float,
+    eps: Distance,
+    step_size: Distance,
     steps: int,
     norm: str,
     bounds: tuple[float, float],
     start: Tensor,
     into_ball: bool = True,
+    own_steps: Tensor | None = None,
 ) -> Tensor:
     """Ascend `score` (images -> (B,)) from `start` inside the eps-ball around x and `bounds`.
 
     eps, step_size and bounds are in the range of x. Steps are signs for Linf, unit vectors for L2. into_ball False: kept
-    within `bounds` alone, as EB-JDAT's released code does. Returns images like x, without gradient.
+    within `bounds` alone, as EB-JDAT's released code does. own_steps (B, 1, 1, 1): how many of the steps each image takes; None: all.
+    Returns images like x, without gradient.
     """
     x, moved = x.detach(), start
-    for _ in range(steps):
+    for i in range(steps):
         moved = moved.detach().requires_grad_(True)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(score(moved).sum(), moved)
         step = gradient.sign() if norm == "Linf" else unit_vectors(gradient)
-        moved = moved.detach() + step_size * step
+        before = moved.detach()
+        moved = before + step_size * step
         moved = project(moved, x, eps, norm, bounds) if into_ball else moved.clamp(*bounds)
+        if own_steps is not None:
+            moved = torch.where(i < own_steps, moved, before)
     return moved.detach()

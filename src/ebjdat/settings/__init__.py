@@ -9,7 +9,7 @@ inherit. problems: what validation reports. loading: files, overrides, names. st
 """
 
 from ebjdat.names import STANDARD
-from ebjdat.settings.data import DataSettings
+from ebjdat.settings.data import DataSettings, ImbalanceSettings
 from ebjdat.settings.evaluation import (
     AUTO,
     RELEASED,
@@ -36,11 +36,14 @@ from ebjdat.settings.strategies import catalogue
 from ebjdat.settings.training import (
     AdversarySettings,
     AugmentSettings,
+    BudgetSettings,
     ChainSettings,
+    ContrastSettings,
     ExampleWeights,
     HealingSettings,
     ModelSettings,
     OptimizerSettings,
+    PolicySettings,
     Rung,
     ScheduleSettings,
     TeacherSettings,
@@ -57,17 +60,21 @@ __all__ = [
     "AdversarySettings",
     "AttackSettings",
     "AugmentSettings",
+    "BudgetSettings",
     "ChainSettings",
+    "ContrastSettings",
     "DataSettings",
     "EnsembleSettings",
     "ExampleWeights",
     "Experiment",
     "GenerateSettings",
     "HealingSettings",
+    "ImbalanceSettings",
     "ModelSettings",
     "OptimizerSettings",
     "PGDSettings",
     "ParamsError",
+    "PolicySettings",
     "Profile",
     "ProtocolSettings",
     "ReliabilitySettings",

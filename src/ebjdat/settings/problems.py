@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ebjdat import registry
 from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
 from ebjdat.settings.profile import ProfileFile
-from ebjdat.settings.training import ChainSettings, ExampleWeights, UpdateSettings
+from ebjdat.settings.training import BudgetSettings, ChainSettings, ExampleWeights, UpdateSettings
 from ebjdat.settings.types import mapping, merge, nearest, section, shown
 
 Where = tuple[str | int, ...]
@@ -23,9 +23,12 @@ Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (a file's name, or an overri
 CHOSEN: Mapping[str, tuple[str, Mapping[str, registry.Entry], str]] = {
     "training.chain": ("training.chain.sampler", registry.SAMPLERS, ChainSettings().sampler),
     "training.update": ("training.update.name", registry.UPDATES, UpdateSettings().name),
+    "training.adversary.budget": ("training.adversary.budget.name", registry.BUDGETS, BudgetSettings().name),
     "training.weights.examples": ("training.weights.examples.name", registry.WEIGHTINGS, ExampleWeights().name),
     "training.weights": ("method", registry.METHODS, "classifier"),
 }
+# Sections that only methods read which sample this.
+SAMPLED: Mapping[str, str] = {"training.contrast": "contrast", "training.policy": "policy"}
 # Chain settings that some samplers ignore.
 READ_BY_SAMPLERS = frozenset(key for sampler in registry.SAMPLERS.values() for key in sampler.reads)
 # Keys of the profile's training.chain that no training would use: every base sets them, or has a sampler that ignores them.
@@ -50,6 +53,7 @@ def of_profile(
         yield from _stated_in(raw, of_validation(ProfileFile, error))
     yield from _unread(raw, whole)
     yield from _pretrainings(raw)
+    yield from _frozen(whole)
     yield from _controls(raw, whole)
     yield from _teachers(raw, whole)
     if evaluation:
@@ -127,6 +131,12 @@ def _entries(raw: Mapping[str, Any], kind: str) -> dict[str, Mapping[str, Any]]:
     return {name: entry for name, entry in mapping(raw.get(kind)).items() if isinstance(entry, Mapping)}
 
 
+# Samples that the adversary's budget limits.
+LIMITED = frozenset({"adversarial", "corner", "policy", "uniform"})
+# Settings of the adversary that the policy chooses instead.
+CHOSEN_BY_POLICY = frozenset({"steps", "step_ratio"})
+
+
 def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings that the strategy of their section does not read, and chain settings that nothing does."""
     for kind in ("pretraining", "experiments"):
@@ -138,6 +148,17 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                     for unread in sorted(known & set(mapping(section(entry, part))) - set(reads)):
                         by = f"{key.removesuffix('.name').rpartition('.')[2]} {chosen!r}"
                         yield (kind, name, *part.split("."), unread), f"is not read by {by}; it reads {', '.join(reads) or 'none'}"
+            method = str(whole[kind][name].get("method") or "classifier")
+            for part, sample in SAMPLED.items():
+                readers = [other for other, row in registry.METHODS.items() if sample in row.samples]
+                if method in registry.METHODS and method not in readers and mapping(section(entry, part)):
+                    yield (kind, name, *part.split(".")), f"is not read by method {method!r}, only by {', '.join(readers)}"
+            if method in registry.METHODS and "policy" in registry.METHODS[method].samples:
+                for key in sorted(CHOSEN_BY_POLICY & set(mapping(section(entry, "training.adversary")))):
+                    what = f"is not read by method {method!r}, whose policy chooses it; set training.policy"
+                    yield (kind, name, "training", "adversary", key), what
+            if section(entry, "training.adversary.budget") and not LIMITED & {*getattr(registry.METHODS.get(method), "samples", LIMITED)}:
+                yield (kind, name, "training", "adversary", "budget"), f"is not read by method {method!r}, which moves no images"
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 
@@ -158,6 +179,16 @@ def _pretrainings(raw: Mapping[str, Any]) -> Iterator[Problem]:
         twin = first.setdefault(repr(sorted(content.items())), name)
         if twin != name:
             yield ("pretraining", name), f"the same settings as pretraining.{twin}; use that one, so that they share a checkpoint"
+
+
+def _frozen(whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """Trainings that keep running statistics which no training made."""
+    for kind in ("pretraining", "experiments"):
+        for name, entry in _entries(whole, kind).items():
+            start = _entries(whole, "pretraining").get(str(entry.get("pretraining")), {})
+            if section(entry, "training.mode") == "eval" and (start.get("epochs") == 0 or (kind == "pretraining" and entry.get("epochs"))):
+                what = "'eval' keeps batch norm's running statistics, and a network that was not trained has none"
+                yield (kind, name, "training", "mode"), f"{what}; start from a pretraining with epochs"
 
 
 def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:

@@ -53,6 +53,8 @@ class MethodSettings(Settings):
         weighs_examples = "examples" in method.reads and "targets" not in method.reads  # S2O's control is of its targets
         if weights.control != "none" and weighs_examples and weights.examples.name == "uniform":
             raise ValueError(f"training.weights.control {weights.control!r} changes nothing: training.weights.examples is uniform")
+        if "policy" in method.samples and not self.training.adversary.project:
+            raise ValueError("training.policy.eps limits nothing: training.adversary.project is false")
         return self
 
 

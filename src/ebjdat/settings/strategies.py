@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from ebjdat import registry
 from ebjdat.settings.profile import base_of, form_of, presets
-from ebjdat.settings.training import ChainSettings, ExampleWeights, OptimizerSettings, ScheduleSettings, UpdateSettings
+from ebjdat.settings.training import BudgetSettings, ChainSettings, ExampleWeights, OptimizerSettings, ScheduleSettings, UpdateSettings
 from ebjdat.settings.types import flat, merge
 
 
@@ -48,6 +48,7 @@ def catalogue() -> dict[str, dict[str, dict[str, Any]]]:
         "samplers": entries(registry.SAMPLERS, ChainSettings),
         "starts": entries(registry.STARTS),
         "scores": entries(registry.SCORES),
+        "budgets": entries(registry.BUDGETS, BudgetSettings),
         "updates": entries(registry.UPDATES, UpdateSettings),
         "weights of examples": entries(registry.WEIGHTINGS, ExampleWeights),
         "optimizers": entries(registry.OPTIMIZERS, OptimizerSettings),
@@ -66,6 +67,7 @@ not confirmed.
 
 OTHERS: Mapping[str, Mapping[str, registry.Entry]] = {
     "Scores of the inner maximisation": registry.SCORES,
+    "Budgets of the adversary": registry.BUDGETS,
     "Updates": registry.UPDATES,
     "Weights of examples": registry.WEIGHTINGS,
     "Samplers": registry.SAMPLERS,

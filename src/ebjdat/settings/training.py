@@ -31,6 +31,12 @@ from ebjdat.settings.types import (
 )
 
 
+def six_n_plus_four(depth: int) -> int:
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth {depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
+    return depth
+
+
 class ModelSettings(Settings):
     depth: Few = 28  # 6 n + 4
     width: Few = 10
@@ -43,9 +49,8 @@ class ModelSettings(Settings):
         return f"WRN-{self.depth}-{self.width}" + (" (jem)" if self.variant == "jem" else "")
 
     @model_validator(mode="after")
-    def six_n_plus_four(self) -> Self:
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise ValueError(f"depth {self.depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
+    def has_blocks(self) -> Self:
+        six_n_plus_four(self.depth)
         return self
 
 
@@ -78,6 +83,14 @@ class ChainSettings(Settings):
     reinit: Fraction01 = 0.05  # probability that a chain restarts
 
 
+class BudgetSettings(Settings):
+    """How eps and step_size depend on the image's class and on the epoch, in training (samplers/budgets.py)."""
+
+    name: Annotated[str, known(registry.BUDGETS)] = "uniform"
+    by_class: Fraction01 = 0.3  # robust_lt: share of eps that goes by the rarity of the class
+    warmup: Fraction01 = 0.8  # robust_lt, ramp: share of the epochs in which the budget grows from 0
+
+
 class AdversarySettings(Settings):
     score: Annotated[str, known(registry.SCORES)] = "ce"
     norm: Norm = "Linf"
@@ -92,6 +105,7 @@ class AdversarySettings(Settings):
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # in the eps-ball; 0.001 N(0, 1) in [0, 1] pixels (TRADES); at x
     project: StrictBool = True  # back into the eps-ball after each step; the released code does not
     mode: Literal["train", "eval"] = "train"  # batch-norm statistics while attacking
+    budget: BudgetSettings = BudgetSettings()  # of training's neighbours; validation's have eps and step_size
 
     @property
     def step(self) -> float:
@@ -106,8 +120,71 @@ class AdversarySettings(Settings):
             raise ValueError(f"start_ratio {self.start_ratio:.4g} leaves the ball, into which `project` brings it back; set project: false")
         if self.start_ratio != 1 and self.start != "uniform":
             raise ValueError(f"start_ratio is of start 'uniform', not of {self.start!r}")
+        if "by_class" in registry.BUDGETS[self.budget.name].reads and not self.project:
+            raise ValueError(f"budget {self.budget.name!r} starts in the ball of eps, whatever the class's is; it needs project: true")
         if self.score in ("kl", "squared") and self.start == "clean":
             raise ValueError(f"score {self.score!r} has no gradient at the clean image; start 'uniform' or 'gaussian' is allowed")
+        return self
+
+
+class ContrastSettings(Settings):
+    """Images out of distribution that `dat` tells from data: where they begin, and how far they climb (objectives/dat.py)."""
+
+    ood: Annotated[str, known(registry.MADE_SETS)] = "shuffled"  # made from the images of the p(x) term
+    norm: Norm = "L2"  # of a step: unit vectors or signs
+    step_size: Epsilon = 0.1
+    direction: Literal["gradient", "random"] = "gradient"  # random: as far as with the gradient, the control
+    most: Annotated[int, Number, Field(ge=0, le=1000)] = 40  # steps; they begin with 0
+    threshold: Annotated[float, Number, Field(ge=0.5, le=1)] = 0.8  # area under the ROC curve at which there is one step more
+    every: Count = 50  # training steps over which the area is averaged before the number of steps may grow
+
+    @model_validator(mode="after")
+    def moves(self) -> Self:
+        if not self.most and self.direction != "gradient":
+            raise ValueError(f"direction {self.direction!r} changes nothing where `most` is 0: no image moves")
+        return self
+
+
+class PolicySettings(Settings):
+    """How `las_at` attacks each image: ranges of whole numbers, ends included, of which one is chosen (objectives/las_at.py)."""
+
+    choose: Literal["learned", "uniform"] = "learned"  # uniform: with equal chances, always, the control
+    unit: Epsilon = 1 / 255  # of eps and step, in [0, 1] pixels
+    eps: tuple[Few, Few] = (3, 15)
+    iterations: tuple[Few, Few] = (3, 14)
+    step: tuple[Few, Few] = (1, 5)
+    # the policy's own wide residual network, without batch norm, and its optimiser (SGD)
+    depth: Few = 10
+    width: Few = 1
+    lr: Positive = 1e-4
+    every: Count = 20  # training steps between two of its own
+
+    @property
+    def network(self) -> ModelSettings:
+        return ModelSettings(depth=self.depth, width=self.width, norm="none")
+
+    @field_validator("depth")
+    @classmethod
+    def has_blocks(cls, depth: int) -> int:
+        return six_n_plus_four(depth)
+
+    @field_validator("eps", "iterations", "step")
+    @classmethod
+    def ascends(cls, ends: tuple[int, int]) -> tuple[int, int]:
+        if ends[0] > ends[1]:
+            raise ValueError(f"{list(ends)} is no range; its first number must not be greater than its second")
+        return ends
+
+    @model_validator(mode="after")
+    def sensible(self) -> Self:
+        if self.eps[1] * self.unit > 1:
+            raise ValueError(
+                f"eps reaches {self.eps[1]} x unit = {self.eps[1] * self.unit:.4g}; at most 1, the range of pixels, is allowed"
+            )
+        if self.step[1] > 2 * self.eps[1]:
+            raise ValueError(f"step reaches {self.step[1]}, more than the largest diameter 2 eps = {2 * self.eps[1]}")
+        if self.choose == "learned" and all(low == high for low, high in (self.eps, self.iterations, self.step)):
+            raise ValueError("every range has one number, so there is nothing to learn; set choose: uniform, or widen a range")
         return self
 
 
@@ -265,6 +342,8 @@ class ComputeSettings(Settings):
 class TrainingSettings(Settings):
     epochs: Epochs  # over the labelled images
     batch_size: Batch
+    # batch-norm statistics in the loss: those of the batch; or the running ones, which stay as the pretraining left them
+    mode: Literal["train", "eval"] = "train"
     density_batch: Literal["labelled", "own"] = "labelled"  # images of the p(x) term: the labelled ones, or from their own shuffle
     density_batch_size: Batch | None = None  # own: their number, which is that of chains; None: batch_size
     optimizer: OptimizerSettings
@@ -275,6 +354,8 @@ class TrainingSettings(Settings):
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
     teacher: TeacherSettings | None = None
+    contrast: ContrastSettings = ContrastSettings()
+    policy: PolicySettings = PolicySettings()
     augment: AugmentSettings = AugmentSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from ebjdat.data import external
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation.audit import Audit, audit, write_table
+from ebjdat.evaluation.longtail import accuracies, head_and_tail
 from ebjdat.evaluation.robust import fp32_eval_copy, number_of_classes
+from ebjdat.evaluation.verdicts import pgd_name
 from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import named
 from ebjdat.models.external import external_model
 from ebjdat.models.modes import UnitRange
-from ebjdat.names import flat_name
+from ebjdat.names import flat_name, flat_results
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.settings import AttackSettings
 from ebjdat.stages.context import Context, alone
@@ -71,10 +74,15 @@ def run(context: Context, task: Task) -> None:
         result = audit(UnitRange(loaded.network(device)).eval(), x, y, settings, other, evaluation.state, evaluation.title, workers=workers)
         metrics, tables = result.metrics, [_with_weights(result, "raw")]
         if loaded.ema is not None:
-            averaged, title = UnitRange(loaded.network(device, loaded.ema)).eval(), f"{evaluation.title}, averaged weights"
-            of_ema = audit(averaged, x, y, settings, None, evaluation.state / "ema", title, with_checks=False, workers=workers)
+            network, title = UnitRange(loaded.network(device, loaded.ema)).eval(), f"{evaluation.title}, averaged weights"
+            of_ema = audit(network, x, y, settings, None, evaluation.state / "ema", title, with_checks=False, workers=workers)
             metrics |= {f"ema_{name}": value for name, value in of_ema.metrics.items() if name.endswith(AVERAGED)}
             tables.append(_with_weights(of_ema, "ema"))
+        if context.profile.data.imbalance is not None:
+            counts = np.bincount(data.labels[data.train], minlength=len(data.classes)).tolist()
+            groups, pgd = head_and_tail(counts), {name: pgd_name(protocol) for name, protocol in settings.protocols.items()}
+            for table, averaged in zip(tables, (False, True), strict=False):
+                metrics |= flat_results(accuracies(table, groups, pgd), averaged)
         evaluation.metrics = metrics
         evaluation.provenance = _provenance(settings) | {
             "experiment": task.experiment,

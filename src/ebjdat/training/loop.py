@@ -82,7 +82,7 @@ def train(
         hooks.epoch(row)
     for event in state.events:
         hooks.event(event)
-    model.train()
+    model.train(job.settings.mode == "train")
     with Bar(job.title, epochs * per_epoch, state.epoch * per_epoch + state.step) as bar, StopRequest() as stop:
         run = _Run(job, learner, train_data, pool, hooks, bar, stop, teacher)
         if state.epoch or state.step:
@@ -150,13 +150,13 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
     rungs = healing.usable(job.settings.healing.ladder, registry.METHODS[job.method])
     settings, reseeded = healing.adjusted(job.settings, rungs[: state.recoveries])
     salt = (reseeded,) if reseeded else ()
-    train_step = Step(job.method, settings, learner.model, learner.optimizer)
+    train_step = Step(job.method, settings, learner.model, learner.optimizer, learner.own)
     schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
     epoch, per_epoch = state.epoch, steps_per_epoch(len(data), settings.batch_size)
 
     batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density)
-    sampling = SamplingState(settings, learner.buffer, epoch=epoch, teacher=run.teacher)
-    sources = sampling_states(sampling, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
+    common = SamplingState.of_epoch(settings, learner.buffer, run.pool, epoch, run.teacher)
+    sources = sampling_states(common, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
     began = time.monotonic()
     for step, (batch, source) in enumerate(zip(batches, sources, strict=True), state.step):
         factor = schedule(settings.schedule, epoch * per_epoch + step, per_epoch, settings.epochs)
@@ -167,6 +167,7 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
         terms = train_step.update(batch, samples, When(epoch, noise))
         if learner.ema is not None:
             learner.ema.update_parameters(learner.model)
+        terms = train_step.learn(batch, samples, terms, epoch * per_epoch + step, noise)
         state.add(terms)
         state.step = step + 1
         began, before = time.monotonic(), began
@@ -175,7 +176,7 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
         if run.bar.due():
             run.bar.show({name: value.item() for name, value in terms.scalars().items() if name in SHOWN})
         if (step + 1) % settings.healing.every == 0 or step + 1 == per_epoch:
-            with frozen_parameters(learner.model, "train"), torch.no_grad():
+            with frozen_parameters(learner.model, settings.mode), torch.no_grad():
                 after = learner.model(batch.x)
             state.vitals = healing.vitals(terms, state.sums, batch, samples.get("negatives"), after)
             _check(run, state)

@@ -18,7 +18,7 @@ from ebjdat.data.batches import generator
 from ebjdat.errors import UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
-from ebjdat.objectives.terms import Terms
+from ebjdat.objectives.terms import MethodState, Terms
 from ebjdat.pixels import uint8_from_unit, unit_from_internal
 from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
@@ -59,12 +59,16 @@ class Selected:
 
 @dataclass(frozen=True)
 class Learner:
-    """Everything that a training step changes. buffer: for methods with chains; ema: averaged weights, if the settings ask for them."""
+    """Everything that a training step changes.
+
+    buffer: for methods with chains. ema: averaged weights, if the settings ask for them. own: what only the method knows.
+    """
 
     model: WideResNet
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer | None
     ema: AveragedModel | None
+    own: MethodState | None = None
 
     @classmethod
     def of(cls, model: WideResNet, job: Job, pool: StartPool) -> Learner:
@@ -76,7 +80,9 @@ class Learner:
             buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
-        return cls(model, optimizer, buffer, ema)
+        factory = registry.METHODS[job.method].state
+        own = registry.implementation(factory)(model, settings, job.seed) if factory else None
+        return cls(model, optimizer, buffer, ema, own)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -84,6 +90,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "buffer": None if self.buffer is None else self.buffer.images,
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "own": None if self.own is None else self.own.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -93,6 +100,8 @@ class Learner:
             self.buffer.images.copy_(state["buffer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.own is not None:
+            self.own.load_state_dict(state["own"])
 
     def first_chains(self, classes: int) -> Tensor:
         """Up to 8 chains of the buffer from each of the first 10 classes, uint8 on the CPU."""

@@ -15,7 +15,7 @@ from ebjdat.data.batches import Batch, share
 from ebjdat.models.modes import autocast, tensor_cores
 from ebjdat.models.wrn import WideResNet
 from ebjdat.objectives.sampling import SamplingState
-from ebjdat.objectives.terms import Terms
+from ebjdat.objectives.terms import MethodState, Terms
 from ebjdat.settings import TrainingSettings
 from ebjdat.training.updates import When
 
@@ -30,12 +30,13 @@ def compiled_trunk() -> Callable[[WideResNet, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """What a method does with a batch. Nothing in it waits for the device."""
+    """What a method does with a batch. Nothing in it waits for the device, but for what a method's own state says."""
 
     method: str
     settings: TrainingSettings
     model: WideResNet
     optimizer: torch.optim.Optimizer
+    own: MethodState | None = None
 
     def sample(self, batch: Batch, state: SamplingState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What the method samples (or only these), by name: images (B, C, H, W) in [-1, 1], or what else a row of SAMPLES makes."""
@@ -44,7 +45,7 @@ class Step:
         for i in range(slices):
             chains = None if state.chains is None else state.chains.part(i, slices)
             made: dict[str, Tensor] = {}
-            part, of_part = batch.part(i, slices), replace(state, chains=chains, made=made)
+            part, of_part = batch.part(i, slices), replace(state, chains=chains, own=self.own, made=made)
             for name in registry.METHODS[self.method].samples if only is None else only:
                 sample = registry.load(registry.SAMPLES, name)
                 with self.computing(), autocast(batch.x.device, self._precision):
@@ -68,6 +69,17 @@ class Step:
         with self.computing():
             terms: Terms = update(self.model, self.optimizer, closures, self.settings.update, when)
         return terms
+
+    def learn(self, batch: Batch, samples: dict[str, Tensor], terms: Terms, index: int, noise: torch.Generator) -> Terms:
+        """Let the method's own state, if it has any, change with the step that was just made, the index-th of the training, from 0.
+
+        Returns the step's terms with what is logged of it.
+        """
+        if self.own is None:
+            return terms
+        with self.computing(), autocast(batch.x.device, self._precision):
+            logged = self.own.after(self.model, batch, samples, terms, index, noise)
+        return replace(terms, logged={**terms.logged, **logged})
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
