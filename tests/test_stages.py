@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -19,13 +21,13 @@ from ebjdat import codehash, jobs
 from ebjdat.evaluation.frechet import frechet_distance
 from ebjdat.files import read_json
 from ebjdat.models.wrn import WideResNet
-from ebjdat.settings import load
+from ebjdat.settings import ImbalanceSettings, load
 from ebjdat.stages import attack, train
 from ebjdat.stages.context import BusyError, Context, journal_of
 from ebjdat.training import checkpoint, fit, healing
 from ebjdat.training.state import TrainingError
 
-from .chain import PACKAGE, Chain, trained
+from .chain import OWN, PACKAGE, Chain, trained
 from .conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -276,3 +278,22 @@ def test_a_state_that_another_process_trains_is_left_alone(chain: Chain, here: P
             finetuned(chain.context, chain, here)
         other.communicate("")
     finetuned(chain.context, chain, here)
+
+
+def test_frequent_and_rare_classes_are_measured_where_the_split_is_long_tailed(chain: Chain, here: Path) -> None:
+    """Raw and averaged weights, every protocol: recomputed from the verdicts, with the classes by their training images."""
+    assert not any("tail" in name for name in read_json(chain.experiment / "attack.json"))
+    data = chain.context.profile.data.model_copy(update={"validation": None, "imbalance": ImbalanceSettings(ratio=2, largest=100)})
+    attack.run(replace(chain.context, profile=replace(chain.context.profile, data=data)), chain.task("attack", here))
+    found, frame = read_json(here / "attack.json"), pd.read_parquet(here / "verdicts.parquet")
+    counts = np.bincount(chain.data.labels[chain.data.train])
+    large = sorted(range(10), key=lambda c: -counts[c])[:2]
+    for weights, first in (("raw", ""), ("ema", "ema_")):
+        for protocol, second in (("standard", ""), ("released", "released_"), (OWN, f"{OWN}_")):
+            own = frame[(frame["weights"] == weights) & (frame["protocol"] == protocol)]
+            for group, rows in (("head", own[own["label"].isin(large)]), ("tail", own[~own["label"].isin(large)])):
+                assert found[f"{second}n_{group}"] == len(rows)
+                assert found[f"{first}{second}clean_{group}_correct"] == rows["clean"].sum()
+                assert found[f"{first}{second}pgd20_{group}_acc"] == (rows["pgd20"] == True).sum() / len(rows)  # noqa: E712
+    whole = [read_json(path / "attack.json")["clean_correct"] for path in (here, chain.experiment)]
+    assert whole[0] == whole[1] == found["clean_head_correct"] + found["clean_tail_correct"]

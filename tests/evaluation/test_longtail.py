@@ -68,7 +68,8 @@ def test_accuracies_by_a_slow_loop() -> None:
                 assert found[f"{prefix}{'n_attack' if attack == 'autoattack' else 'n'}_{group}"] == n
     for name in found:
         assert describe(name, ("standard", "mine")).only == "the profile has `data.imbalance`"
-        assert describe(f"ema_{name}", ("standard", "mine")).unit in ("fraction", "count")
+        if "n_" not in name:
+            assert describe(f"ema_{name}", ("standard", "mine")).unit in ("fraction", "count")
 
 
 def test_both_groups_add_up_to_the_accuracy_of_all() -> None:

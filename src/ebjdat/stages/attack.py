@@ -82,7 +82,8 @@ def run(context: Context, task: Task) -> None:
             counts = np.bincount(data.labels[data.train], minlength=len(data.classes)).tolist()
             groups, pgd = head_and_tail(counts), {name: pgd_name(protocol) for name, protocol in settings.protocols.items()}
             for table, averaged in zip(tables, (False, True), strict=False):
-                metrics |= flat_results(accuracies(table, groups, pgd), averaged)
+                of_groups = flat_results(accuracies(table, groups, pgd), averaged)
+                metrics |= {name: value for name, value in of_groups.items() if not averaged or name.endswith(AVERAGED)}
         evaluation.metrics = metrics
         evaluation.provenance = _provenance(settings) | {
             "experiment": task.experiment,
