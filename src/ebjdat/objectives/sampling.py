@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,15 @@ PLANNED_STEPS = 100  # steps whose chains are taken from the buffer at once
 
 @dataclass(frozen=True)
 class SamplingState:
-    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch."""
+    """What sampling needs besides the batch. For methods with chains: the buffer, and the chains of this batch.
+
+    made: the method's samples of this batch that were made before, by name.
+    """
 
     settings: TrainingSettings
     buffer: ReplayBuffer | None = None
     chains: Chains | None = None
+    made: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sampling_states(
@@ -79,6 +83,55 @@ def corner(model: WideResNet, batch: Batch, state: SamplingState, generator: tor
     """Each image moved by the radius up or down in every pixel, at random: (B, C, H, W) in [-1, 1]."""
     sign = torch.randint(0, 2, batch.x.shape, generator=generator, device=batch.x.device) * 2 - 1
     return (batch.x + internal_radius(state.settings.adversary) * sign).clamp(*INTERNAL)
+
+
+def nuisance(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Displacements u ~ N(0, S), one of each image, S = mean d d' over differences d = x~ - x: (B, C, H, W), of [-1, 1] pixels.
+
+    u = sum g_i d_i / sqrt(r) with standard normal g, so that no matrix of pixels is formed. r: the number of differences, those of the
+    first images, at most half that of pixels; so directions are left for `nuisance_complement`.
+    """
+    return _mixed(_differences(batch.x, state.made["adversarial"]), batch.x, generator)
+
+
+def nuisance_isotropic(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Displacements u ~ N(0, s^2 1) with the mean square length of `nuisance`."""
+    u = torch.randn(batch.x.shape, generator=generator, device=batch.x.device)
+    return u * (_trace(_differences(batch.x, state.made["adversarial"])) / u[0].numel()).sqrt()
+
+
+def nuisance_complement(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Normal displacements that are orthogonal to all differences of `nuisance`, all such directions alike, of its mean square length."""
+    d = _differences(batch.x, state.made["adversarial"])
+    u = torch.randn(batch.x.shape, generator=generator, device=batch.x.device).flatten(1)
+    with torch.autocast(u.device.type, enabled=False):
+        q = torch.linalg.qr(d.T).Q  # (C H W, r): orthonormal, also where differences depend on each other
+        u = u - (u @ q) @ q.T
+    return (u * (_trace(d) / (u.shape[1] - len(d))).sqrt()).view_as(batch.x)
+
+
+def nuisance_shuffled(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """As `nuisance`, from differences to the adversarial neighbour of the image before, scaled to its mean square length."""
+    moved = state.made["adversarial"]
+    d, other = _differences(batch.x, moved), _differences(batch.x, moved.roll(1, 0))
+    return _mixed(other, batch.x, generator) * (_trace(d) / _trace(other).clamp_min(1e-30)).sqrt()
+
+
+def _differences(x: Tensor, moved: Tensor) -> Tensor:
+    """(r, C H W), r at most half of C H W."""
+    return (moved - x).flatten(1)[: x[0].numel() // 2]
+
+
+def _trace(d: Tensor) -> Tensor:
+    """Of mean d d': the mean square length of rows (r, D)."""
+    return d.square().sum(1).mean()
+
+
+def _mixed(d: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    """For each image of x, rows of d (r, D) with standard normal weights, over sqrt(r)."""
+    g = torch.randn(len(x), len(d), generator=generator, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        return (g @ d / len(d) ** 0.5).view_as(x)
 
 
 def internal_radius(spec: AdversarySettings) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Samples = Mapping[str, Tensor]  # name in registry.SAMPLES -> images (B, C, H, W) in [-1, 1]
+Samples = Mapping[str, Tensor]  # name in registry.SAMPLES -> images (B, C, H, W) in [-1, 1], or displacements of such
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 
 from ebjdat.registry.entries import RELEASE, Entry
 
-# What a loss needs besides the batch. A step makes each once, without gradients for the parameters.
+# What a loss needs besides the batch. A step makes each once, in the method's order, without gradients for the parameters.
 SAMPLES: Mapping[str, Entry] = {
     "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
     "uniform": Entry("ebjdat.objectives.sampling:uniform", "a uniform point of the ball"),
     "corner": Entry("ebjdat.objectives.sampling:corner", "a random corner of the L-infinity ball"),
+    "nuisance": Entry("ebjdat.objectives.sampling:nuisance", "after arXiv 2605.22800: normal, with the covariance of x~ - x"),
+    "nuisance_isotropic": Entry("ebjdat.objectives.sampling:nuisance_isotropic", "control of nuisance: all directions alike"),
+    "nuisance_complement": Entry("ebjdat.objectives.sampling:nuisance_complement", "control of nuisance: orthogonal to all x~ - x"),
+    "nuisance_shuffled": Entry("ebjdat.objectives.sampling:nuisance_shuffled", "control of nuisance: x~ of other images"),
 }
 
 # Scores that adversarial neighbours ascend.

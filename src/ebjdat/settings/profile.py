@@ -41,6 +41,12 @@ class MethodSettings(Settings):
         for name, value, allowed in (("base", self.base, method.bases), ("form", self.form, method.forms)):
             if value is not None and value not in allowed:
                 raise ValueError(f"method {self.method!r} has no {name} {value!r}; allowed: {', '.join(allowed) or 'none'}")
+        for name in ("compile", "recompute"):
+            if method.second_order and getattr(self.training.compute, name):
+                raise ValueError(
+                    f"training.compute.{name} cannot differentiate the network's derivatives, which are in the loss of method "
+                    f"{self.method!r}; set it to false there"
+                )
         weights = self.training.weights
         weighs_examples = "examples" in method.reads and "targets" not in method.reads  # S2O's control is of its targets
         if weights.control != "none" and weighs_examples and weights.examples.name == "uniform":

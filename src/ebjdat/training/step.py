@@ -38,16 +38,18 @@ class Step:
     optimizer: torch.optim.Optimizer
 
     def sample(self, batch: Batch, state: SamplingState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The method's chains and adversarial neighbours (or only these): name -> (B, C, H, W) in [-1, 1]."""
+        """What the method samples (or only these), in its order: name -> (B, C, H, W), of [-1, 1] pixels."""
         samples: dict[str, list[Tensor]] = {}
         slices = self.settings.compute.accumulate
         for i in range(slices):
             chains = None if state.chains is None else state.chains.part(i, slices)
-            part, of_part = batch.part(i, slices), replace(state, chains=chains)
+            made: dict[str, Tensor] = {}
+            part, of_part = batch.part(i, slices), replace(state, chains=chains, made=made)
             for name in registry.METHODS[self.method].samples if only is None else only:
                 sample = registry.load(registry.SAMPLES, name)
                 with self.computing(), autocast(batch.x.device, self._precision):
-                    samples.setdefault(name, []).append(sample(self.model, part, of_part, noise))
+                    made[name] = sample(self.model, part, of_part, noise)
+                samples.setdefault(name, []).append(made[name])
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in samples.items()}
 
     def update(self, batch: Batch, samples: dict[str, Tensor], when: When) -> Terms:
