@@ -85,6 +85,11 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("training.augment.labelled_noise=-0.1", "greater than or equal to 0"),
         ("training.weights.align=unpaired", "'paired' or 'density'"),
         ("training.compute={recompute: true, compile: true}", "set only one of recompute and compile"),
+        (
+            "experiments.pgd_at={method: gradalign, training: {compute: {compile: true}}}",
+            "compute.compile cannot differentiate the network's",
+        ),
+        ("experiments.pgd_at={method: egat_style, training: {compute: {recompute: true}}}", "loss of method 'egat_style'; set it to false"),
         ("training.healing.ladder=[{change: lr}]", "'lr' needs `by`"),
         ("training.healing.ladder=[{change: seed, by: 2}]", "'seed' takes no `by`"),
         ("training.healing.ladder=[{change: lr, by: 2}]", "less than 1 is allowed"),

@@ -41,7 +41,7 @@ def test_every_method_trains_repeats_itself_and_logs_what_it_has(experiment: str
     assert {describe(name).stage for name in logged} <= {"curve", "energy"}
     assert {"loss", "lr", "epoch", "seconds", "validation_clean_acc", "health_energy", "health_cross_entropy"} <= logged
     assert ("validation_robust_acc" in logged) == (method not in ("classifier", "jem", "jempp", "sadajem"))
-    chains = method in ("jem", "jempp", "sadajem", "eb_jdat")
+    chains = method in ("jem", "jempp", "sadajem", "eb_jdat", "jeat_style", "jeat_noise")
     assert ("energy_generated" in logged) == ("health_diversity" in logged) == (result.selected.buffer is not None) == chains
     assert (result.selected.ema is not None) == (settings.ema is not None) == ("ema_validation_clean_acc" in logged)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,21 @@ def test_slices_of_a_batch_add_up(update: str) -> None:
         load(ROOT / "params/digits.yaml", ["training.compute.accumulate=5"])
 
 
+def test_a_sample_sees_what_its_slice_sampled_before() -> None:
+    """Displacements of each slice lie in the span of that slice's differences, and not in the other's."""
+    of = replace(case("pgd_at", {"adversary": {"steps": 2}}), method="matched_jacobian")
+    bench = PipelineStep(of, of.data())
+    settings = TrainingSettings.model_validate(merge(of.settings.model_dump(), {"compute": {"accumulate": 2}}))
+    batch, state = next(bench._work())
+    samples = Step(of.method, settings, bench.model, bench.learner.optimizer).sample(batch, state, generator(CPU, "test"))
+    assert list(samples) == ["adversarial", "nuisance"]
+    d, u = (samples["adversarial"] - batch.x).flatten(1).double(), samples["nuisance"].flatten(1).double()
+    for own, other in ((slice(0, 16), slice(16, 32)), (slice(16, 32), slice(0, 16))):
+        within, beside = (u[own] - u[own] @ torch.linalg.pinv(d[rows]) @ d[rows] for rows in (own, other))
+        assert within.norm() < 1e-5 * u[own].norm()
+        assert beside.norm() > 0.1 * u[own].norm()
+
+
 def test_recomputed_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits of weights and running statistics; each block ran once more, in the loss alone."""
     of = case("eb_jdat", {})
@@ -258,11 +274,15 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("experiment", ["eb_jdat", "eb_jdat_sadajem", "eb_jdat_jem", "trades", "classifier"])
+PENALTIES = ("matched_jacobian", "jacobian_isotropic", "jacobian_complement", "jacobian_shuffled", "egat_style", "aat_style", "jeat_style")
+
+
+@pytest.mark.parametrize("experiment", ["eb_jdat", "eb_jdat_sadajem", "eb_jdat_jem", "trades", "classifier", *PENALTIES])
 def test_no_step_waits_for_the_device(experiment: str) -> None:
     """From batch to weights, once the chains of some steps are planned. (Adam counts its steps on the CPU, so SGD is looked at.)"""
     changes = {"chain": {"steps": 1}, "adversary": {"steps": 1}, "optimizer": {"name": "sgd"}}
-    of = case(experiment, changes, norm="none" if experiment.endswith("_jem") else "batch")
+    of = case("eb_jdat" if experiment in PENALTIES else experiment, changes, norm="none" if experiment.endswith("_jem") else "batch")
+    of = replace(of, method=experiment) if experiment in PENALTIES else of
     bench = PipelineStep(of, of.data())
     bench()  # plans the chains
     with Waits() as waits:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,6 +44,35 @@ def repeated(model: nn.Module) -> Iterator[None]:
     finally:
         for m, momentum, count in norms:
             m.momentum, m.num_batches_tracked = momentum, count
+
+
+@contextlib.contextmanager
+def elementary_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode by elementary operations, for derivatives in forward mode that are differentiated once more.
+
+    torch's own operation has the right derivatives along a direction, but takes the batch's statistics in them for constants, so that
+    their gradients are wrong; in bf16 it mixes precisions.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for m in norms:
+            m.forward = partial(_elementary, m)  # type: ignore[method-assign]
+        yield
+    finally:
+        for m in norms:
+            vars(m).pop("forward", None)
+
+
+def _elementary(m: _BatchNorm, x: Tensor) -> Tensor:
+    if not m.training:
+        return type(m).forward(m, x)
+    with torch.no_grad():
+        type(m).forward(m, forward_ad.unpack_dual(x).primal)  # for its running statistics alone
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    over, shape = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+    h = h - h.mean(over, keepdim=True)
+    h = h * (h.square().mean(over, keepdim=True) + m.eps).rsqrt()
+    return (h * m.weight.view(shape) + m.bias.view(shape)).to(x.dtype)
 
 
 @contextlib.contextmanager

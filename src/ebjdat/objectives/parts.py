@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,8 +54,31 @@ def adversarial_terms(loss: Tensor, y: Tensor, clean: Tensor | None, adversarial
     )
 
 
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor, graph: bool) -> Tensor:
-    """Gradient of each image's cross-entropy (B, C H W); graph: it can be differentiated."""
+def generation(positive: Tensor, negative: Tensor, weights: WeightSettings) -> Tensor:
+    """w1 (mean E(x+) - mean E(x-)) from the energies of both (any number each), whose gradient is that of -w1 log p(x).
+
+    Beside it the energies' L2 penalty, energy_l2 (mean E(x+)^2 + mean E(x-)^2) (Du & Mordatch 2019, arXiv 1903.08689).
+    """
+    term = weights.w1 * (positive.mean() - negative.mean())
+    if weights.energy_l2:
+        term = term + weights.energy_l2 * (positive.square().mean() + negative.square().mean())
+    return term
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, graph: bool, of: Callable[[Tensor, Tensor], Tensor] = cross_entropies
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, K), and the gradient of each image's `of` (logits, labels) -> (B,), by its pixels (B, C H W).
+
+    graph: both can be differentiated; otherwise neither.
+    """
     x = x.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x, create_graph=graph)
-    return gradient.flatten(1)
+    logits = model(x)
+    (gradient,) = torch.autograd.grad(of(logits, y).sum(), x, create_graph=graph)
+    return (logits if graph else logits.detach()), gradient.flatten(1)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each two rows of (B, D): (B,); 1 where one of them is 0, without a gradient."""
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(lengths > 0, (a * b).sum(1) / lengths.clamp_min(1e-30), 1.0)

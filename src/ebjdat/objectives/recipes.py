@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import marginal_energy
-from ebjdat.objectives.parts import adversarial_terms, classified, cross_entropies, divergences, input_gradient, weighted_mean
+from ebjdat.objectives.parts import (
+    adversarial_terms,
+    classified,
+    cosines,
+    cross_entropies,
+    divergences,
+    generation,
+    input_gradient,
+    weighted_mean,
+)
 from ebjdat.objectives.terms import Samples, Terms
 from ebjdat.objectives.weighting import controlled
 from ebjdat.settings import WeightSettings
@@ -21,17 +30,14 @@ S2O_CLASS, S2O_OTHERS = 0.2, 0.8  # shares of S2O's targets: the class itself, a
 def _generation(
     model: nn.Module, batch: Batch, clean_logits: Tensor, negatives: Tensor, weights: WeightSettings
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """w1 (mean E(x+) - mean E(x-)), whose gradient is that of -w1 log p(x) (arXiv 1912.03263), and the energies' L2 penalty.
-
-    The penalty is energy_l2 (mean E(x+)^2 + mean E(x-)^2) (Du & Mordatch 2019, arXiv 1903.08689). Also returns mean E(x+) and
-    the detached mean energies.
-    """
+    """The p(x) term of images and chains with its L2 penalty (parts.generation), mean E(x+), and the detached mean energies."""
     positive = marginal_energy(clean_logits if batch.x_density is batch.x else model(batch.x_density))
     negative = marginal_energy(model(negatives))
-    term = weights.w1 * (positive.mean() - negative.mean())
-    if weights.energy_l2:
-        term = term + weights.energy_l2 * (positive.square().mean() + negative.square().mean())
-    return term, positive.mean(), {"clean": positive.detach().mean(), "generated": negative.detach().mean()}
+    return (
+        generation(positive, negative, weights),
+        positive.mean(),
+        {"clean": positive.detach().mean(), "generated": negative.detach().mean()},
+    )
 
 
 def classifier(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -113,9 +119,8 @@ def gradalign(model: nn.Module, batch: Batch, samples: Samples, weights: WeightS
     """
     adversarial = model(samples["adversarial"])
     ce = cross_entropies(adversarial, batch.y)
-    fixed, other = (input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
-    lengths = fixed.norm(dim=1) * other.norm(dim=1)
-    aligned = torch.where(lengths > 0, (fixed * other).sum(1) / lengths.clamp_min(1e-30), 1.0)
+    (_, fixed), (_, other) = (input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
+    aligned = cosines(fixed, other)
     loss = weighted_mean(ce + weights.delta * (1 - aligned), adversarial, weights)
     return adversarial_terms(loss, batch.y, None, adversarial, ce_robust=ce.mean(), alignment=aligned.mean())
 
@@ -161,8 +166,8 @@ def second_order_targets(logits: Tensor) -> Tensor:
 def jem(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
     logits, ce, accuracy = classified(model, batch.x, batch.y)
-    generation, _, energies = _generation(model, batch, logits, samples["negatives"], weights)
-    return Terms(generation + weights.w3 * ce, ce.detach(), {"batch_clean_acc": accuracy}, energies)
+    term, _, energies = _generation(model, batch, logits, samples["negatives"], weights)
+    return Terms(term + weights.w3 * ce, ce.detach(), {"batch_clean_acc": accuracy}, energies)
 
 
 def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -174,11 +179,11 @@ def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSet
     """
     logits, ce, accuracy = classified(model, batch.x, batch.y)
     adversarial_logits, robust_ce, robust_accuracy = classified(model, samples["adversarial"], batch.y)
-    generation, density_energy, energies = _generation(model, batch, logits, samples["negatives"], weights)
+    term, density_energy, energies = _generation(model, batch, logits, samples["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
     alignment = energy_adversarial - (density_energy if weights.align == "density" else marginal_energy(logits).mean())
     return Terms(
-        generation + weights.w2 * alignment + weights.w3 * (ce + robust_ce),
+        term + weights.w2 * alignment + weights.w3 * (ce + robust_ce),
         ce.detach(),
         {"batch_clean_acc": accuracy, "ce_robust": robust_ce.detach(), "batch_robust_acc": robust_accuracy},
         {**energies, "adversarial": energy_adversarial.detach()},

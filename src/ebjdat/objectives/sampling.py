@@ -141,6 +141,55 @@ def log_counts(model: WideResNet, batch: Batch, state: SamplingState, generator:
     return state.log_counts.expand(len(batch.y), -1)
 
 
+def nuisance(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Displacements u ~ N(0, S), one of each image, S = mean d d' over differences d = x~ - x: (B, C, H, W), of [-1, 1] pixels.
+
+    u = sum g_i d_i / sqrt(r) with standard normal g, so that no matrix of pixels is formed. r: the number of differences, those of the
+    first images, at most half that of pixels; so directions are left for `nuisance_complement`.
+    """
+    return _mixed(_differences(batch.x, state.made["adversarial"]), batch.x, generator)
+
+
+def nuisance_isotropic(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Displacements u ~ N(0, s^2 1) with the mean square length of `nuisance`."""
+    u = torch.randn(batch.x.shape, generator=generator, device=batch.x.device)
+    return u * (_trace(_differences(batch.x, state.made["adversarial"])) / u[0].numel()).sqrt()
+
+
+def nuisance_complement(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """Normal displacements that are orthogonal to all differences of `nuisance`, all such directions alike, of its mean square length."""
+    d = _differences(batch.x, state.made["adversarial"])
+    u = torch.randn(batch.x.shape, generator=generator, device=batch.x.device).flatten(1)
+    with torch.autocast(u.device.type, enabled=False):
+        q = torch.linalg.qr(d.T).Q  # (C H W, r): orthonormal, also where differences depend on each other
+        u = u - (u @ q) @ q.T
+    return (u * (_trace(d) / (u.shape[1] - len(d))).sqrt()).view_as(batch.x)
+
+
+def nuisance_shuffled(model: WideResNet, batch: Batch, state: SamplingState, generator: torch.Generator) -> Tensor:
+    """As `nuisance`, from differences to the adversarial neighbour of the image before, scaled to its mean square length."""
+    moved = state.made["adversarial"]
+    d, other = _differences(batch.x, moved), _differences(batch.x, moved.roll(1, 0))
+    return _mixed(other, batch.x, generator) * (_trace(d) / _trace(other).clamp_min(1e-30)).sqrt()
+
+
+def _differences(x: Tensor, moved: Tensor) -> Tensor:
+    """(r, C H W), r at most half of C H W."""
+    return (moved - x).flatten(1)[: x[0].numel() // 2]
+
+
+def _trace(d: Tensor) -> Tensor:
+    """Of mean d d': the mean square length of rows (r, D)."""
+    return d.square().sum(1).mean()
+
+
+def _mixed(d: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    """For each image of x, rows of d (r, D) with standard normal weights, over sqrt(r)."""
+    g = torch.randn(len(x), len(d), generator=generator, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        return (g @ d / len(d) ** 0.5).view_as(x)
+
+
 def neighbours(
     model: nn.Module,
     x: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ebjdat.data.batches import Batch
 from ebjdat.models.wrn import WideResNet
 
-# name in registry.SAMPLES -> (B, ...): images (B, C, H, W) in [-1, 1]; log_counts and a teacher's logits: (B, K)
+# name in registry.SAMPLES -> (B, ...): images (B, C, H, W) in [-1, 1], or displacements of such; log_counts and a teacher's logits: (B, K)
 Samples = Mapping[str, Tensor]
 
 

@@ -50,12 +50,13 @@ class Method(Entry):
     """A training objective.
 
     reads: what it uses of `training.weights` beyond w1, w2, w3, align and energy_l2.
-    samples: names in SAMPLES; a step makes each once, before the loss.
+    samples: names in SAMPLES; a step makes each once, in this order, before the loss; later ones see earlier ones.
     state: "module:factory" of what it changes during training besides the network (objectives/terms.py, MethodState); "" for nothing.
     selection: the validation score that picks the checkpoint unless the settings choose another.
     bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
     defaults: training settings of the method; they override those of its base.
     logs: what it logs beyond the common cross-entropies, accuracies and energies; metrics.py explains these names.
+    second_order: its loss contains derivatives of the network, which training.compute.compile and .recompute cannot differentiate again.
     control: what has to be worse if the method's claim holds; "" for baselines and controls.
     """
 
@@ -67,6 +68,7 @@ class Method(Entry):
     forms: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     logs: tuple[Logged, ...] = ()
+    second_order: bool = False
     control: str = ""
 
     @property

@@ -25,6 +25,18 @@ _distilled = partial(
     control="weights.control mean_matched: the teacher's mean confidence and no more (label smoothing); shuffled: what it says of "
     "another image's other classes; the same with an ordinary classifier as teacher",
 )
+_jacobian = partial(
+    _adversarial,
+    reads=("delta", "examples", "control"),
+    second_order=True,
+    logs=(Logged("jacobian", "squared logits", "lower", "mean |J u|², J of the logits by pixels of [−1, 1], u as the method samples it"),),
+)
+_jeat = partial(Method, family="joint", selection="clean_and_robust", defaults={"adversary": {"score": "energy"}})
+_CORNER = (
+    Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
+    Logged("energy_corner", "nats", "", "mean energy of these"),
+)
+_JEM_FAMILY = ("jempp", "jem", "sadajem")
 _energy = partial(Method, family="energy", samples=("negatives",))
 
 METHODS: Mapping[str, Method] = {
@@ -99,10 +111,7 @@ METHODS: Mapping[str, Method] = {
         "control of training on single steps: a random corner of the ball",
         samples=("corner",),
         reads=(),
-        logs=(
-            Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
-            Logged("energy_corner", "nats", "", "mean energy of these"),
-        ),
+        logs=_CORNER,
     ),
     "rs_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
@@ -122,6 +131,7 @@ METHODS: Mapping[str, Method] = {
         samples=("adversarial", "uniform"),
         reads=("delta", "examples", "control"),
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
+        second_order=True,
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
     ),
@@ -167,6 +177,45 @@ METHODS: Mapping[str, Method] = {
         control="policy.choose uniform: the same ranges at random; single numbers for ranges: their mean for every image; and with "
         "adversary.budget ramp: growing linearly",
     ),
+    "half_at": _adversarial(
+        "ebjdat.objectives.penalties:half_at", "clean and adversarial images in equal parts, Goodfellow et al. 2015, arXiv 1412.6572"
+    ),
+    "matched_jacobian": _jacobian(
+        "ebjdat.objectives.penalties:matched_jacobian",
+        "matched Jacobian penalty on cross-entropy, the first order of PMH, after arXiv 2605.22800",
+        samples=("adversarial", "nuisance"),
+        control="jacobian_isotropic and jacobian_shuffled; the claim is matched better than isotropic better than jacobian_complement",
+    ),
+    "jacobian_isotropic": _jacobian(
+        "ebjdat.objectives.penalties:jacobian_isotropic",
+        "control of matched_jacobian: displacements as long, in directions that are all alike",
+        samples=("adversarial", "nuisance_isotropic"),
+    ),
+    "jacobian_complement": _jacobian(
+        "ebjdat.objectives.penalties:jacobian_complement",
+        "control of matched_jacobian and of its isotropic control: displacements as long, in the wrong subspace",
+        samples=("adversarial", "nuisance_complement"),
+    ),
+    "jacobian_shuffled": _jacobian(
+        "ebjdat.objectives.penalties:jacobian_shuffled",
+        "control of matched_jacobian: the covariance of differences to other images' neighbours",
+        samples=("adversarial", "nuisance_shuffled"),
+    ),
+    "egat_style": _adversarial(
+        "ebjdat.objectives.penalties:egat_style",
+        "EGAT-style, after arXiv 2603.01938; its loss and strength are not confirmed",
+        reads=("delta", "control"),
+        second_order=True,
+        logs=(Logged("saliency", "fraction", "higher", "cosine of |input gradients of z_y| at x and x̃, as the penalty pairs them"),),
+        control="weights.control shuffled: another image's saliency as the target; pgd_at with one more inner step, for equal compute",
+    ),
+    "aat_style": _adversarial(
+        "ebjdat.objectives.penalties:aat_style",
+        "AAT-style: BiRQA's anchored adversarial training (2026, image quality) for classifiers; its loss is not confirmed",
+        reads=("delta", "control"),
+        logs=(Logged("ranking", "logits", "lower", "mean by which attacked images fall behind clean ones that they led, beyond a margin"),),
+        control="half_at: clean images without ranks; weights.control shuffled: the anchors of other pairs",
+    ),
     "jem": _energy("ebjdat.objectives.recipes:jem", "JEM, Grathwohl et al. 2020, arXiv 1912.03263", bases=("jem",)),
     "jempp": _energy("ebjdat.objectives.recipes:jem", "JEM++, Yang & Ji 2021, arXiv 2109.09032", bases=("jempp",)),
     "sadajem": _energy("ebjdat.objectives.recipes:jem", "SADA-JEM, Yang et al. 2022, arXiv 2209.07959", bases=("sadajem",)),
@@ -176,7 +225,7 @@ METHODS: Mapping[str, Method] = {
         family="joint",
         samples=("negatives", "adversarial"),
         selection="clean_and_robust",
-        bases=("jempp", "jem", "sadajem"),
+        bases=_JEM_FAMILY,
         forms=("paper", "released", "released_ce"),
         control="weights.w2 0: without the alignment",
     ),
@@ -204,6 +253,26 @@ METHODS: Mapping[str, Method] = {
         ),
         control="contrast.most 0: x- never climb; contrast.direction random: as far, in a random direction; mode train: batch norm is not "
         "frozen; adversary.norm Linf",
+    ),
+    "jeat_style": _jeat(
+        "ebjdat.objectives.penalties:jeat_style",
+        "JEAT-style, after arXiv 2108.09093; its loss is not confirmed",
+        samples=("negatives", "adversarial"),
+        bases=_JEM_FAMILY,
+        control="jeat_noise: without the attack; jeat_no_chains: without the generative half",
+    ),
+    "jeat_noise": _jeat(
+        "ebjdat.objectives.penalties:jeat_noise",
+        "control of jeat_style: a random corner of the ball instead of the adversarial neighbour",
+        samples=("negatives", "corner"),
+        bases=_JEM_FAMILY,
+        defaults={},
+        logs=_CORNER,
+    ),
+    "jeat_no_chains": _jeat(
+        "ebjdat.objectives.penalties:jeat_no_chains",
+        "control of jeat_style: images instead of chains",
+        samples=("adversarial",),
     ),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ebjdat.registry.entries import RELEASE, Entry
 
-# What a loss needs besides the batch. A step makes each once, without gradients for the parameters.
+# What a loss needs besides the batch. A step makes each once, in the method's order, without gradients for the parameters.
 SAMPLES: Mapping[str, Entry] = {
     "negatives": Entry("ebjdat.objectives.sampling:negatives", "persistent chains, arXiv 1912.03263"),
     "adversarial": Entry("ebjdat.objectives.sampling:adversarial", "projected gradient, arXiv 1706.06083"),
@@ -18,6 +18,10 @@ SAMPLES: Mapping[str, Entry] = {
     "contrast": Entry("ebjdat.objectives.dat:contrast", "images out of distribution that climb the density, arXiv 2510.13872"),
     "policy": Entry("ebjdat.objectives.las_at:by_policy", "projected gradient whose budget a policy chooses, arXiv 2203.06616"),
     "log_counts": Entry("ebjdat.objectives.sampling:log_counts", "how frequent each class is in the training split"),
+    "nuisance": Entry("ebjdat.objectives.sampling:nuisance", "after arXiv 2605.22800: normal, with the covariance of x~ - x"),
+    "nuisance_isotropic": Entry("ebjdat.objectives.sampling:nuisance_isotropic", "control of nuisance: all directions alike"),
+    "nuisance_complement": Entry("ebjdat.objectives.sampling:nuisance_complement", "control of nuisance: orthogonal to all x~ - x"),
+    "nuisance_shuffled": Entry("ebjdat.objectives.sampling:nuisance_shuffled", "control of nuisance: x~ of other images"),
 }
 
 # Scores that adversarial neighbours ascend. reads: what their functions take beside network, images and labels.

@@ -49,6 +49,12 @@ class MethodSettings(Settings):
             raise ValueError(f"training.teacher: {asks[0]} needs one; name an `experiment` of this profile in it, or a `model`")
         if self.training.teacher and not asks:
             raise ValueError(f"training.teacher: nothing reads it here; method {self.method!r} and score {score!r} learn from no teacher")
+        for name in ("compile", "recompute"):
+            if method.second_order and getattr(self.training.compute, name):
+                raise ValueError(
+                    f"training.compute.{name} cannot differentiate the network's derivatives, which are in the loss of method "
+                    f"{self.method!r}; set it to false there"
+                )
         weights = self.training.weights
         weighs_examples = "examples" in method.reads and "targets" not in method.reads  # S2O's control is of its targets
         if weights.control != "none" and weighs_examples and weights.examples.name == "uniform":

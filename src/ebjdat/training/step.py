@@ -39,7 +39,7 @@ class Step:
     own: MethodState | None = None
 
     def sample(self, batch: Batch, state: SamplingState, noise: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """What the method samples (or only these), by name: images (B, C, H, W) in [-1, 1], or what else a row of SAMPLES makes."""
+        """What the method samples (or only these), in its order, by name: images (B, C, H, W) in [-1, 1], or what else SAMPLES makes."""
         samples: dict[str, list[Tensor]] = {}
         slices = self.settings.compute.accumulate
         for i in range(slices):
