@@ -39,7 +39,7 @@ def run(
     return train(model, job, data, validation, torch.from_numpy(digits.class_mean), hooks)
 
 
-def run_with_stops(digits: Prepared, settings: TrainingSettings, state: Path) -> tuple[TrainingState, int]:
+def run_with_stops(digits: Prepared, settings: TrainingSettings, state: Path, method: str = "eb_jdat") -> tuple[TrainingState, int]:
     """The same training, saved after every step and stopped at every save; and how many saves there were."""
     saves = 0
 
@@ -54,7 +54,7 @@ def run_with_stops(digits: Prepared, settings: TrainingSettings, state: Path) ->
         patch.setattr(TrainingState, "save", save_and_stop)
         for _ in range(100):
             try:
-                return run(digits, settings, state, minutes=0.0), saves
+                return run(digits, settings, state, method, minutes=0.0), saves
             except KeyboardInterrupt:
                 continue
     pytest.fail("it never ends")

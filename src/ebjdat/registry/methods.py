@@ -8,6 +8,8 @@ from functools import partial
 from ebjdat.registry.entries import RELEASE, Logged, Method, Preset
 
 _TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}}
+# A single step. It may end in catastrophic overfitting, which a check sees (Wong et al. 2020 stop when PGD accuracy fell by 0.2).
+_ONE_STEP = {"healing": {"overfitting": 0.2}}
 _KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
@@ -73,7 +75,7 @@ METHODS: Mapping[str, Method] = {
     "fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",
-        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, **_ONE_STEP},
         control="corners: as far, in a random direction",
     ),
     "corners": _adversarial(
@@ -89,13 +91,13 @@ METHODS: Mapping[str, Method] = {
     "rs_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "RS-FGSM, Wong et al. 2020, arXiv 2001.03994",
-        defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}},
+        defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}, **_ONE_STEP},
         control="corners; fgsm, which starts at the image",
     ),
     "n_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "N-FGSM, de Jorge et al. 2022, arXiv 2202.01181",
-        defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}},
+        defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}, **_ONE_STEP},
         control="corners; rs_fgsm, which stays in the ball",
     ),
     "gradalign": _adversarial(
@@ -103,7 +105,7 @@ METHODS: Mapping[str, Method] = {
         "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
         samples=("adversarial", "uniform"),
         reads=("delta", "examples", "control"),
-        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}, **_ONE_STEP},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
     ),

@@ -135,6 +135,10 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                     for unread in sorted(known & set(mapping(section(entry, part))) - set(reads)):
                         by = f"{key.removesuffix('.name').rpartition('.')[2]} {chosen!r}"
                         yield (kind, name, *part.split("."), unread), f"is not read by {by}; it reads {', '.join(reads) or 'none'}"
+            watched, method = mapping(section(entry, "training.healing")).get("overfitting"), whole[kind][name].get("method", "classifier")
+            if watched is not None and method in registry.METHODS and "adversarial" not in registry.METHODS[method].samples:
+                what = f"is not read by method {method!r}, which does not train on adversarial images"
+                yield (kind, name, "training", "healing", "overfitting"), what
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 

@@ -211,6 +211,8 @@ class HealingSettings(Settings):
     saturation: Fraction01 = 0.9  # bound of the fraction of chain pixels at the range's ends, beyond that of images
     contrast: NotNegative = 0.1  # least standard deviation of pixels within a chain, relative to images
     diversity: NotNegative = 0.1  # least standard deviation of a pixel across chains, relative to images
+    # how far the PGD-10 accuracy on training images may fall below its best so far (catastrophic overfitting); None: not measured
+    overfitting: Annotated[float, Number, Field(gt=0, lt=1)] | None = None
     ladder: tuple[Rung, ...] = LADDER
 
 

@@ -25,7 +25,7 @@ from ebjdat.training.interrupt import StopRequest
 from ebjdat.training.state import END_OF_EPOCH, Job, Learner, TrainingError, TrainingState
 from ebjdat.training.step import Step
 from ebjdat.training.updates import When
-from ebjdat.training.validation import validate
+from ebjdat.training.validation import validate, watched_accuracy
 
 SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
 SHOWN_CHAINS = 10  # epochs at which chains are shown
@@ -169,6 +169,8 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
             with frozen_parameters(learner.model, "train"), torch.no_grad():
                 after = learner.model(batch.x)
             state.vitals = healing.vitals(terms, state.sums, batch, samples.get("negatives"), after)
+            if settings.healing.overfitting is not None and "adversarial" in samples:
+                state.vitals |= state.follow(watched_accuracy(learner.model, settings, data))
             _check(run, state)
         if run.stop.requested or state.unsaved_minutes() >= job.checkpoint_minutes:
             state.save(job.state, learner)

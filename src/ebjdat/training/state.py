@@ -116,6 +116,7 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch's terms so far
     vitals: dict[str, float] = field(default_factory=dict)  # of the last check
+    most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
     events: list[Event] = field(default_factory=list)
     selected: Selected = field(default_factory=Selected)
     _saved: float = field(default_factory=time.monotonic, init=False)
@@ -127,6 +128,11 @@ class TrainingState:
     def add(self, terms: Terms) -> None:
         for name, value in terms.scalars().items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def follow(self, accuracy: float) -> dict[str, float]:
+        """Vitals of the training images that checks follow: their accuracy under attack, and how far it lies below its best."""
+        self.most_robust = max(self.most_robust, accuracy)
+        return {"robust_acc": accuracy, "overfitting": self.most_robust - accuracy}
 
     def epoch_row(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         row = {"epoch": float(self.epoch + 1), "lr": optimizer.param_groups[0]["lr"]}
