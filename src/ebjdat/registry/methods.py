@@ -13,13 +13,15 @@ _ONE_STEP = {"healing": {"overfitting": 0.2}}
 _KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
-_adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control"))
-_consistent = partial(_adversarial, reads=("beta", "examples", "control"), logs=(_KL,))
-_der = partial(_adversarial, reads=("delta", "examples", "control"), logs=(_ENERGY_CHANGE,))
-_energy = partial(Method, family="energy", samples=("negatives",))
+_adversarial = partial(
+    Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control", "smoothing")
+)
+_consistent = partial(_adversarial, reads=("beta", "examples", "control", "smoothing"), logs=(_KL,))
+_der = partial(_adversarial, reads=("delta", "examples", "control", "smoothing"), logs=(_ENERGY_CHANGE,))
+_energy = partial(Method, family="energy", samples=("negatives",), reads=("smoothing",))
 
 METHODS: Mapping[str, Method] = {
-    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard"),
+    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard", reads=("smoothing",)),
     "pgd_at": _adversarial("ebjdat.objectives.recipes:pgd_at", "Madry et al. 2018, arXiv 1706.06083"),
     "trades": _consistent(
         "ebjdat.objectives.recipes:trades",
@@ -82,7 +84,7 @@ METHODS: Mapping[str, Method] = {
         "ebjdat.objectives.recipes:corners",
         "control of training on single steps: a random corner of the ball",
         samples=("corner",),
-        reads=(),
+        reads=("smoothing",),
         logs=(
             Logged("batch_corner_acc", "fraction", "higher", "accuracy on training images moved to random corners of their balls"),
             Logged("energy_corner", "nats", "", "mean energy of these"),
@@ -104,7 +106,7 @@ METHODS: Mapping[str, Method] = {
         "ebjdat.objectives.recipes:gradalign",
         "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
         samples=("adversarial", "uniform"),
-        reads=("delta", "examples", "control"),
+        reads=("delta", "examples", "control", "smoothing"),
         defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}, **_ONE_STEP},
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
@@ -117,6 +119,7 @@ METHODS: Mapping[str, Method] = {
         "EB-JDAT, arXiv 2505.19459",
         family="joint",
         samples=("negatives", "adversarial"),
+        reads=("smoothing",),
         selection="clean_and_robust",
         bases=("jempp", "jem", "sadajem"),
         forms=("paper", "released", "released_ce"),

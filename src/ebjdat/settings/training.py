@@ -125,6 +125,8 @@ class WeightSettings(Settings):
     beta: NotNegative = 6.0  # trades, mart, weat: weight of the KL term
     delta: NotNegative = 1.0  # der: weight of the energy change; gradalign: of the gradients' misalignment
     targets: Annotated[float, Number, Field(ge=0, le=0.5)] = 0.05  # s2o: weight of each second-order term
+    # label smoothing: (1 - s) CE + s mean_k(-log p_k), torch's; s / (K - 1) for each other class, as some define it, is s K / (K - 1) here
+    smoothing: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
     examples: ExampleWeights = ExampleWeights()
     # what keeps the weights of examples (or MART's of its KL term, S2O's targets), but not where they belong
     control: Literal["none", "shuffled", "mean_matched"] = "none"

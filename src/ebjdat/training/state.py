@@ -117,6 +117,7 @@ class TrainingState:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch's terms so far
     vitals: dict[str, float] = field(default_factory=dict)  # of the last check
     most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
+    most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
     events: list[Event] = field(default_factory=list)
     selected: Selected = field(default_factory=Selected)
     _saved: float = field(default_factory=time.monotonic, init=False)
