@@ -245,6 +245,8 @@ class TrainingSettings(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
     update: UpdateSettings = UpdateSettings()
     ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = None  # decay of averaged weights, which are evaluated besides the raw ones
+    # share of the steps, at the beginning, whose weights are copied; later the decay grows to `ema`. None: it is `ema` from the start
+    ema_warmup: Fraction01 | None = None
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
@@ -278,6 +280,12 @@ class TrainingSettings(Settings):
         for name, size in (("batch_size", self.batch_size), ("density_batch_size", self.chains)):
             if size % self.compute.accumulate:
                 raise ValueError(f"{name} {size} is not a multiple of compute.accumulate {self.compute.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def warm_up_of_an_average(self) -> Self:
+        if self.ema_warmup is not None and self.ema is None:
+            raise ValueError(f"ema_warmup {self.ema_warmup:.4g} is for averaged weights; set ema, their decay, too")
         return self
 
     @model_validator(mode="after")

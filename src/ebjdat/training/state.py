@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ebjdat import registry
-from ebjdat.data.batches import generator
+from ebjdat.data.batches import generator, steps_per_epoch
 from ebjdat.errors import UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
@@ -24,6 +24,7 @@ from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import TrainingSettings
+from ebjdat.training.averaging import averaged
 from ebjdat.training.healing import Event
 
 END_OF_EPOCH, WITHIN_EPOCH = "epoch.pt", "step.pt"
@@ -74,9 +75,8 @@ class Learner:
         if registry.METHODS[job.method].has_chains:
             noise, start = generator(device, "buffer", job.seed), starter(settings.chain, pool)
             buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
-        average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
-        return cls(model, optimizer, buffer, ema)
+        steps = settings.epochs * steps_per_epoch(len(pool.data), settings.batch_size)
+        return cls(model, optimizer, buffer, averaged(model, settings, steps))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -116,7 +116,6 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch's terms so far
     vitals: dict[str, float] = field(default_factory=dict)  # of the last check
-    most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
     most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
     events: list[Event] = field(default_factory=list)
     selected: Selected = field(default_factory=Selected)
