@@ -58,7 +58,7 @@ class ScheduleSettings(Settings):
     warmup: CountOrZero = 0  # iterations
     milestones: tuple[Count, ...] = ()  # epochs
     factor: Positive = 0.2
-    peak: Fraction01 = 0.3  # onecycle: fraction of training at which the rate is highest
+    peak: Fraction01 = 0.3  # onecycle, cosine_onecycle: fraction of training at which the rate is highest
 
 
 class ChainSettings(Settings):
