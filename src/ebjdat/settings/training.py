@@ -153,6 +153,19 @@ class AugmentSettings(Settings):
         return bool(self.pad or self.flip)
 
 
+class ExtraSettings(Settings):
+    """How training uses the images of data.extra. An epoch keeps its number of steps, so it shows fewer of the others."""
+
+    share: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0  # of each batch: int(share x batch_size) images, drawn with replacement
+    shuffled_labels: StrictBool = False  # control: each of their labels on another of them
+
+    @model_validator(mode="after")
+    def labels_of_something(self) -> Self:
+        if self.shuffled_labels and not self.share:
+            raise ValueError("shuffled_labels changes nothing: share is 0")
+        return self
+
+
 class SelectionSettings(Settings):
     score: Literal["clean", "robust", "clean_and_robust"] | None = None  # None: the method's default
     after: Fraction01 = 0.0  # fraction of the epochs before checkpoints are compared
@@ -251,9 +264,17 @@ class TrainingSettings(Settings):
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
     augment: AugmentSettings = AugmentSettings()
+    extra: ExtraSettings = ExtraSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()
     compute: ComputeSettings = ComputeSettings()
+
+    @field_validator("extra")
+    @classmethod
+    def of_the_data(cls, extra: ExtraSettings, info: ValidationInfo) -> ExtraSettings:
+        if extra.share and (data := data_in(info)) and data.extra is None:
+            raise ValueError(f"share {extra.share:.4g} is of the images of data.extra, which is not set")
+        return extra
 
     @field_validator("batch_size", "density_batch_size")
     @classmethod
@@ -262,6 +283,11 @@ class TrainingSettings(Settings):
         if batch and size is not None and batch > size:
             raise ValueError(f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}")
         return batch
+
+    @property
+    def extra_images(self) -> int:
+        """How many images of each batch are from data.extra."""
+        return int(self.extra.share * self.batch_size)
 
     @property
     def own_density(self) -> int | None:
@@ -280,6 +306,12 @@ class TrainingSettings(Settings):
         for name, size in (("batch_size", self.batch_size), ("density_batch_size", self.chains)):
             if size % self.compute.accumulate:
                 raise ValueError(f"{name} {size} is not a multiple of compute.accumulate {self.compute.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def extra_images_of_a_batch(self) -> Self:
+        if self.extra.share and not self.extra_images:
+            raise ValueError(f"extra.share {self.extra.share:.4g} of a batch of {self.batch_size} is no image; raise it, or set it to 0")
         return self
 
     @model_validator(mode="after")

@@ -55,7 +55,8 @@ def fit(
     made_from = digest(job.method, job.settings.model_dump(), model.model_dump(), job.seed, machine, *inputs)
     job = replace(job, state=job.state / made_from[:16])
     training, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
-    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks)
+    extra = DeviceData(data, "extra", device) if job.settings.extra.share else None
+    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks, extra)
 
 
 def divergences(events: Sequence[Event]) -> dict[str, float]:

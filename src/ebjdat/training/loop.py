@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebjdat import registry
-from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
+from ebjdat.data.batches import DeviceData, Extra, epoch_batches, generator, steps_per_epoch
 from ebjdat.errors import DataError
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
@@ -51,6 +51,7 @@ class _Run:
     job: Job
     learner: Learner
     data: DeviceData
+    extra: Extra | None
     pool: StartPool
     hooks: Hooks
     bar: Bar
@@ -58,17 +59,25 @@ class _Run:
 
 
 def train(
-    model: WideResNet, job: Job, train_data: DeviceData, validation: DeviceData, class_mean: Tensor, hooks: Hooks | None = None
+    model: WideResNet,
+    job: Job,
+    train_data: DeviceData,
+    validation: DeviceData,
+    class_mean: Tensor,
+    hooks: Hooks | None = None,
+    extra: DeviceData | None = None,
 ) -> TrainingState:
     """Train `model` in place; return its last state, with the checkpoint that validation selected.
 
-    class_mean: (K, C, H, W) in [0, 1], for chain starts. Continues from the job's state where there is one. Raises DataError
-    when a batch does not fit the training split, TrainingError when training diverged and its ladder is exhausted.
+    class_mean: (K, C, H, W) in [0, 1], for chain starts. extra: images that settings.extra has a share of. Continues from the job's
+    state where there is one. Raises DataError when a batch does not fit the training split, TrainingError when training diverged and
+    its ladder is exhausted.
     """
     epochs, hooks = job.settings.epochs, hooks or Hooks()
     per_epoch = _steps(job.settings, train_data)
     pool = StartPool.of(train_data, class_mean)
     learner = Learner.of(model, job, pool)
+    more = Extra.of(extra, job.settings, job.seed) if extra is not None else None
     state = TrainingState.restore(job.state, learner)
     for row in state.rows:
         hooks.epoch(row)
@@ -76,7 +85,7 @@ def train(
         hooks.event(event)
     model.train()
     with Bar(job.title, epochs * per_epoch, state.epoch * per_epoch + state.step) as bar, StopRequest() as stop:
-        run = _Run(job, learner, train_data, pool, hooks, bar, stop)
+        run = _Run(job, learner, train_data, more, pool, hooks, bar, stop)
         if state.epoch or state.step:
             bar.line(f"continues at epoch {state.epoch + 1}, step {state.step}")
         if epochs and not (job.state / END_OF_EPOCH).exists():
@@ -146,7 +155,7 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
     schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
     epoch, per_epoch = state.epoch, steps_per_epoch(len(data), settings.batch_size)
 
-    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density)
+    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density, run.extra)
     sources = sampling_states(settings, learner.buffer, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
     began = time.monotonic()
     for step, (batch, source) in enumerate(zip(batches, sources, strict=True), state.step):
