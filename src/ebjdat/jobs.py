@@ -309,7 +309,7 @@ STAGES: Mapping[str, Stage] = {
         "run",
         ("ebjdat.stages.prepare:run",),
         lambda profile, _: {"data": profile.data.model_dump(mode="json")},
-        lambda profile, layout, job: {"archive": _given(profile.data.path)},
+        lambda profile, layout, job: {"archive": _given(profile.data.path) + _given(profile.data.extra)},
         lambda layout, job: {"out": layout.data, "card": layout.card},
     ),
     "pretrain": Stage(

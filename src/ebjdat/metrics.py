@@ -39,6 +39,7 @@ INCEPTION, REFERENCE = "`frechet_extractor` is `inception` (else null)", "`frech
 EMA = "training kept averaged weights (`training.ema`)"
 ADVERSARIAL = "the method trains on adversarial neighbours"
 CHAINS = "the method has chains"
+WATCHED = "`training.healing.overfitting` is set, for methods that train on adversarial neighbours"
 ENSEMBLE = "the protocol's ensemble was run (`n` above 0)"
 SEEDS = "several seeds"
 NAIVE = "`--against naive` (else null)"
@@ -138,6 +139,9 @@ METRICS: tuple[Metric, ...] = (
         M("health_cross_entropy", "times that of a guess", "lower", "clean cross-entropy over log K"),
         M("health_saturation", "fraction", "lower",
           "share of chain pixels at the ends of the range: (chains' − images') / (1 − images'), at least 0", CHAINS),
+        M("health_robust_acc", "fraction", "higher",
+          "accuracy on fixed training images under validation's attack, eval mode", WATCHED),
+        M("health_overfitting", "fraction", "lower", "how far that lies below its best so far", WATCHED),
         M("health_contrast", "times images'", "", "spread of pixels within a chain", CHAINS),
         M("health_diversity", "times images'", "", "spread of a pixel across chains", CHAINS),
     ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from ebjdat.data.batches import DeviceData, epoch_batches, generator, random_crop_flip
-from ebjdat.settings import AugmentSettings, load
+from ebjdat.data.batches import Batch, DeviceData, Extra, epoch_batches, generator, random_crop_flip
+from ebjdat.settings import AugmentSettings, Profile, TrainingSettings, load, merge
 
 from ..conftest import ROOT
 
@@ -118,3 +120,80 @@ def test_noise_on_labelled_images_is_another_than_that_of_density_images(train_d
     labelled, density = noisy.x - silent.x, silent.x_density - silent.x
     assert float(labelled.std()) == pytest.approx(0.1, rel=0.03)  # 256 * 64 samples: standard error 0.6 %
     assert abs(float((labelled * density).mean())) < 5 * 0.1 * 0.03 / 128
+
+
+PLAIN = AugmentSettings(pad=0, noise=0.0)
+
+
+@pytest.fixture
+def more(train_data: DeviceData, profile: Profile) -> tuple[DeviceData, TrainingSettings]:
+    """50 images of noise, which no digit is, with labels of their own; and settings with a share of them."""
+    data = copy.copy(train_data)
+    data.images = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    data.labels = torch.arange(50) % 10
+    settings = profile.training_settings("pgd_at").model_dump()
+    return data, TrainingSettings.model_validate(merge(settings, {"batch_size": 64, "extra": {"share": 0.7}}))
+
+
+def places(batch: Batch, data: DeviceData) -> list[int]:
+    """Where each image of a batch is in the data; -1: nowhere."""
+    index = {x.numpy().tobytes(): i for i, x in enumerate(data.internal())}
+    return [index.get(x.numpy().tobytes(), -1) for x in batch.x]
+
+
+def test_extra_images_take_their_share_of_each_batch(train_data: DeviceData, more: tuple[DeviceData, TrainingSettings]) -> None:
+    """int(0.7 x 64) = 44 of each batch, drawn with replacement; of the split 20, none twice in an epoch; each with its own label."""
+    data, settings = more
+    extra = Extra.of(data, settings, 0)
+    batches = list(epoch_batches(train_data, 64, PLAIN, 0, 0, extra=extra))
+    assert len(batches) == 1170 // 64
+    real, drawn = [], []
+    for batch in batches:
+        assert batch.x_density is batch.x
+        own, others = places(batch, train_data), places(batch, data)
+        assert sum(i >= 0 for i in own) == 20
+        assert sum(i >= 0 for i in others) == 44
+        for i, j, y in zip(own, others, batch.y.tolist(), strict=True):
+            assert y == (train_data.labels[i] if i >= 0 else data.labels[j])
+        real += [i for i in own if i >= 0]
+        drawn.append([j for j in others if j >= 0])
+        slices = [sum(i >= 0 for i in own[k : k + 16]) for k in range(0, 64, 16)]
+        assert max(slices) < 16  # of one kind alone in no slice
+    assert len(set(real)) == len(real) == 20 * 18
+    assert len(set(drawn[0])) < 44  # with replacement: 44 of 50 without a repeat has a chance of 1e-13
+    counts = np.bincount([j for of_batch in drawn for j in of_batch], minlength=50)
+    assert counts.min() > 0  # 792 draws: each of 50 is missed with a chance of 1e-7
+    assert counts.max() < 40  # a mean of 16, a standard deviation of 4
+    first = [i for i in places(batches[0], train_data) if i >= 0]
+    assert first != [i for i in places(next(epoch_batches(train_data, 64, PLAIN, 0, 1, extra=extra)), train_data) if i >= 0]
+
+
+def test_an_epoch_with_extra_images_repeats_and_begins_anywhere(train_data: DeviceData, more: tuple[DeviceData, TrainingSettings]) -> None:
+    extra, augment = Extra.of(*more, 0), AugmentSettings(pad=1)
+    whole, rest, other = (
+        list(epoch_batches(train_data, 64, augment, seed, 5, first=first, extra=extra)) for seed, first in ((3, 0), (3, 7), (4, 0))
+    )
+    assert len(rest) == len(whole) - 7
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.x_density, b.x_density) for a, b in zip(whole[7:], rest, strict=True))
+    assert not torch.equal(whole[0].x, other[0].x)
+
+
+def test_shuffled_labels_are_the_same_ones_on_other_extra_images(more: tuple[DeviceData, TrainingSettings]) -> None:
+    data, settings = more
+    shuffled = settings.model_copy(update={"extra": settings.extra.model_copy(update={"shuffled_labels": True})})
+    wrong = Extra.of(data, shuffled, 0)
+    assert torch.equal(wrong.labels.bincount(), data.labels.bincount())
+    assert float((wrong.labels == data.labels).float().mean()) < 0.4  # chance is 0.1
+    assert torch.equal(wrong.labels, Extra.of(data, shuffled, 0).labels)
+    assert torch.equal(Extra.of(data, settings, 0).labels, data.labels)
+
+
+def test_plain_density_images_are_the_unaugmented_ones_of_the_same_batch(
+    train_data: DeviceData, more: tuple[DeviceData, TrainingSettings]
+) -> None:
+    data, settings = more
+    augment = AugmentSettings(pad=1, noise=0.0, density="plain")
+    batch = next(epoch_batches(train_data, 64, augment, 0, 0, extra=Extra.of(data, settings, 0)))
+    as_it_is = Batch(batch.x_density, batch.x_density, batch.y)
+    assert sum(i >= 0 for i in places(as_it_is, data)) == 44
+    assert sum(i >= 0 for i in places(as_it_is, train_data)) == 20

@@ -25,7 +25,7 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[s
         f"{PROTOCOLS}.standard.eps": -0.1,
         "experiments.pgd_at.method": "pgdat",
         "experiments.jempp.pretraining": "claen",
-        "experiments.eb_jdat.training": {"adversary": {"eps": 1.5, "stepz": 3}, "schedule": {"name": "cosine"}},
+        "experiments.eb_jdat.training": {"adversary": {"eps": 1.5, "stepz": 3}, "schedule": {"name": "linear"}},
     }.items():
         raw = merge(raw, nested(path, value))
     first, *lines = refusal(raw).splitlines()
@@ -38,7 +38,7 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[s
         "experiments.jempp.pretraining: 'claen' is not under `pretraining`; did you mean 'clean'? allowed: ",
         "experiments.eb_jdat.training.adversary.eps: input should be less than or equal to 1, found 1.5",
         "experiments.eb_jdat.training.adversary.stepz: unknown key; did you mean 'step",
-        "experiments.eb_jdat.training.schedule.name: 'cosine' is unknown; ",
+        "experiments.eb_jdat.training.schedule.name: 'linear' is unknown; ",
     ):
         assert sum("mine.yaml: " + expected in line for line in lines) == 1, expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +144,15 @@ def test_a_profile_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (profile.training_settings(name), profile.attack_settings(name)) == (entry.training, entry.attack)
         assert profile.model_settings(entry.pretraining) == entry.model
     assert count == {"ProfileFile": 1}
+
+
+@pytest.mark.parametrize("path", sorted(DIGITS.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_released_code_stands_in_a_profile_with_both_of_its_inner_steps(path: Path) -> None:
+    """An experiment of the form `released` has a twin that differs in the form alone: the step that its code has commented out."""
+    experiments = load(path).experiments
+
+    def forms(form: str) -> list[tuple[object, ...]]:
+        of_form = [experiment for experiment in experiments.values() if experiment.form == form]
+        return [(e.base, e.pretraining, e.training.model_dump(exclude={"adversary": {"score"}})) for e in of_form]
+
+    assert forms("released") == forms("released_ce")

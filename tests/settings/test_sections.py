@@ -51,7 +51,7 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("training.adversary={start: clean, start_ratio: 0.5}", "start_ratio is of start 'uniform'"),
         ("experiments.pgd_at.training.weights.control=shuffled", "training.weights.examples is uniform"),
         ("experiments.pgd_at.training.weights.beta=3", "is not read by method 'pgd_at'; it reads examples, control"),
-        ("experiments.jempp.training.weights.examples.name=kl_dro", "is not read by method 'jempp'; it reads none"),
+        ("experiments.jempp.training.weights.examples.name=kl_dro", "is not read by method 'jempp'; it reads smoothing"),
         ("experiments.pgd_at.training.weights.examples={name: term, radius: 2}", "is not read by examples 'term'; it reads tilt"),
         ("experiments.pgd_at.control=pgd_at", "'pgd_at' is not another experiment"),
         ("experiments={twin: {method: pgd_at, pretraining: clean, control: pgd_at}}", "'pgd_at' trains with the same settings"),

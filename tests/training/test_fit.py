@@ -11,6 +11,7 @@ import torch
 
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
+from ebjdat.errors import DataError
 from ebjdat.models.wrn import build
 from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.training import checkpoint
@@ -103,3 +104,30 @@ def test_it_starts_from_a_checkpoint_that_fits(digits: Prepared, settings: Train
     wider = ModelSettings(depth=10, width=2)
     with pytest.raises(CheckpointError, match=r"holds another network: width 1 \(settings: 2\)"):
         train_checkpoint("classifier", wider, untrained, digits, tmp_path / "c.safetensors", initial=start)
+
+
+def test_extra_images_are_trained_on_where_a_share_of_them_is_asked_for(
+    digits: Prepared, settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """Share 0: the weights without them, bit for bit. Stopped in between: the same weights. Their labels matter."""
+    few = replace(digits, train=digits.train[:256])
+    images, labels = digits.split("validation", 100)
+    more = replace(few, extra_images=images, extra_labels=labels)
+
+    def trained(name: str, data: Prepared, hooks: Hooks | None = None, **extra: object) -> dict[str, torch.Tensor]:
+        made = train_checkpoint("pgd_at", MODEL, changed(settings, epochs=2, extra=extra), data, tmp_path / f"{name}.st", hooks=hooks)
+        return made.weights
+
+    def stop(row: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    without, none, some = trained("without", few), trained("none", more, share=0), trained("some", more, share=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", more, Hooks(epoch=stop), share=0.5)
+    stopped, shuffled = trained("stopped", more, share=0.5), trained("shuffled", more, share=0.5, shuffled_labels=True)
+    assert all(torch.equal(none[name], value) for name, value in without.items())
+    assert all(torch.equal(stopped[name], value) for name, value in some.items())
+    for other in (without, shuffled):
+        assert not torch.equal(some["head.weight"], other["head.weight"])
+    with pytest.raises(DataError, match="the data have no extra images"):
+        trained("nothing", few, share=0.5)

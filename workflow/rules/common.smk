@@ -61,6 +61,7 @@ GPU = int(
 
 for path in (
     PROFILE.data.path,
+    PROFILE.data.extra,
     PROFILE.evaluation.reliability.ood_path,
     PROFILE.evaluation.generate.inception_weights,
 ):
@@ -134,12 +135,12 @@ def depends_on(stage):
     return get
 
 
-def listing(path):
-    """Digest of a folder of images (names, sizes, times), so that replaced images are noticed; "" for anything else."""
-    folder = Path(path or "")
-    if not path or not folder.is_dir():
+def listing(*paths):
+    """Digest of folders of images (names, sizes, times), so that replaced images are noticed; "" without any folder."""
+    folders = [Path(path) for path in paths if path and Path(path).is_dir()]
+    if not folders:
         return ""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for folder in folders for p in folder.rglob("*") if p.is_file())
     return digest([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 

@@ -13,6 +13,6 @@ rule prepare:
     params:
         command=command("prepare"),
         depends_on=depends_on("prepare"),
-        listing=listing(PROFILE.data.path),
+        listing=listing(PROFILE.data.path, PROFILE.data.extra),
     shell:
         "python -m ebjdat {params.command} 2>&1 | tee -i {log}"

@@ -154,10 +154,14 @@ def pack(options: argparse.Namespace) -> None:
     to_run, packed_rules = list(chosen.values()), {job.stage for job in chosen}
     refuse([] if to_run else ["everything that was asked for is up to date here: nothing to pack"])
     reliability = profile.evaluation.reliability
-    images = {"prepare": ("data.path", profile.data.path), "reliability": ("evaluation.reliability.ood_path", reliability.ood_path)}
+    images = [
+        ("prepare", "data.path", profile.data.path),
+        ("prepare", "data.extra", profile.data.extra),
+        ("reliability", "evaluation.reliability.ood_path", reliability.ood_path),
+    ]
     refuse(
-        f"{key}: {path} is not a file here; name an archive of the images, or, for data.path, make the prepared data (data.npz) here first"
-        for rule, (key, path) in images.items()
+        f"{key}: {path} is not a file here; name an archive of the images, or, for those of `data`, make the prepared data here first"
+        for rule, key, path in images
         if rule in packed_rules and path and not Path(path).is_file()
     )
     made = {file for stage in to_run for file in stage["outputs"]}

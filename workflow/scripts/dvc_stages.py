@@ -50,9 +50,9 @@ def recorded(profile: str) -> str:
 
 
 def folder_of(profile: Profile, job: jobs.Job) -> list[str]:
-    """A folder of images that the job reads. (The rules have a digest of its listing among their params.)"""
-    path = {"prepare": profile.data.path, "reliability": profile.evaluation.reliability.ood_path}.get(job.stage)
-    return [path] if path and Path(path).is_dir() else []
+    """The folders of images that the job reads. (The rules have a digest of its listing among their params.)"""
+    named = {"prepare": (profile.data.path, profile.data.extra), "reliability": (profile.evaluation.reliability.ood_path,)}
+    return [path for path in named.get(job.stage, ()) if path and Path(path).is_dir()]
 
 
 def stage(job: jobs.Job, name: str, profile: Profile) -> dict[str, Any]:

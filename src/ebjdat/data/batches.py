@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ebjdat.data.prepared import Prepared
 from ebjdat.pixels import internal_from_unit, unit_from_uint8
-from ebjdat.settings import AugmentSettings
+from ebjdat.settings import AugmentSettings, TrainingSettings
 
 
 def generator(device: torch.device, *purpose: int | str) -> torch.Generator:
@@ -70,37 +70,70 @@ class DeviceData:
         return internal_from_unit(self.unit(index))
 
 
+@dataclass(frozen=True)
+class Extra:
+    """Extra images: n of them are in each batch, drawn with replacement. images: uint8 (M, C, H, W); labels: (M,)."""
+
+    images: Tensor
+    labels: Tensor
+    n: int
+
+    @classmethod
+    def of(cls, data: DeviceData, settings: TrainingSettings, seed: int) -> Extra:
+        """As the settings say; shuffled labels are the same in every epoch."""
+        labels = data.labels[_order(data, "shuffled labels", seed)] if settings.extra.shuffled_labels else data.labels
+        return cls(data.images, labels, settings.extra_images)
+
+    def mixed(self, images: Tensor, labels: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        """These images and labels with n extra ones among them, in random order, so that every slice of a batch has both."""
+        drawn = torch.randint(len(self.labels), (self.n,), generator=noise, device=images.device)
+        order = torch.rand(len(labels) + self.n, generator=noise, device=images.device).argsort(stable=True)
+        return torch.cat([images, self.images[drawn]])[order], torch.cat([labels, self.labels[drawn]])[order]
+
+
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Whole batches only: batch statistics and the ratio of chains to images stay the same at every step."""
     return n // batch_size
 
 
 def epoch_batches(
-    data: DeviceData, batch_size: int, augment: AugmentSettings, seed: int, epoch: int, first: int = 0, own_density: int | None = None
+    data: DeviceData,
+    batch_size: int,
+    augment: AugmentSettings,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+    own_density: int | None = None,
+    extra: Extra | None = None,
 ) -> Iterator[Batch]:
     """Shuffled, augmented batches of one epoch, from step `first` on.
 
-    own_density: number of images drawn separately for the p(x) term; None: it uses the labelled ones.
+    own_density: number of images drawn separately for the p(x) term; None: it uses the labelled ones. extra: images that take places
+    of the split's own. The number of steps stays, so an epoch then shows only some of the split, none of it twice.
     """
     order = _order(data, "order", seed, epoch)
     steps = steps_per_epoch(len(data), batch_size)
     own = _own_indices(data, own_density, seed, epoch * steps + first) if own_density else None
     plain = augment.density == "plain" and augment.changes
+    real = batch_size - (extra.n if extra else 0)
     for step in range(first, steps):
-        index = order[step * batch_size : (step + 1) * batch_size]
+        index = order[step * real : (step + 1) * real]
+        images, labels = data.images[index], data.labels[index]
+        if extra:
+            images, labels = extra.mixed(images, labels, generator(data.device, "extra", seed, epoch, step))
         noise = generator(data.device, "augment", seed, epoch, step)
-        x = _augmented(data, index, augment, noise)
+        x = _augmented(images, augment, noise)
         if own is not None:
             noise_own = generator(data.device, "density", seed, epoch, step)
-            others = next(own)
-            x_density = data.internal(others) if plain else _augmented(data, others, augment, noise_own)
+            others = data.images[next(own)]
+            x_density = _internal(others) if plain else _augmented(others, augment, noise_own)
         else:
-            x_density = data.internal(index) if plain else x
+            x_density = _internal(images) if plain else x
         if augment.noise:
             x_density = x_density + augment.noise * torch.randn(x_density.shape, generator=noise, device=x.device)
         if augment.labelled_noise:
             x = x + augment.labelled_noise * torch.randn(x.shape, generator=noise, device=x.device)
-        yield Batch(x, x_density, data.labels[index])
+        yield Batch(x, x_density, labels)
 
 
 def _order(data: DeviceData, *purpose: int | str) -> Tensor:
@@ -117,9 +150,14 @@ def _own_indices(data: DeviceData, n: int, seed: int, step: int) -> Iterator[Ten
         step += a_pass - step % a_pass
 
 
-def _augmented(data: DeviceData, index: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:
-    """Images in [-1, 1], cropped and flipped."""
-    return internal_from_unit(unit_from_uint8(random_crop_flip(data.images[index], augment, noise)))
+def _internal(images: Tensor) -> Tensor:
+    """uint8 images in [-1, 1]."""
+    return internal_from_unit(unit_from_uint8(images))
+
+
+def _augmented(images: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:
+    """uint8 images in [-1, 1], cropped and flipped."""
+    return _internal(random_crop_flip(images, augment, noise))
 
 
 def random_crop_flip(images: Tensor, augment: AugmentSettings, noise: torch.Generator) -> Tensor:

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat import registry
+from ebjdat.data.extra import read_extra
 from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of, write_npz, write_result
 from ebjdat.settings import DataSettings, ImbalanceSettings
 
 HASHED = ("images", "labels", "train", "validation", "test")
+EXTRA = {"extra_images": ("uint8", 4), "extra_labels": ("int64", 1)}  # arrays that only some data have
 DUPLICATES = {  # counts of `duplicates` that cause a warning
     "test_in_train": "test images that are also training images, pixel by pixel",
     "test_in_validation": "test images that are also validation images",
@@ -26,6 +28,8 @@ DUPLICATES = {  # counts of `duplicates` that cause a warning
     "within_train": "training images that are copies of others",
     "within_test": "test images that are copies of others",
     "conflicting_labels": "pictures with more than one label",
+    "extra_in_test": "extra images that are also test images",
+    "extra_in_validation": "extra images that are also validation images",
 }
 DTYPES = {  # arrays of the file: dtype and number of dimensions
     "images": ("uint8", 4),
@@ -39,7 +43,7 @@ class Prepared:
     """images: uint8 (N, C, H, W); labels: int64 (N,); train/validation/test: indices into them, in a fixed order.
 
     class_mean: float32 (K, C, H, W) in [0, 1], means of the class Gaussians (samplers.starts takes the covariance from the training
-    images).
+    images). extra_images, extra_labels: more training images, if the data have any; no mean or Gaussian counts them.
     """
 
     images: NDArray[np.uint8]
@@ -50,9 +54,19 @@ class Prepared:
     class_mean: NDArray[np.float32]
     classes: tuple[str, ...]
     data_hash: str
+    extra_images: NDArray[np.uint8] | None = None
+    extra_labels: NDArray[np.int64] | None = None
+
+    def extra(self) -> dict[str, NDArray[Any]]:
+        """The arrays of EXTRA, where the data have them."""
+        return {name: array for name in EXTRA if (array := getattr(self, name)) is not None}
 
     def split(self, name: str, n: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Images and labels of the first n (None: all) of a split."""
+        """Images and labels of the first n (None: all) of a split, or of the "extra" images. Raises DataError where there are none."""
+        if name == "extra":
+            if self.extra_images is None or self.extra_labels is None:
+                raise DataError("training.extra.share is above 0, but the data have no extra images; set data.extra and prepare them again")
+            return self.extra_images[:n], self.extra_labels[:n]
         index: NDArray[np.int64] = getattr(self, name)[:n]
         return self.images[index], self.labels[index]
 
@@ -155,8 +169,13 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     if absent:
         raise DataError(f"no training images are left for {', '.join(absent)}; raise data.n_train or lower data.validation")
     class_mean = np.stack([images[train[labels[train] == k]].mean(0) / 255 for k in range(len(raw.classes))]).astype(np.float32)
-    hashes = _hashes(dict(zip(HASHED, (images, labels, train, validation, test), strict=True)))
-    prepared = Prepared(images, labels, train, validation, test, class_mean, raw.classes, _data_hash(hashes))
+    arrays = dict(zip(HASHED, (images, labels, train, validation, test), strict=True))
+    notes: list[str] = []
+    if settings.extra is not None:
+        *extra, notes = read_extra(settings, images.shape[1:], raw.classes)
+        arrays |= dict(zip(EXTRA, extra, strict=True))
+    hashes = _hashes(arrays)
+    prepared = Prepared(**arrays, class_mean=class_mean, classes=raw.classes, data_hash=_data_hash(hashes))
     doubles = duplicates(prepared)
     card = {
         "name": settings.name,
@@ -167,14 +186,19 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
         "classes": list(raw.classes),
         "counts": {
             name: {c: int((prepared.split(name)[1] == k).sum()) for k, c in enumerate(raw.classes)}
-            for name in ("train", "validation", "test")
+            for name in ("train", "validation", "test", *(["extra"] if prepared.extra() else []))
         },
-        "sizes": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "sizes": {"train": len(train), "validation": len(validation), "test": len(test)}
+        | ({} if prepared.extra_labels is None else {"extra": len(prepared.extra_labels)}),
         "split_seed": settings.split_seed,
         "reading": dict(raw.reading),
         "duplicates": doubles,
-        "notes": [*raw.notes(), *_of_imbalance(settings, labels[np.concatenate([train, validation])])],
-        "warnings": raw.warnings() + [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles[key]],
+        "notes": [
+            *raw.notes(),
+            *_of_imbalance(settings, labels[np.concatenate([train, validation])]),
+            *(f"extra images: {note}" for note in notes),
+        ],
+        "warnings": raw.warnings() + [f"{what}: {doubles[key]}" for key, what in DUPLICATES.items() if doubles.get(key)],
         "sha256": hashes,
         "data_hash": prepared.data_hash,
     }
@@ -212,7 +236,8 @@ def _data_hash(hashes: Mapping[str, str]) -> str:
 
 def duplicates(data: Prepared) -> dict[str, int]:
     """Counts of images with equal pixels. `*_in_train`, `test_in_validation`: images of the first split that also occur in the second;
-    `within_*`: images beyond the first of each content; `conflicting_labels`: contents with more than one label.
+    `within_*`: images beyond the first of each content; `conflicting_labels`: contents with more than one label. `extra_in_*`: of
+    data with extra images.
     """
     contents = [hashlib.sha256(image.data).digest() for image in np.ascontiguousarray(data.images)]
     parts = {name: [contents[i] for i in getattr(data, name)] for name in ("train", "validation", "test")}
@@ -220,19 +245,21 @@ def duplicates(data: Prepared) -> dict[str, int]:
     labels: dict[bytes, set[int]] = defaultdict(set)
     for content, label in zip(contents, data.labels.tolist(), strict=True):
         labels[content].add(label)
+    extra = [] if data.extra_images is None else [hashlib.sha256(image.data).digest() for image in data.extra_images]
     return {
         "test_in_train": sum(content in found["train"] for content in parts["test"]),
         "test_in_validation": sum(content in found["validation"] for content in parts["test"]),
         "validation_in_train": sum(content in found["train"] for content in parts["validation"]),
         **{f"within_{name}": len(part) - len(found[name]) for name, part in parts.items()},
         "conflicting_labels": sum(len(some) > 1 for some in labels.values()),
+        **({f"extra_in_{name}": sum(content in found[name] for content in extra) for name in ("validation", "test")} if extra else {}),
     }
 
 
 def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) -> None:
     """Write the arrays (npz, no pickled objects) and the card (JSON), each atomically."""
     names = ("images", "labels", "train", "validation", "test", "class_mean")
-    arrays = {name: getattr(prepared, name) for name in names}
+    arrays = {name: getattr(prepared, name) for name in names} | prepared.extra()
     write_npz(path, {**arrays, "classes": np.array(prepared.classes), "data_hash": np.array(prepared.data_hash)})
     write_result(card_path, card)
 
@@ -240,23 +267,23 @@ def save(prepared: Prepared, card: dict[str, Any], path: Path, card_path: Path) 
 def load(path: Path) -> Prepared:
     """Read prepared data. Raises DataError when the file is missing, damaged, or not as `save` writes it."""
     try:
-        arrays = arrays_of(path, names={*DTYPES, "classes", "data_hash"})
+        arrays = arrays_of(path, names={*DTYPES, *EXTRA, "classes", "data_hash"})
     except FileNotFoundError as error:
         raise DataError(f"{path}: no prepared data; run the prepare stage first") from error
     except DataError as error:
         raise DataError(f"damaged prepared data: {error}; delete it and rerun the prepare stage") from error
     if problem := _problem(arrays, path):
         raise DataError(f"{path}: damaged prepared data: {problem}; delete it and rerun the prepare stage")
-    return Prepared(
-        **{name: arrays[name] for name in DTYPES}, classes=tuple(arrays["classes"].tolist()), data_hash=str(arrays["data_hash"])
-    )
+    known = {name: arrays[name] for name in (*DTYPES, *EXTRA) if name in arrays}
+    return Prepared(**known, classes=tuple(arrays["classes"].tolist()), data_hash=str(arrays["data_hash"]))
 
 
 def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
     """How these arrays differ from what `save` writes, or None. Raises DataError where pixels are not in 0..255."""
-    if absent := {*DTYPES, "classes", "data_hash"} - set(arrays):
+    extra = EXTRA if set(EXTRA) & set(arrays) else {}
+    if absent := {*DTYPES, *extra, "classes", "data_hash"} - set(arrays):
         return f"{', '.join(sorted(absent))} missing"
-    for name, (dtype, dimensions) in DTYPES.items():
+    for name, (dtype, dimensions) in (DTYPES | extra).items():
         array = arrays[name]
         if array.dtype != dtype or array.ndim != dimensions or not array.size:
             return f"{name} is {array.dtype} {array.shape}; {dtype} of {dimensions} dimensions is needed"
@@ -269,6 +296,10 @@ def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
         return f"images have shape {images.shape}; (N, 1 or 3, size, size) is needed"
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= len(classes):
         return f"labels are {labels.shape} in {labels.min()}..{labels.max()}; {len(images)} in 0..{len(classes) - 1} are needed"
+    if extra:
+        more, of = arrays["extra_images"], arrays["extra_labels"]
+        if more.shape[1:] != images.shape[1:] or of.shape != more.shape[:1] or of.min() < 0 or of.max() >= len(classes):
+            return f"extra images {more.shape} and labels {of.shape} do not fit the images {images.shape} and their {len(classes)} classes"
     index = np.concatenate([arrays[name] for name in ("train", "validation", "test")])
     if index.min() < 0 or index.max() >= len(images) or len(np.unique(index)) < len(index):
         return f"indices of the splits must be distinct and in 0..{len(images) - 1}"
@@ -276,6 +307,6 @@ def _problem(arrays: Mapping[str, NDArray[Any]], path: Path) -> str | None:
     if mean.shape != (len(classes), *images.shape[1:]) or not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 1):
         return f"class_mean has shape {mean.shape}; {(len(classes), *images.shape[1:])} in 0..1 is needed"
     check_range(images, str(path))
-    if _data_hash(_hashes({name: arrays[name] for name in HASHED})) != str(data_hash):
+    if _data_hash(_hashes({name: arrays[name] for name in (*HASHED, *extra)})) != str(data_hash):
         return "its arrays do not match its data_hash"
     return None

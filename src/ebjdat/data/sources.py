@@ -117,15 +117,16 @@ def torchvision_split(name: str, split: str, root: str, download: bool) -> tuple
 
 
 # Longer than 60 lines: one pass over the files, whose refusals come in the order in which a reader would find them.
-def folder(settings: DataSettings) -> Raw:
+def folder(settings: DataSettings, splits: Sequence[str] = SPLITS) -> Raw:
     """Class folders, `train/<class>/<image>` and `test/<class>/<image>`, in a folder or an archive, also below one enclosing folder.
 
     Every file is read, refused (DataError), counted as skipped in `reading`, or junk as data.members defines it. All images must have
     one square size, or get it from `settings.size`. Images stay grey if all files store grey; otherwise all become RGB. Classes are in
-    the order of `settings.classes`; else in numeric order if all names are digits; else sorted as text.
+    the order of `settings.classes`; else in numeric order if all names are digits; else sorted as text. splits: those that are read;
+    with "train" alone any number of classes is allowed.
     """
     path = Path(settings.path or "")
-    images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]] = {split: defaultdict(list) for split in SPLITS}
+    images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]] = {split: defaultdict(list) for split in splits}
     tops: dict[str, str] = {}  # the folder that is each split
     skipped: dict[str, list[str]] = defaultdict(list)
     rules: Counter[str] = Counter()
@@ -136,9 +137,9 @@ def folder(settings: DataSettings) -> Raw:
                 skipped[reason].append(member.name)
             continue
         top, split, label, rest = _place(member)
-        if split is None:
+        if split is None or split not in images:
             if not member.is_folder:
-                skipped["outside train/ and test/"].append(member.name)
+                skipped[f"outside {'/ and '.join(splits)}/"].append(member.name)
             continue
         where = f"{path}: {member.name!r}"
         if tops.setdefault(split, top) != top:
@@ -169,14 +170,14 @@ def folder(settings: DataSettings) -> Raw:
 
     left_out = {kind: {"n": len(names), "example": names[0]} for kind, names in sorted(skipped.items())}
     if not any(images.values()):
-        raise DataError(f"{path}: no train/<class>/ or test/<class>/ folders{_also(left_out)}")
+        raise DataError(f"{path}: no {' or '.join(f'{split}/<class>/' for split in splits)} folders{_also(left_out)}")
     deep = sum(n for rule, n in rules.items() if rule.startswith("16-bit"))
     if deep and highest < DARK:
         raise DataError(
             f"{path}: its {deep} 16-bit images have no value above {highest}, so they would be (nearly) black in 8 bits; "
             "scale them to 0..65535, or store 8 bits"
         )
-    classes, order = _ordered({c for split in SPLITS for c in images[split]}, settings.classes, path)
+    classes, order = _ordered({c for of_split in images.values() for c in of_split}, settings.classes, path)
     reading = {"class_order": order, "skipped": left_out, "converted": dict(sorted(rules.items()))}
     folders = {split: top for split, top in tops.items() if PurePosixPath(top).name != split}
     return _assemble(path, images, classes, {**reading, **({"folders": folders} if folders else {})})
@@ -227,19 +228,19 @@ def _ordered(found: set[str], given: Sequence[str] | None, path: Path) -> tuple[
 def _assemble(
     path: Path, images: dict[str, dict[str, list[tuple[str, NDArray[np.uint8]]]]], classes: tuple[str, ...], reading: dict[str, Any]
 ) -> Raw:
-    for split in SPLITS:
+    for split in images:
         empty = [c for c in classes if not images[split].get(c)]
         if empty:
             raise DataError(
-                f"{path}: no images in {few(f'{split}/{c}' for c in empty)}; every class needs images in train and test"
+                f"{path}: no images in {few(f'{split}/{c}' for c in empty)}; every class needs images in {' and '.join(images)}"
                 + _also(reading["skipped"])
             )
-    if len(classes) < 2:
+    if len(classes) < 2 and len(images) > 1:
         raise DataError(f"{path}: only one class, {classes[0]!r}; at least two are needed")
 
     rows = [
         (image, index, split == "test", name)
-        for split in SPLITS
+        for split in images
         for index, c in enumerate(classes)
         for name, image in sorted(images[split].pop(c), key=lambda x: x[0])
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ebjdat.data.batches import Batch
-from ebjdat.objectives.parts import adversarial_terms, cross_entropies, weighted_mean
+from ebjdat.objectives.parts import adversarial_terms, cross_entropies, smoothed, weighted_mean
 from ebjdat.objectives.terms import Samples, Terms
 from ebjdat.settings import WeightSettings
 
@@ -16,6 +16,7 @@ def at_bsl(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSett
     The shift belongs to the loss alone: the adversary and every evaluation see the logits z. Where all classes are as large, it is CE.
     """
     logits = model(samples["adversarial"])
-    ce = cross_entropies(logits + samples["log_counts"], batch.y)
-    loss = weighted_mean(ce, logits, weights)
-    return adversarial_terms(loss, batch.y, None, logits, ce_robust=cross_entropies(logits, batch.y).mean(), ce_balanced=ce.mean())
+    shifted = logits + samples["log_counts"]
+    loss = weighted_mean(smoothed(shifted, batch.y, weights), logits, weights)
+    logged = {"ce_robust": cross_entropies(logits, batch.y).mean(), "ce_balanced": cross_entropies(shifted, batch.y).mean()}
+    return adversarial_terms(loss, batch.y, None, logits, **logged)

@@ -31,6 +31,16 @@ def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def smoothed(logits: Tensor, y: Tensor, weights: WeightSettings) -> Tensor:
+    """Cross-entropy of each example (B,) from labels smoothed by s, which is minimised: (1 - s) CE + s mean_k(-log p_k)."""
+    return F.cross_entropy(logits, y, reduction="none", label_smoothing=weights.smoothing)
+
+
+def smoothed_mean(logits: Tensor, y: Tensor, weights: WeightSettings) -> Tensor:
+    """The mean of `smoothed`."""
+    return F.cross_entropy(logits, y, label_smoothing=weights.smoothing)
+
+
 def divergences(of: Tensor, from_: Tensor) -> Tensor:
     """KL(softmax(of) || softmax(from_)) for each example: (B,), in nats; gradients flow through both."""
     return F.kl_div(from_.log_softmax(1), of.log_softmax(1), reduction="none", log_target=True).sum(1)

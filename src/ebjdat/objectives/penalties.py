@@ -14,7 +14,17 @@ from torch.autograd import forward_ad
 from ebjdat.data.batches import Batch
 from ebjdat.models.energy import joint_energy, marginal_energy
 from ebjdat.models.modes import elementary_norms
-from ebjdat.objectives.parts import accuracy_of, adversarial_terms, cosines, cross_entropies, generation, input_gradient, weighted_mean
+from ebjdat.objectives.parts import (
+    accuracy_of,
+    adversarial_terms,
+    cosines,
+    cross_entropies,
+    generation,
+    input_gradient,
+    smoothed,
+    smoothed_mean,
+    weighted_mean,
+)
 from ebjdat.objectives.terms import Samples, Terms
 from ebjdat.objectives.weighting import controlled
 from ebjdat.settings import WeightSettings
@@ -50,7 +60,7 @@ def jacobian_shuffled(model: nn.Module, batch: Batch, samples: Samples, weights:
 def _with_jacobian(model: nn.Module, batch: Batch, weights: WeightSettings, u: Tensor) -> Terms:
     logits, along = derivative_along(model, batch.x, u)
     square, ce = along.square().sum(1), cross_entropies(logits, batch.y)
-    loss = weighted_mean(ce + weights.delta * square, logits, weights)
+    loss = weighted_mean(smoothed(logits, batch.y, weights) + weights.delta * square, logits, weights)
     logged = {"batch_clean_acc": accuracy_of(logits, batch.y), "jacobian": square.mean().detach()}
     return Terms(loss, ce.mean().detach(), logged, {"clean": marginal_energy(logits.detach()).mean()})
 
@@ -73,7 +83,7 @@ def egat_style(model: nn.Module, batch: Batch, samples: Samples, weights: Weight
     adversarial, saliency = input_gradient(model, samples["adversarial"], batch.y, graph=True, of=joint_energy)
     aligned = cosines(controlled(target.abs(), weights.control), saliency.abs())
     ce = cross_entropies(adversarial, batch.y)
-    loss = (ce + weights.delta * (1 - aligned)).mean()
+    loss = (smoothed(adversarial, batch.y, weights) + weights.delta * (1 - aligned)).mean()
     return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=ce.mean(), saliency=aligned.mean())
 
 
@@ -81,7 +91,7 @@ def half_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSet
     """(CE(x) + CE(x~)) / 2: clean and adversarial images count alike (Goodfellow et al. 2015, section 6, alpha 0.5)."""
     clean, adversarial = model(batch.x), model(samples["adversarial"])
     robust = cross_entropies(adversarial, batch.y)
-    loss = weighted_mean((cross_entropies(clean, batch.y) + robust) / 2, clean, weights)
+    loss = weighted_mean((smoothed(clean, batch.y, weights) + smoothed(adversarial, batch.y, weights)) / 2, clean, weights)
     return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=robust.mean())
 
 
@@ -96,8 +106,8 @@ def aat_style(model: nn.Module, batch: Batch, samples: Samples, weights: WeightS
     pairs = (before[:, None] - before[None, :] > AAT_MARGIN).to(after.dtype)  # (image, anchor)
     hinge = (AAT_MARGIN / 2 - (after[:, None] - controlled(before, weights.control)[None, :])).relu()
     ranking = (pairs * hinge).sum() / pairs.sum().clamp_min(1.0)
-    ce = cross_entropies(adversarial, batch.y).mean()
-    return adversarial_terms(ce + weights.delta * ranking, batch.y, clean, adversarial, ce_robust=ce, ranking=ranking)
+    ce, loss = cross_entropies(adversarial, batch.y).mean(), smoothed_mean(adversarial, batch.y, weights) + weights.delta * ranking
+    return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=ce, ranking=ranking)
 
 
 def leads(logits: Tensor, y: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from ebjdat.objectives.parts import (
     divergences,
     generation,
     input_gradient,
+    smoothed,
+    smoothed_mean,
     weighted_mean,
 )
 from ebjdat.objectives.terms import Samples, Terms
@@ -43,30 +45,35 @@ def _generation(
 def classifier(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on clean images."""
     logits, ce, accuracy = classified(model, batch.x, batch.y)
-    return Terms(ce, ce.detach(), {"batch_clean_acc": accuracy}, {"clean": marginal_energy(logits.detach()).mean()})
+    energies = {"clean": marginal_energy(logits.detach()).mean()}
+    return Terms(smoothed_mean(logits, batch.y, weights), ce.detach(), {"batch_clean_acc": accuracy}, energies)
 
 
 def pgd_at(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on adversarial images only (Madry et al. 2018, eq. 2.1)."""
     logits = model(samples["adversarial"])
-    ce = cross_entropies(logits, batch.y)
-    return adversarial_terms(weighted_mean(ce, logits, weights), batch.y, None, logits, ce_robust=ce.mean())
+    loss = weighted_mean(smoothed(logits, batch.y, weights), logits, weights)
+    return adversarial_terms(loss, batch.y, None, logits, ce_robust=cross_entropies(logits, batch.y).mean())
 
 
 def corners(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """Cross-entropy on random corners of the ball: the control of adversarial training with one step, as far and without a gradient."""
-    logits, ce, accuracy = classified(model, samples["corner"], batch.y)
-    return Terms(ce, logged={"batch_corner_acc": accuracy}, energies={"corner": marginal_energy(logits.detach()).mean()})
+    logits, _, accuracy = classified(model, samples["corner"], batch.y)
+    return Terms(
+        smoothed_mean(logits, batch.y, weights),
+        logged={"batch_corner_acc": accuracy},
+        energies={"corner": marginal_energy(logits.detach()).mean()},
+    )
 
 
 def trades(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x) + beta KL(p(.|x) || p(.|x~)) (Zhang et al. 2019, eq. 5); gradients flow through both."""
-    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: cross_entropies(clean, y))
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: smoothed(clean, y, weights))
 
 
 def weat_adv(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
     """CE(x~) + beta KL(p(.|x) || p(.|x~)), weighted by energy (WEAT, Mirza et al. 2024); its other variant has TRADES's CE(x)."""
-    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: cross_entropies(adversarial, y))
+    return _with_divergence(model, batch, samples, weights, lambda clean, adversarial, y: smoothed(adversarial, y, weights))
 
 
 def _with_divergence(
@@ -108,7 +115,7 @@ def _with_energy_change(model: nn.Module, batch: Batch, samples: Samples, weight
     energy = marginal_energy(adversarial if moved is samples["adversarial"] else model(moved))
     change = (marginal_energy(clean) - energy).abs()
     ce = cross_entropies(adversarial, batch.y)
-    loss = weighted_mean(ce + weights.delta * change, clean, weights)
+    loss = weighted_mean(smoothed(adversarial, batch.y, weights) + weights.delta * change, clean, weights)
     return adversarial_terms(loss, batch.y, clean, adversarial, ce_robust=ce.mean(), energy_change=change.mean())
 
 
@@ -121,7 +128,7 @@ def gradalign(model: nn.Module, batch: Batch, samples: Samples, weights: WeightS
     ce = cross_entropies(adversarial, batch.y)
     (_, fixed), (_, other) = (input_gradient(model, x, batch.y, graph) for x, graph in ((batch.x, False), (samples["uniform"], True)))
     aligned = cosines(fixed, other)
-    loss = weighted_mean(ce + weights.delta * (1 - aligned), adversarial, weights)
+    loss = weighted_mean(smoothed(adversarial, batch.y, weights) + weights.delta * (1 - aligned), adversarial, weights)
     return adversarial_terms(loss, batch.y, None, adversarial, ce_robust=ce.mean(), alignment=aligned.mean())
 
 
@@ -167,7 +174,8 @@ def jem(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSetting
     """-log p(x) - log p(y|x) (arXiv 1912.03263); JEM, JEM++ and SADA-JEM differ in sampler, start, update and data."""
     logits, ce, accuracy = classified(model, batch.x, batch.y)
     term, _, energies = _generation(model, batch, logits, samples["negatives"], weights)
-    return Terms(term + weights.w3 * ce, ce.detach(), {"batch_clean_acc": accuracy}, energies)
+    loss = term + weights.w3 * smoothed_mean(logits, batch.y, weights)
+    return Terms(loss, ce.detach(), {"batch_clean_acc": accuracy}, energies)
 
 
 def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSettings) -> Terms:
@@ -182,8 +190,9 @@ def eb_jdat(model: nn.Module, batch: Batch, samples: Samples, weights: WeightSet
     term, density_energy, energies = _generation(model, batch, logits, samples["negatives"], weights)
     energy_adversarial = marginal_energy(adversarial_logits).mean()
     alignment = energy_adversarial - (density_energy if weights.align == "density" else marginal_energy(logits).mean())
+    labelled = smoothed_mean(logits, batch.y, weights) + smoothed_mean(adversarial_logits, batch.y, weights)
     return Terms(
-        term + weights.w2 * alignment + weights.w3 * (ce + robust_ce),
+        term + weights.w2 * alignment + weights.w3 * labelled,
         ce.detach(),
         {"batch_clean_acc": accuracy, "ce_robust": robust_ce.detach(), "batch_robust_acc": robust_accuracy},
         {**energies, "adversarial": energy_adversarial.detach()},

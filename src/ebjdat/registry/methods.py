@@ -8,12 +8,16 @@ from functools import partial
 from ebjdat.registry.entries import RELEASE, Logged, Method, Preset
 
 _TRADES_ATTACK = {"adversary": {"score": "kl", "start": "gaussian", "mode": "eval"}}
+# A single step. It may end in catastrophic overfitting, which a check sees (Wong et al. 2020 stop when PGD accuracy fell by 0.2).
+_ONE_STEP = {"healing": {"overfitting": 0.2}}
 _KL = Logged("kl", "nats", "lower", "KL(p(·|x) ‖ p(·|x̃))")
 _ENERGY_CHANGE = Logged("energy_change", "nats", "lower", "mean |E(x) − E(x̃)|, of the points that the penalty is on")
 
-_adversarial = partial(Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control"))
-_consistent = partial(_adversarial, reads=("beta", "examples", "control"), logs=(_KL,))
-_der = partial(_adversarial, reads=("delta", "examples", "control"), logs=(_ENERGY_CHANGE,))
+_adversarial = partial(
+    Method, family="adversarial", samples=("adversarial",), selection="robust", reads=("examples", "control", "smoothing")
+)
+_consistent = partial(_adversarial, reads=("beta", "examples", "control", "smoothing"), logs=(_KL,))
+_der = partial(_adversarial, reads=("delta", "examples", "control", "smoothing"), logs=(_ENERGY_CHANGE,))
 _KL_TEACHER = Logged("kl_teacher", "nats", "lower", "KL of the student's probabilities at x̃ from the teacher's, with ARD's temperature")
 _distilled = partial(
     Method,
@@ -27,7 +31,7 @@ _distilled = partial(
 )
 _jacobian = partial(
     _adversarial,
-    reads=("delta", "examples", "control"),
+    reads=("delta", "examples", "control", "smoothing"),
     second_order=True,
     logs=(Logged("jacobian", "squared logits", "lower", "mean |J u|², J of the logits by pixels of [−1, 1], u as the method samples it"),),
 )
@@ -37,10 +41,10 @@ _CORNER = (
     Logged("energy_corner", "nats", "", "mean energy of these"),
 )
 _JEM_FAMILY = ("jempp", "jem", "sadajem")
-_energy = partial(Method, family="energy", samples=("negatives",))
+_energy = partial(Method, family="energy", samples=("negatives",), reads=("smoothing",))
 
 METHODS: Mapping[str, Method] = {
-    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard"),
+    "classifier": Method("ebjdat.objectives.recipes:classifier", "cross-entropy", family="standard", reads=("smoothing",)),
     "pgd_at": _adversarial("ebjdat.objectives.recipes:pgd_at", "Madry et al. 2018, arXiv 1706.06083"),
     "trades": _consistent(
         "ebjdat.objectives.recipes:trades",
@@ -103,34 +107,34 @@ METHODS: Mapping[str, Method] = {
     "fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "FGSM training, Goodfellow et al. 2015, arXiv 1412.6572",
-        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}},
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, **_ONE_STEP},
         control="corners: as far, in a random direction",
     ),
     "corners": _adversarial(
         "ebjdat.objectives.recipes:corners",
         "control of training on single steps: a random corner of the ball",
         samples=("corner",),
-        reads=(),
+        reads=("smoothing",),
         logs=_CORNER,
     ),
     "rs_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "RS-FGSM, Wong et al. 2020, arXiv 2001.03994",
-        defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}},
+        defaults={"adversary": {"start": "uniform", "steps": 1, "step_ratio": 1.25}, **_ONE_STEP},
         control="corners; fgsm, which starts at the image",
     ),
     "n_fgsm": _adversarial(
         "ebjdat.objectives.recipes:pgd_at",
         "N-FGSM, de Jorge et al. 2022, arXiv 2202.01181",
-        defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}},
+        defaults={"adversary": {"start": "uniform", "start_ratio": 2.0, "steps": 1, "step_ratio": 1.0, "project": False}, **_ONE_STEP},
         control="corners; rs_fgsm, which stays in the ball",
     ),
     "gradalign": _adversarial(
         "ebjdat.objectives.recipes:gradalign",
         "GradAlign on FGSM, Andriushchenko & Flammarion 2020, arXiv 2007.02617",
         samples=("adversarial", "uniform"),
-        reads=("delta", "examples", "control"),
-        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}},
+        reads=("delta", "examples", "control", "smoothing"),
+        defaults={"adversary": {"start": "clean", "steps": 1, "step_ratio": 1.0}, "weights": {"delta": 0.2}, **_ONE_STEP},
         second_order=True,
         logs=(Logged("alignment", "fraction", "higher", "cosine of input gradients at x and at a uniform point of its ball"),),
         control="fgsm: the same without the penalty",
@@ -164,6 +168,7 @@ METHODS: Mapping[str, Method] = {
         "ebjdat.objectives.las_at:las_at",
         "LAS-AT, Jia et al. 2022, arXiv 2203.06616; its policy is a small WRN here, a ResNet-18 there",
         samples=("policy",),
+        reads=("examples", "control"),  # its labels are smoothed as published
         state="ebjdat.objectives.las_at:policy",
         defaults={"adversary": {"start": "uniform", "mode": "eval"}},
         logs=(
@@ -204,7 +209,7 @@ METHODS: Mapping[str, Method] = {
     "egat_style": _adversarial(
         "ebjdat.objectives.penalties:egat_style",
         "EGAT-style, after arXiv 2603.01938; its loss and strength are not confirmed",
-        reads=("delta", "control"),
+        reads=("delta", "control", "smoothing"),
         second_order=True,
         logs=(Logged("saliency", "fraction", "higher", "cosine of |input gradients of z_y| at x and x̃, as the penalty pairs them"),),
         control="weights.control shuffled: another image's saliency as the target; pgd_at with one more inner step, for equal compute",
@@ -212,7 +217,7 @@ METHODS: Mapping[str, Method] = {
     "aat_style": _adversarial(
         "ebjdat.objectives.penalties:aat_style",
         "AAT-style: BiRQA's anchored adversarial training (2026, image quality) for classifiers; its loss is not confirmed",
-        reads=("delta", "control"),
+        reads=("delta", "control", "smoothing"),
         logs=(Logged("ranking", "logits", "lower", "mean by which attacked images fall behind clean ones that they led, beyond a margin"),),
         control="half_at: clean images without ranks; weights.control shuffled: the anchors of other pairs",
     ),
@@ -224,6 +229,7 @@ METHODS: Mapping[str, Method] = {
         "EB-JDAT, arXiv 2505.19459",
         family="joint",
         samples=("negatives", "adversarial"),
+        reads=("smoothing",),
         selection="clean_and_robust",
         bases=_JEM_FAMILY,
         forms=("paper", "released", "released_ce"),

@@ -93,5 +93,13 @@ SCHEDULES: Mapping[str, Entry] = {
     "onecycle": Entry(
         "ebjdat.training.schedules:onecycle", "Smith & Topin 2018, arXiv 1708.07120 (linear up, linear down)", reads=("peak",)
     ),
+    "cosine": Entry(
+        "ebjdat.training.schedules:cosine",
+        "Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts, after a warm-up",
+        reads=("warmup",),
+    ),
+    "cosine_onecycle": Entry(
+        "ebjdat.training.schedules:cosine_onecycle", "the same along cosines: torch's OneCycleLR; arXiv 2302.04638", reads=("peak",)
+    ),
     "constant": Entry("ebjdat.training.schedules:constant", "linear warm-up, then constant", reads=("warmup",)),
 }

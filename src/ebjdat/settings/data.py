@@ -45,6 +45,7 @@ class DataSettings(Settings):
     n_train: Count | None = None  # use only this many training images (stratified), after the validation split
     n_test: Count | None = None  # keep only this many test images
     split_seed: RandomSeed = 0  # the splits never depend on a run's seed
+    extra: FilePath | None = None  # more training images of these classes, which training.extra.share uses: see docs/data.md
 
     @property
     def name(self) -> str:

@@ -157,6 +157,8 @@ def named_files(profile: Profile) -> Iterator[Named]:
     data, reliability, generate = profile.data, profile.evaluation.reliability, profile.evaluation.generate
     if "path" in data.record.reads and data.path:
         yield _named("data.path", data.path, False, "is not here yet; put the folder or archive there")
+    if data.extra:
+        yield _named("data.extra", data.extra, False, "is not here yet; put the .npz, folder or archive there")
     for key, source in [("data.root", data.source), *(("evaluation.reliability.ood", name) for name in reliability.ood)]:
         if source in registry.SOURCES and (file := registry.SOURCES[source].downloads):
             fetched = f"is not here yet; {source} is downloaded to data.root when it is read"

@@ -159,6 +159,10 @@ def _unread(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Proble
                     yield (kind, name, "training", "adversary", key), what
             if section(entry, "training.adversary.budget") and not LIMITED & {*getattr(registry.METHODS.get(method), "samples", LIMITED)}:
                 yield (kind, name, "training", "adversary", "budget"), f"is not read by method {method!r}, which moves no images"
+            watched, method = mapping(section(entry, "training.healing")).get("overfitting"), whole[kind][name].get("method", "classifier")
+            if watched is not None and method in registry.METHODS and "adversarial" not in registry.METHODS[method].samples:
+                what = f"is not read by method {method!r}, which does not train on adversarial images"
+                yield (kind, name, "training", "healing", "overfitting"), what
     for key in sorted(NEVER_USED & set(mapping(section(raw, "training.chain")))):
         yield ("training", "chain", key), f"is never used, since every base sets it; set bases.<base>.chain.{key}"
 

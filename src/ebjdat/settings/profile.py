@@ -233,7 +233,7 @@ def _inherited_entry(raw: Mapping[str, Any], kind: str, entry: Any) -> Any:
 def resolve(file: ProfileFile, raw: Mapping[str, Any]) -> Profile:
     """The profile of a valid file. raw: its settings before inheritance, where an experiment's own settings are."""
     pretraining = {name: Pretraining(entry.method, entry.model, entry.training) for name, entry in file.pretraining.items()}
-    data, evaluation = file.data.model_dump(exclude={"path", "root", "label"}), file.evaluation.model_dump()
+    data, evaluation = file.data.model_dump(exclude={"path", "root", "label", "extra"}), file.evaluation.model_dump()
 
     def experiment(name: str) -> Experiment:
         entry = file.experiments[name]

@@ -66,7 +66,7 @@ class ScheduleSettings(Settings):
     warmup: CountOrZero = 0  # iterations
     milestones: tuple[Count, ...] = ()  # epochs
     factor: Positive = 0.2
-    peak: Fraction01 = 0.3  # onecycle: fraction of training at which the rate is highest
+    peak: Fraction01 = 0.3  # onecycle, cosine_onecycle: fraction of training at which the rate is highest
 
 
 class ChainSettings(Settings):
@@ -209,6 +209,8 @@ class WeightSettings(Settings):
     temperature: Positive = 1.0  # ard: divides logits
     trust: NotNegative = 0.1  # iad: exponent of the teacher's probability of the label
     alone: Fraction01 = 0.3  # iad: fraction of the epochs, at first, in which the teacher alone is followed
+    # label smoothing: (1 - s) CE + s mean_k(-log p_k), torch's; s / (K - 1) for each other class, as some define it, is s K / (K - 1) here
+    smoothing: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0
     examples: ExampleWeights = ExampleWeights()
     # what keeps the weights of examples (or MART's of its KL term, S2O's targets), but not where they belong
     control: Literal["none", "shuffled", "mean_matched"] = "none"
@@ -256,6 +258,19 @@ class AugmentSettings(Settings):
     def changes(self) -> bool:
         """Whether images are cropped or flipped at all."""
         return bool(self.pad or self.flip)
+
+
+class ExtraSettings(Settings):
+    """How training uses the images of data.extra. An epoch keeps its number of steps, so it shows fewer of the others."""
+
+    share: Annotated[float, Number, Field(ge=0, lt=1)] = 0.0  # of each batch: int(share x batch_size) images, drawn with replacement
+    shuffled_labels: StrictBool = False  # control: each of their labels on another of them
+
+    @model_validator(mode="after")
+    def labels_of_something(self) -> Self:
+        if self.shuffled_labels and not self.share:
+            raise ValueError("shuffled_labels changes nothing: share is 0")
+        return self
 
 
 class SelectionSettings(Settings):
@@ -318,6 +333,8 @@ class HealingSettings(Settings):
     saturation: Fraction01 = 0.9  # bound of the fraction of chain pixels at the range's ends, beyond that of images
     contrast: NotNegative = 0.1  # least standard deviation of pixels within a chain, relative to images
     diversity: NotNegative = 0.1  # least standard deviation of a pixel across chains, relative to images
+    # how far the PGD-10 accuracy on training images may fall below its best so far (catastrophic overfitting); None: not measured
+    overfitting: Annotated[float, Number, Field(gt=0, lt=1)] | None = None
     ladder: tuple[Rung, ...] = LADDER
 
 
@@ -350,6 +367,8 @@ class TrainingSettings(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
     update: UpdateSettings = UpdateSettings()
     ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = None  # decay of averaged weights, which are evaluated besides the raw ones
+    # share of the steps, at the beginning, whose weights are copied; later the decay grows to `ema`. None: it is `ema` from the start
+    ema_warmup: Fraction01 | None = None
     weights: WeightSettings = WeightSettings()
     chain: ChainSettings = ChainSettings()
     adversary: AdversarySettings
@@ -357,9 +376,17 @@ class TrainingSettings(Settings):
     contrast: ContrastSettings = ContrastSettings()
     policy: PolicySettings = PolicySettings()
     augment: AugmentSettings = AugmentSettings()
+    extra: ExtraSettings = ExtraSettings()
     selection: SelectionSettings = SelectionSettings()
     healing: HealingSettings = HealingSettings()
     compute: ComputeSettings = ComputeSettings()
+
+    @field_validator("extra")
+    @classmethod
+    def of_the_data(cls, extra: ExtraSettings, info: ValidationInfo) -> ExtraSettings:
+        if extra.share and (data := data_in(info)) and data.extra is None:
+            raise ValueError(f"share {extra.share:.4g} is of the images of data.extra, which is not set")
+        return extra
 
     @field_validator("batch_size", "density_batch_size")
     @classmethod
@@ -368,6 +395,11 @@ class TrainingSettings(Settings):
         if batch and size is not None and batch > size:
             raise ValueError(f"{batch} is larger than the training split ({size} images); allowed: 1 to {size}")
         return batch
+
+    @property
+    def extra_images(self) -> int:
+        """How many images of each batch are from data.extra."""
+        return int(self.extra.share * self.batch_size)
 
     @property
     def own_density(self) -> int | None:
@@ -386,6 +418,18 @@ class TrainingSettings(Settings):
         for name, size in (("batch_size", self.batch_size), ("density_batch_size", self.chains)):
             if size % self.compute.accumulate:
                 raise ValueError(f"{name} {size} is not a multiple of compute.accumulate {self.compute.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def extra_images_of_a_batch(self) -> Self:
+        if self.extra.share and not self.extra_images:
+            raise ValueError(f"extra.share {self.extra.share:.4g} of a batch of {self.batch_size} is no image; raise it, or set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def warm_up_of_an_average(self) -> Self:
+        if self.ema_warmup is not None and self.ema is None:
+            raise ValueError(f"ema_warmup {self.ema_warmup:.4g} is for averaged weights; set ema, their decay, too")
         return self
 
     @model_validator(mode="after")

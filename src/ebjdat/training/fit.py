@@ -60,7 +60,9 @@ def fit(
     made_from = digest(job.method, job.settings.model_dump(), model.model_dump(), job.seed, machine, *inputs)
     job = replace(job, state=job.state / made_from[:16])
     training, validation = DeviceData(data, "train", device), DeviceData(data, "validation", device)
-    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks, taught.network if taught else None)
+    extra = DeviceData(data, "extra", device) if job.settings.extra.share else None
+    network_of = taught.network if taught else None
+    return train(network, job, training, validation, torch.from_numpy(data.class_mean), hooks, network_of, extra)
 
 
 def divergences(events: Sequence[Event]) -> dict[str, float]:

@@ -88,6 +88,7 @@ HIGHEST = {
     "energy": "an energy of {value:.4g}, beyond {bound:.4g}",
     "gap": "an energy gap of {value:.4g}, beyond {bound:.4g}",
     "cross_entropy": "a cross-entropy of {value:.3g} times that of a guess, beyond {bound:.3g}",
+    "overfitting": "catastrophic overfitting (PGD accuracy on training images is {value:.0%} of them below its best, beyond {bound:.0%})",
     "saturation": "saturated chains ({value:.0%} of the pixels that images leave free lie at an end of the range, beyond {bound:.0%})",
 }
 LOWEST = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat import registry
-from ebjdat.data.batches import DeviceData, epoch_batches, generator, steps_per_epoch
+from ebjdat.data.batches import DeviceData, Extra, epoch_batches, generator, steps_per_epoch
 from ebjdat.errors import DataError
 from ebjdat.models.modes import frozen_parameters
 from ebjdat.models.wrn import WideResNet
@@ -25,7 +25,7 @@ from ebjdat.training.interrupt import StopRequest
 from ebjdat.training.state import END_OF_EPOCH, Job, Learner, TrainingError, TrainingState
 from ebjdat.training.step import Step
 from ebjdat.training.updates import When
-from ebjdat.training.validation import validate
+from ebjdat.training.validation import validate, watched_accuracy
 
 SHOWN = ("loss", "batch_clean_acc", "batch_robust_acc", "energy_clean", "energy_adversarial", "energy_generated")
 SHOWN_CHAINS = 10  # epochs at which chains are shown
@@ -51,6 +51,7 @@ class _Run:
     job: Job
     learner: Learner
     data: DeviceData
+    extra: Extra | None
     pool: StartPool
     hooks: Hooks
     bar: Bar
@@ -66,17 +67,19 @@ def train(
     class_mean: Tensor,
     hooks: Hooks | None = None,
     teacher: nn.Module | None = None,
+    extra: DeviceData | None = None,
 ) -> TrainingState:
     """Train `model` in place; return its last state, with the checkpoint that validation selected.
 
-    class_mean: (K, C, H, W) in [0, 1], for chain starts. teacher: the network that `training.teacher` names. Continues from the
-    job's state where there is one. Raises DataError when a batch does not fit the training split, TrainingError when training
-    diverged and its ladder is exhausted.
+    class_mean: (K, C, H, W) in [0, 1], for chain starts. teacher: the network that `training.teacher` names. extra: images that
+    settings.extra has a share of. Continues from the job's state where there is one. Raises DataError when a batch does not fit the
+    training split, TrainingError when training diverged and its ladder is exhausted.
     """
     epochs, hooks = job.settings.epochs, hooks or Hooks()
     per_epoch = _steps(job.settings, train_data)
     pool = StartPool.of(train_data, class_mean)
     learner = Learner.of(model, job, pool)
+    more = Extra.of(extra, job.settings, job.seed) if extra is not None else None
     state = TrainingState.restore(job.state, learner)
     for row in state.rows:
         hooks.epoch(row)
@@ -84,7 +87,7 @@ def train(
         hooks.event(event)
     model.train(job.settings.mode == "train")
     with Bar(job.title, epochs * per_epoch, state.epoch * per_epoch + state.step) as bar, StopRequest() as stop:
-        run = _Run(job, learner, train_data, pool, hooks, bar, stop, teacher)
+        run = _Run(job, learner, train_data, more, pool, hooks, bar, stop, teacher)
         if state.epoch or state.step:
             bar.line(f"continues at epoch {state.epoch + 1}, step {state.step}")
         if epochs and not (job.state / END_OF_EPOCH).exists():
@@ -154,7 +157,7 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
     schedule = registry.load(registry.SCHEDULES, settings.schedule.name)
     epoch, per_epoch = state.epoch, steps_per_epoch(len(data), settings.batch_size)
 
-    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density)
+    batches = epoch_batches(data, settings.batch_size, settings.augment, job.seed, epoch, state.step, settings.own_density, run.extra)
     common = SamplingState.of_epoch(settings, learner.buffer, run.pool, epoch, run.teacher)
     sources = sampling_states(common, run.pool, ("chains", job.seed, epoch, *salt), state.step, per_epoch)
     began = time.monotonic()
@@ -179,6 +182,8 @@ def run_epoch(run: _Run, state: TrainingState) -> dict[str, float]:
             with frozen_parameters(learner.model, settings.mode), torch.no_grad():
                 after = learner.model(batch.x)
             state.vitals = healing.vitals(terms, state.sums, batch, samples.get("negatives"), after)
+            if settings.healing.overfitting is not None and "adversarial" in samples:
+                state.vitals |= state.follow(watched_accuracy(learner.model, settings, data))
             _check(run, state)
         if run.stop.requested or state.unsaved_minutes() >= job.checkpoint_minutes:
             state.save(job.state, learner)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ebjdat import registry
-from ebjdat.data.batches import generator
+from ebjdat.data.batches import generator, steps_per_epoch
 from ebjdat.errors import UserError, brief
 from ebjdat.files import write_atomic
 from ebjdat.models.wrn import WideResNet
@@ -24,6 +24,7 @@ from ebjdat.samplers.buffer import ReplayBuffer
 from ebjdat.samplers.chains import starter
 from ebjdat.samplers.starts import StartPool
 from ebjdat.settings import TrainingSettings
+from ebjdat.training.averaging import averaged
 from ebjdat.training.healing import Event
 
 END_OF_EPOCH, WITHIN_EPOCH = "epoch.pt", "step.pt"
@@ -78,11 +79,10 @@ class Learner:
         if registry.METHODS[job.method].has_chains:
             noise, start = generator(device, "buffer", job.seed), starter(settings.chain, pool)
             buffer = ReplayBuffer.fresh(settings.chain.buffer, len(pool.mean), start, device, noise)
-        average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if average else None
+        steps = settings.epochs * steps_per_epoch(len(pool.data), settings.batch_size)
         factory = registry.METHODS[job.method].state
         own = registry.implementation(factory)(model, settings, job.seed) if factory else None
-        return cls(model, optimizer, buffer, ema, own)
+        return cls(model, optimizer, buffer, averaged(model, settings, steps), own)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -125,6 +125,7 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch's terms so far
     vitals: dict[str, float] = field(default_factory=dict)  # of the last check
+    most_robust: float = 0.0  # best accuracy under attack of the training images that checks follow
     events: list[Event] = field(default_factory=list)
     selected: Selected = field(default_factory=Selected)
     _saved: float = field(default_factory=time.monotonic, init=False)
@@ -136,6 +137,11 @@ class TrainingState:
     def add(self, terms: Terms) -> None:
         for name, value in terms.scalars().items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def follow(self, accuracy: float) -> dict[str, float]:
+        """Vitals of the training images that checks follow: their accuracy under attack, and how far it lies below its best."""
+        self.most_robust = max(self.most_robust, accuracy)
+        return {"robust_acc": accuracy, "overfitting": self.most_robust - accuracy}
 
     def epoch_row(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         row = {"epoch": float(self.epoch + 1), "lr": optimizer.param_groups[0]["lr"]}

@@ -1,8 +1,9 @@
-"""Scores on the validation split: they select the checkpoint."""
+"""Scores on the validation split, which select the checkpoint, and on fixed training images, which show whether training overfits."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ebjdat import registry
 from ebjdat.data.batches import DeviceData, generator
@@ -14,6 +15,7 @@ from ebjdat.settings import TrainingSettings
 from ebjdat.training.state import Job, Learner
 
 BATCH = 250
+WATCHED = 128  # training images whose accuracy is followed
 
 
 def validate(learner: Learner, job: Job, validation: DeviceData, row: dict[str, float]) -> float:
@@ -38,9 +40,6 @@ def scores(model: nn.Module, settings: TrainingSettings, validation: DeviceData,
 
     Every method meets the same attack; only its radius, in [0, 1] pixels, is the settings'.
     """
-    fixed = {"score": "ce", "steps": 10, "step_ratio": None, "start": "uniform", "start_ratio": 1.0, "project": True, "range": "unit"}
-    protocol = {**fixed, "mode": "eval"}
-    attack = settings.adversary.model_copy(update=protocol)
     clean = right = 0
     energy = 0.0
     for start in range(0, len(validation), BATCH):
@@ -51,8 +50,25 @@ def scores(model: nn.Module, settings: TrainingSettings, validation: DeviceData,
             clean += int((predicted(logits) == y).sum())
             energy += float(marginal_energy(logits).sum())
         if robust:
-            x = neighbours(model, x, y, attack, generator(validation.device, "validation", start))
-            with evaluating(model):
-                right += int((predicted(model(x)) == y).sum())
+            right += resisted(model, x, y, settings, generator(validation.device, "validation", start))
     n = len(validation)
     return {"clean_acc": clean / n, **({"robust_acc": right / n} if robust else {}), "energy": energy / n}
+
+
+def resisted(model: nn.Module, x: Tensor, y: Tensor, settings: TrainingSettings, noise: torch.Generator) -> int:
+    """How many of the images x (B, C, H, W) in [-1, 1] are right after validation's attack: PGD-10 on cross-entropy, in eval mode."""
+    fixed = {"score": "ce", "steps": 10, "step_ratio": None, "start": "uniform", "start_ratio": 1.0, "project": True, "range": "unit"}
+    moved = neighbours(model, x, y, settings.adversary.model_copy(update={**fixed, "mode": "eval"}), noise)
+    with evaluating(model):
+        return int((predicted(model(moved)) == y).sum())
+
+
+def watched_accuracy(model: nn.Module, settings: TrainingSettings, training: DeviceData) -> float:
+    """Accuracy on the first training images, always the same, under that attack. It shows catastrophic overfitting to a weaker one."""
+    n, size = min(WATCHED, len(training)), settings.batch_size // settings.compute.accumulate
+    right = 0
+    for start in range(0, n, size):
+        index = slice(start, min(start + size, n))
+        noise = generator(training.device, "watched", start)
+        right += resisted(model, training.internal(index), training.labels[index], settings, noise)
+    return right / n
