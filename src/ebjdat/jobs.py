@@ -26,6 +26,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "schedule.name": registry.SCHEDULES,
     "attacks": registry.ATTACKS,
     "data.source": registry.SOURCES,
+    "data.extra": registry.EXTRA,
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
     "contrast.ood": registry.MADE_SETS,
@@ -46,7 +47,7 @@ def named(settings: Mapping[str, Any]) -> Iterator[Entry]:
         for end, entries in NAMED_BY.items():
             _, match, below = f".{key}.".partition(f".{end}.")
             names = [below.split(".")[0]] if below else value if isinstance(value, tuple | list) else [value]
-            if match and not any(part in f".{key}" for part in unused):
+            if match and value is not None and not any(part in f".{key}" for part in unused):
                 yield from (entries[name] for name in names) if all(name in entries for name in names) else entries.values()
     yield from (registry.SAMPLES[name] for name in (method.samples if method else ()))
     yield from [Entry(method.state, method.source)] if method and method.state else []

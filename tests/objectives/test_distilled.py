@@ -163,7 +163,7 @@ def test_neighbours_ascend_what_the_score_says_of_the_teacher(pair: tuple[Linear
     x, y = torch.rand(16, 1, 2, 2, generator=rng) - 0.5, torch.zeros(16, dtype=torch.long)
     for name, make in (("kl_teacher", pgd.kl_teacher_score), ("kl_disagree", pgd.kl_disagree_score)):
         spec = AdversarySettings(score=name, eps=0.1, step_size=0.05, steps=5, start="gaussian", mode="eval")
-        moved = neighbours(student, x, y, spec, rng, teacher)
+        moved = neighbours(student, x, y, spec, rng, teacher=teacher)
         score = make(student, x, y, teacher)
         assert (score(moved) >= score(x)).all()
         assert (moved - x).abs().max() <= 0.2 + 1e-6  # eps of [0, 1] pixels, in [-1, 1]

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat import registry
-from ebjdat.data.extra import read_extra
 from ebjdat.data.sources import Raw, check_range
 from ebjdat.errors import DataError
 from ebjdat.files import arrays_of, write_npz, write_result
@@ -172,7 +171,7 @@ def prepare(settings: DataSettings) -> tuple[Prepared, dict[str, Any]]:
     arrays = dict(zip(HASHED, (images, labels, train, validation, test), strict=True))
     notes: list[str] = []
     if settings.extra is not None:
-        *extra, notes = read_extra(settings, images.shape[1:], raw.classes)
+        *extra, notes = registry.load(registry.EXTRA, "extra")(settings, images.shape[1:], raw.classes)
         arrays |= dict(zip(EXTRA, extra, strict=True))
     hashes = _hashes(arrays)
     prepared = Prepared(**arrays, class_mean=class_mean, classes=raw.classes, data_hash=_data_hash(hashes))

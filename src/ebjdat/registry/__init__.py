@@ -7,7 +7,7 @@ entries: what rows are. methods: objectives and their presets. strategies: what 
 protocols. data: data sets.
 """
 
-from ebjdat.registry.data import MADE_SETS, OOD_SETS, SOURCES
+from ebjdat.registry.data import EXTRA, MADE_SETS, OOD_SETS, SOURCES
 from ebjdat.registry.entries import RELEASE, Entry, Family, Logged, Method, Preset, Source, implementation, load
 from ebjdat.registry.evaluation import ATTACKS, EXTRACTORS, FEWEST_CLASSES, PROTOCOLS, SAMPLE_PROTOCOLS
 from ebjdat.registry.methods import BASES, FORMS, METHODS
@@ -17,6 +17,7 @@ __all__ = [
     "ATTACKS",
     "BASES",
     "BUDGETS",
+    "EXTRA",
     "EXTRACTORS",
     "FEWEST_CLASSES",
     "FORMS",

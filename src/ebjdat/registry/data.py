@@ -47,6 +47,9 @@ SOURCES: Mapping[str, Source] = {
     ),
 }
 
+# What reads `data.extra`, where there is any.
+EXTRA: Mapping[str, Entry] = {"extra": Entry("ebjdat.data.extra:read_extra", "more training images: an npz, or class folders")}
+
 # Out-of-distribution sets that are made from the images at hand.
 MADE_SETS: Mapping[str, Entry] = {
     "noise": Entry("ebjdat.data.made:noise", "uniform in [0, 1]; Hendrycks & Gimpel 2017, arXiv 1610.02136"),
