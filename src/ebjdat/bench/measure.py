@@ -292,6 +292,7 @@ def parts_of(bench: PipelineStep, planned: float, repeats: int) -> tuple[dict[st
 
     def sample(name: str) -> None:
         batch, state = held["work"]
+        state = replace(state, made={n: held[n] for n in names if n in held})
         held[name] = step.sample(batch, state, bench.noise, [name])[name]
 
     for _ in range(repeats):

@@ -44,7 +44,7 @@ class Step:
         slices = self.settings.compute.accumulate
         for i in range(slices):
             chains = None if state.chains is None else state.chains.part(i, slices)
-            made: dict[str, Tensor] = {}
+            made = {name: share(value, i, slices) for name, value in state.made.items()}
             part, of_part = batch.part(i, slices), replace(state, chains=chains, own=self.own, made=made)
             for name in registry.METHODS[self.method].samples if only is None else only:
                 sample = registry.load(registry.SAMPLES, name)
