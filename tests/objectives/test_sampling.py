@@ -263,3 +263,12 @@ def test_log_counts_are_those_of_the_training_split(profile: Profile, tailed: St
     found = sampling.log_counts(network, Batch(x, x, y), state, rng)
     assert found.shape == (6, 10)
     assert torch.allclose(found, torch.tensor([(c + 1) / 10 for c in range(10)]).log().expand(6, -1))
+
+
+def test_each_image_takes_its_own_steps_of_its_own_size(network: WideResNet, train_data: DeviceData, rng: torch.Generator) -> None:
+    """From the image itself, far from its ball's end: as far as all its steps together, where no gradient turns its sign."""
+    x, y = train_data.internal(slice(0, 6)) * 0.5, train_data.labels[:6]
+    spec = AdversarySettings(eps=0.4, step_size=0.1, steps=9, start="clean", mode="eval")
+    step, own = (torch.tensor(values).view(-1, 1, 1, 1) for values in ([1e-3, 2e-3, 1e-3, 3e-3, 1e-3, 2e-3], [3, 1, 0, 2, 1, 3]))
+    moved = neighbours(network, x, y, spec, rng, Budget(0.8, step, 0.0, 3, own))
+    assert (moved - x).flatten(1).abs().amax(1).tolist() == pytest.approx((step * own).flatten().tolist(), abs=1e-6)
