@@ -24,6 +24,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "optimizer.name": registry.OPTIMIZERS,
     "schedule.name": registry.SCHEDULES,
     "attacks": registry.ATTACKS,
+    "adaptive": registry.ADAPTIVE,
     "data.source": registry.SOURCES,
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
@@ -161,13 +162,14 @@ def _attack(profile: Profile, name: str) -> dict[str, Any]:
     return {"attack": profile.attack_settings(name).model_dump(mode="json")}
 
 
+OF_ENSEMBLE = ("n", "attacks", "adaptive")  # of a protocol's settings
+
+
 def _pgd(profile: Profile, name: str, *protocols: str) -> dict[str, Any]:
     """Of the attack's settings, those of its PGD under these protocols (none named: under all)."""
     attack = profile.attack_settings(name).model_dump(mode="json", include={"protocols", "seed", "batch_size"})
     chosen = {k: attack["protocols"][k] for k in protocols or attack["protocols"]}
-    return {
-        "attack": {**attack, "protocols": {k: {key: v for key, v in p.items() if key not in ("n", "attacks")} for k, p in chosen.items()}}
-    }
+    return {"attack": {**attack, "protocols": {k: {key: v for key, v in p.items() if key not in OF_ENSEMBLE} for k, p in chosen.items()}}}
 
 
 def _generate(profile: Profile, name: str) -> dict[str, Any]:

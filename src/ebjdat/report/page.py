@@ -32,6 +32,7 @@ from ebjdat.report.format import (
     collapse_cell,
     differences,
     header_parts,
+    measured,
     number,
     protocol_note,
     seed_table,
@@ -161,6 +162,8 @@ def write(site: Site, table: pd.DataFrame, out: Path, overrides: Sequence[str] =
         sample_table=seed_table("samples", "experiment", details),
         energy_table=seed_table("energy", "E(x)", details),
         reliability_table=seed_table("reliability", "experiment", details),
+        attack_table=measured(seed_table("attack", "experiment", details)),
+        universal_table=measured(seed_table("universal", "experiment", details)),
         ood_missing=first["ood_missing"],
         eps=standard.radius,
     )

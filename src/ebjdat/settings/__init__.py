@@ -13,6 +13,7 @@ from ebjdat.settings.data import DataSettings
 from ebjdat.settings.evaluation import (
     AUTO,
     RELEASED,
+    AdaptiveSettings,
     AttackSettings,
     EnsembleSettings,
     GenerateSettings,
@@ -53,6 +54,7 @@ __all__ = [
     "AUTO",
     "RELEASED",
     "STANDARD",
+    "AdaptiveSettings",
     "AdversarySettings",
     "AttackSettings",
     "AugmentSettings",

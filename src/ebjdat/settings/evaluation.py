@@ -55,6 +55,14 @@ class EnsembleSettings(Settings):
     range: Literal["unit", "internal"] = "unit"  # pixels of FAB, which clips to [0, 1]; internal: the brighter half
 
 
+class AdaptiveSettings(Settings):
+    """One adaptive attack; registry.ADAPTIVE lists what each reads."""
+
+    steps: Steps = 100  # of each start
+    restarts: Few = 2  # random starts; every other one climbs with the opposite sign of `weight`
+    weight: NotNegative = 1.0  # of the energy beside the cross-entropy; 0: cross-entropy alone
+
+
 class ProtocolSettings(Settings):
     """How robustness is measured; one column of the report."""
 
@@ -69,6 +77,8 @@ class ProtocolSettings(Settings):
     n: Annotated[CountOrZero, AfterValidator(within_test_split)]
     pgd: PGDSettings
     attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
+    # what attacks those of the first n that the ensemble left; reported beside its figure, which stays what it is
+    adaptive: dict[Annotated[str, known(registry.ADAPTIVE)], AdaptiveSettings] = Field(default_factory=dict)
 
     @property
     def radius(self) -> float:
@@ -85,8 +95,8 @@ class ProtocolSettings(Settings):
         return self.model_copy(update={"noise": self.noise_on.get(base or "", self.noise), "noise_on": {}})
 
     def keeps(self, preset: Mapping[str, Any]) -> bool:
-        """Whether only what a preset leaves open (eps, n, the step size of PGD) is this protocol's own."""
-        own = self.model_dump(exclude={"like", "eps", "n"})
+        """Whether only what a preset leaves open (eps, n, the step size of PGD, adaptive attacks) is this protocol's own."""
+        own = self.model_dump(exclude={"like", "eps", "n", "adaptive"})
         del own["pgd"]["step_size"]
         attacks = {name: {**EnsembleSettings().model_dump(), **values} for name, values in preset["attacks"].items()}
         return own == {"noise_on": {}, **preset, "pgd": {"restarts": 1, **preset["pgd"]}, "attacks": attacks}
@@ -102,6 +112,8 @@ class ProtocolSettings(Settings):
             ]
             if unread:
                 raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(reads)}")
+        if self.adaptive and not self.attacks:
+            raise ValueError("adaptive attacks need an ensemble: they attack what `attacks` left, and there are none")
         return self
 
 
@@ -125,13 +137,16 @@ def over_presets(protocols: Any) -> Any:
     if not isinstance(protocols, Mapping):
         return protocols
     merged = {name: _over_preset(name, entry, registry.PROTOCOLS) for name, entry in protocols.items() if entry is not None}
-    for name, protocol in merged.items():
-        attacks = mapping(mapping(protocol).get("attacks"))
-        for attack in attacks:
-            if attack not in registry.ATTACKS:
-                raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown; {nearest(str(attack), list(registry.ATTACKS))}")
-        if attacks:
-            merged[name] = {**protocol, "attacks": {attack: values for attack, values in attacks.items() if values is not None}}
+    for name in merged:
+        for kind, entries in (("attacks", registry.ATTACKS), ("adaptive", registry.ADAPTIVE)):
+            attacks = mapping(mapping(merged[name]).get(kind))
+            for attack in attacks:
+                if attack not in entries:
+                    elsewhere = "; it belongs under `adaptive`" if attack in registry.ADAPTIVE else ""
+                    known_ones = nearest(str(attack), list(entries))
+                    raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown{elsewhere}; {known_ones}")
+            if attacks:
+                merged[name] = {**merged[name], kind: {attack: values for attack, values in attacks.items() if values is not None}}
     return merged
 
 
@@ -156,6 +171,12 @@ class CheckSettings(Settings):
     restarts: Few = 3
 
 
+class UniversalSettings(Settings):
+    """One perturbation for every test image, within the standard protocol's radius, found on validation images."""
+
+    steps: Steps = 100  # sign steps, one batch of validation images each
+
+
 class ReferenceSettings(Settings):
     """A run of the same profile."""
 
@@ -167,6 +188,7 @@ class AttackSettings(Settings):
     protocols: Annotated[dict[ProtocolName, ProtocolSettings], BeforeValidator(over_presets)]
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # its adversarial examples are transferred to every other model
+    universal: UniversalSettings | None = None  # None: not measured
     search: Literal["fp32", "bf16"] = "fp32"  # precision of the ensemble's search; every verdict is decided in fp32
     seed: RandomSeed = 0
     batch_size: Batch = 250

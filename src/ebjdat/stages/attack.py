@@ -11,19 +11,20 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebjdat import __version__, codehash
 from ebjdat.data import external
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
+from ebjdat.evaluation import universal
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.evaluation.robust import fp32_eval_copy, number_of_classes
 from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import named
 from ebjdat.models.external import external_model
 from ebjdat.models.modes import UnitRange
-from ebjdat.names import flat_name
+from ebjdat.names import STANDARD, flat_name, flat_results
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.settings import AttackSettings
 from ebjdat.stages.context import Context, alone
@@ -31,7 +32,7 @@ from ebjdat.stages.evaluation import Task, open_evaluation, state_key
 from ebjdat.training import checkpoint
 
 # Ends of names that averaged weights have, too.
-AVERAGED = ("_correct", "_acc", "_low", "_high", "n_not_finite", "n_not_finite_adversarial")
+AVERAGED = ("_correct", "_acc", "_low", "_high", "_alone", "_alone_share", "n_not_finite", "n_not_finite_adversarial")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def run(context: Context, task: Task) -> None:
             of_ema = audit(averaged, x, y, settings, None, evaluation.state / "ema", title, with_checks=False, workers=workers)
             metrics |= {f"ema_{name}": value for name, value in of_ema.metrics.items() if name.endswith(AVERAGED)}
             tables.append(_with_weights(of_ema, "ema"))
+        if settings.universal:
+            metrics |= _universal(UnitRange(loaded.network(device)), DeviceData(data, "validation", device), (x, y), settings)
         evaluation.metrics = metrics
         evaluation.provenance = _provenance(settings) | {
             "experiment": task.experiment,
@@ -86,14 +89,23 @@ def run(context: Context, task: Task) -> None:
     _print(metrics, settings, task.outputs["out"], task.outputs["verdicts"])
 
 
+def _universal(model: nn.Module, validation: DeviceData, test: tuple[Tensor, Tensor], settings: AttackSettings) -> dict[str, Any]:
+    assert settings.universal
+    held_out, radius = (validation.unit(), validation.labels), settings.standard.radius
+    with fp32_eval_copy(model) as network:
+        found = universal.measure(network, held_out, test, radius, settings.universal.steps, settings.batch_size, settings.seed)
+    return flat_results({STANDARD: found})
+
+
 def run_external(
     network: ExternalNetwork, data: Images, settings: AttackSettings, device: torch.device, out: Path, verdicts_out: Path
 ) -> None:
     """Evaluate an external network. Writes the same files as for a checkpoint of this project.
 
     State of an interrupted evaluation lies beside `out`. Raises AttackError where the number of class folders is not the
-    network's number of classes, and no file names them.
+    network's number of classes, and no file names them; and for what needs more than a network and test images.
     """
+    _refuse_what_needs_a_profile(settings)
     names = external.class_names(data.classes) if data.classes else None
     model = external_model(network.factory, network.weights, network.key, device)
     other = external_model(network.source, device=device) if network.source else None
@@ -130,6 +142,11 @@ def run_external(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _refuse_what_needs_a_profile(settings: AttackSettings) -> None:
+    if settings.universal:
+        raise AttackError("evaluation.attack.universal is found on validation images, which are not given with --model; set it to null")
+
+
 def _provenance(settings: AttackSettings) -> dict[str, Any]:
     return {"git_commit": git_commit(), "version": __version__, "settings": settings.model_dump()}
 
@@ -144,6 +161,9 @@ def _print(metrics: Mapping[str, Any], settings: AttackSettings, *outputs: Path)
         accuracies = {title: metrics.get(flat_name("acc", attack, name)) for attack, title in attacks.items()}
         parts = [f"{title} {accuracy:.1%}" for title, accuracy in accuracies.items() if accuracy is not None]
         parts[-1] += f" of the first {metrics[flat_name('n_attack', protocol=name)]}" if accuracies["ensemble"] is not None else ""
+        for attack in protocol.adaptive:
+            if (alone := metrics.get(flat_name("alone", attack, name))) is not None:
+                parts.append(f"then {attack} {metrics[flat_name('acc', attack, name)]:.1%} ({alone} broken by it alone)")
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(parts)}", flush=True)
     passed = [check["passed"] for check in metrics["checks"]]
     print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not run", flush=True)
