@@ -38,6 +38,8 @@ ADVERSARIAL = "the method trains on adversarial neighbours"
 CHAINS = "the method has chains"
 ENSEMBLE = "the protocol's ensemble was run (`n` above 0)"
 UNIVERSAL = "`evaluation.attack.universal` is set"
+SCREEN = "`evaluation.attack.screen` is set"
+AUTOENCODER = "`evaluation.reliability.autoencoder` is set"
 FOUND = "there is one (else null)"
 ADAPTIVE = "the protocol's `adaptive` has the attack, and `n` is above 0"
 SEEDS = "several seeds"
@@ -202,6 +204,19 @@ METRICS: tuple[Metric, ...] = (
                    Column("universal", "random signs %", "universal_random_acc", interval=True))),
         M("universal[_random]_(low|high)", "fraction", "", "95 % Wilson interval of it", UNIVERSAL),
         M("n_universal", "count", "", "validation images that it was found on", UNIVERSAL),
+        M("screen[_shuffled]_agreement", "fraction", "",
+          "a screen, not a measure of robustness: pixels at which the gradient predicted from features has the sign of the true one, on "
+          "test images that are right; `_shuffled`: its control, fitted with each gradient beside another image's features", SCREEN,
+          columns=(Column("screen", "sign agreement %"), Column("screen", "shuffled: sign agreement %", "screen_shuffled_agreement"))),
+        M("screen[_shuffled|_random]_success", "number, at least 0", "",
+          "a screen, not a measure of robustness: images that one step along the predicted signs breaks, over those that FGSM breaks; "
+          "`_random`: along random signs", SCREEN,
+          columns=(Column("screen", "success / FGSM's"), Column("screen", "shuffled: success / FGSM's", "screen_shuffled_success"),
+                   Column("screen", "random signs: success / FGSM's", "screen_random_success"))),
+        M("screen_fgsm_broken", "count", "", "images that FGSM breaks, of `n_screen`; if 0 there is no success to compare with", SCREEN,
+          columns=(Column("screen", "FGSM breaks", form=".0f", n="n_screen"),)),
+        M("n_screen", "count", "", "test images that are right without an attack", SCREEN),
+        M("n_screen_calibration", "count", "", "validation images that the regression was fitted on", SCREEN),
         M("checks", "list", "",
           "integrity checks: `name`, `protocol`, `passed` (null: not run), `value` and `limit` in the unit that `says` names, `n`",
           needed=("attack",)),
@@ -323,6 +338,20 @@ METRICS: tuple[Metric, ...] = (
           "look more like the data than the data",
           columns=(Column("reliability", "PGD, {protocol} (energy)", "detect_auroc_energy_<protocol>", interval=True),)),
         M("detect_auroc_(energy|max_probability)_<protocol>_(low|high)", "fraction", "", "its 95 % interval, as for `ood_auroc_…`"),
+        M("detect_auroc[_evaded]_autoencoder_<protocol>", "fraction", "higher",
+          "the same of minus the error with which a sparse autoencoder, trained on features of training images, reconstructs an image's; "
+          "`_evaded`: of images by an attack that knows it (PGD up cross-entropy − `evasion` × error): only this says whether it helps",
+          AUTOENCODER,
+          columns=(Column("reliability", "PGD, {protocol} (autoencoder)", "detect_auroc_autoencoder_<protocol>", interval=True),
+                   Column("reliability", "evading PGD, {protocol} (autoencoder)", "detect_auroc_evaded_autoencoder_<protocol>",
+                          interval=True))),
+        M("detect_auroc[_evaded]_autoencoder_<protocol>_(low|high)", "fraction", "", "its 95 % interval, as `ood_auroc_…`", AUTOENCODER),
+        M("detect_evaded_acc_<protocol>", "fraction", "higher",
+          "right after the attack that knows the detector, of `n_calibration` images: what evading it costs the attack",
+          AUTOENCODER),
+        M("autoencoder_error[_shuffled]", "number, at least 0", "lower",
+          "mean squared error of test images' features, each scaled to variance 1 on training images; `_shuffled`: its control, of "
+          "features that were each taken from another image", AUTOENCODER),
         M("n_detect_<protocol>", "count", "", "test images, and as many PGD neighbours (also of those that are misclassified anyway)"),
     ),
     *_of(

@@ -33,7 +33,7 @@ class Column:
     scale: how a number is written; by default fractions in percent.
     """
 
-    table: Literal["attack", "universal", "energy", "samples", "reliability"]
+    table: Literal["attack", "universal", "screen", "energy", "samples", "reliability"]
     title: str
     name: str = ""
     n: str = ""

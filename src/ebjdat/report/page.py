@@ -163,6 +163,7 @@ def write(site: Site, table: pd.DataFrame, out: Path, overrides: Sequence[str] =
         energy_table=seed_table("energy", "E(x)", details),
         reliability_table=seed_table("reliability", "experiment", details),
         attack_table=measured(seed_table("attack", "experiment", details)),
+        screen_table=measured(seed_table("screen", "experiment", details)),
         universal_table=measured(seed_table("universal", "experiment", details)),
         ood_missing=first["ood_missing"],
         eps=standard.radius,

@@ -15,6 +15,7 @@ from ebjdat.settings.types import (
     Batch,
     Count,
     CountOrZero,
+    Epochs,
     Epsilon,
     Few,
     FilePath,
@@ -177,6 +178,12 @@ class UniversalSettings(Settings):
     steps: Steps = 100  # sign steps, one batch of validation images each
 
 
+class ScreenSettings(Settings):
+    """Input gradients predicted from features of validation images: a screen, not a measure of robustness."""
+
+    ridge: Positive = 1e-3  # of the regression, in units of a feature's mean square
+
+
 class ReferenceSettings(Settings):
     """A run of the same profile."""
 
@@ -189,6 +196,7 @@ class AttackSettings(Settings):
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # its adversarial examples are transferred to every other model
     universal: UniversalSettings | None = None  # None: not measured
+    screen: ScreenSettings | None = None  # None: not run
     search: Literal["fp32", "bf16"] = "fp32"  # precision of the ensemble's search; every verdict is decided in fp32
     seed: RandomSeed = 0
     batch_size: Batch = 250
@@ -270,6 +278,16 @@ def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+class AutoencoderSettings(Settings):
+    """A sparse autoencoder of penultimate features: how badly it reconstructs an image's makes the image suspicious."""
+
+    width: Count = 256  # hidden units
+    sparsity: NotNegative = 1e-3  # weight of the units' mean activity in the loss
+    epochs: Annotated[Epochs, Field(ge=1)] = 30
+    lr: Positive = 1e-3
+    evasion: NotNegative = 1.0  # weight of the reconstruction error in the attack that knows the detector: CE - evasion * error
+
+
 class ReliabilitySettings(Settings):
     """Calibration, and detection of out-of-distribution and of adversarial images."""
 
@@ -277,6 +295,7 @@ class ReliabilitySettings(Settings):
     bins: Annotated[int, Number, Field(ge=1, le=10_000)] = 15  # of the calibration error, equally wide
     ood: Annotated[tuple[Annotated[str, known({AUTO: None, **registry.OOD_SETS})], ...], BeforeValidator(one_or_more)] = (AUTO,)
     ood_path: FilePath | None = None  # set folder: a folder or archive of class folders, as data.path
+    autoencoder: AutoencoderSettings | None = None  # a further detector of adversarial images; None: left out
     seed: RandomSeed = 0
     batch_size: Batch = 250
 

@@ -6,24 +6,26 @@ import itertools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebjdat import __version__, codehash
 from ebjdat.data import external
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
-from ebjdat.evaluation import universal
+from ebjdat.evaluation import screen, universal
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.evaluation.robust import fp32_eval_copy, number_of_classes
 from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import named
 from ebjdat.models.external import external_model
-from ebjdat.models.modes import UnitRange
+from ebjdat.models.modes import UnitRange, frozen_parameters
+from ebjdat.models.wrn import WideResNet, features_and_logits
 from ebjdat.names import STANDARD, flat_name, flat_results
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.settings import AttackSettings
@@ -76,8 +78,7 @@ def run(context: Context, task: Task) -> None:
             of_ema = audit(averaged, x, y, settings, None, evaluation.state / "ema", title, with_checks=False, workers=workers)
             metrics |= {f"ema_{name}": value for name, value in of_ema.metrics.items() if name.endswith(AVERAGED)}
             tables.append(_with_weights(of_ema, "ema"))
-        if settings.universal:
-            metrics |= _universal(UnitRange(loaded.network(device)), DeviceData(data, "validation", device), (x, y), settings)
+        metrics |= _with_validation(loaded.network(device), DeviceData(data, "validation", device), (x, y), settings)
         evaluation.metrics = metrics
         evaluation.provenance = _provenance(settings) | {
             "experiment": task.experiment,
@@ -89,12 +90,18 @@ def run(context: Context, task: Task) -> None:
     _print(metrics, settings, task.outputs["out"], task.outputs["verdicts"])
 
 
-def _universal(model: nn.Module, validation: DeviceData, test: tuple[Tensor, Tensor], settings: AttackSettings) -> dict[str, Any]:
-    assert settings.universal
-    held_out, radius = (validation.unit(), validation.labels), settings.standard.radius
-    with fp32_eval_copy(model) as network:
-        found = universal.measure(network, held_out, test, radius, settings.universal.steps, settings.batch_size, settings.seed)
-    return flat_results({STANDARD: found})
+def _with_validation(network: WideResNet, validation: DeviceData, test: tuple[Tensor, Tensor], settings: AttackSettings) -> dict[str, Any]:
+    """What is found on validation images and measured on test images, where the settings ask for it."""
+    held_out, radius, found = (validation.unit(), validation.labels), settings.standard.radius, dict[str, Any]()
+    with fp32_eval_copy(UnitRange(network)) as model:
+        if settings.universal:
+            each = universal.measure(model, held_out, test, radius, settings.universal.steps, settings.batch_size, settings.seed)
+            found |= flat_results({STANDARD: each})
+        if settings.screen:
+            both, strength = partial(features_and_logits, network), settings.screen.ridge
+            with frozen_parameters(network, "eval"):
+                found |= screen.measure(both, held_out, test, radius, strength, settings.batch_size, settings.seed)
+    return found
 
 
 def run_external(
@@ -143,8 +150,9 @@ def run_external(
 
 
 def _refuse_what_needs_a_profile(settings: AttackSettings) -> None:
-    if settings.universal:
-        raise AttackError("evaluation.attack.universal is found on validation images, which are not given with --model; set it to null")
+    for name in ("universal", "screen"):
+        if getattr(settings, name):
+            raise AttackError(f"evaluation.attack.{name} needs validation images, which are not given with --model; set it to null")
 
 
 def _provenance(settings: AttackSettings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
-from ebjdat.evaluation import calibration, detection, ood, robust
+from ebjdat.evaluation import autoencoder, calibration, detection, ood, robust
 from ebjdat.files import write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
+from ebjdat.models.wrn import WideResNet, features_and_logits
 from ebjdat.progress import Bar
-from ebjdat.settings import AttackSettings
+from ebjdat.settings import AttackSettings, ReliabilitySettings
 from ebjdat.stages.context import Context
 from ebjdat.stages.evaluation import Task, open_evaluation
 
@@ -69,6 +71,11 @@ def run(context: Context, task: Task) -> None:
             for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar)):
                 evaluation.metrics |= metrics
                 values |= scores
+        if settings.autoencoder:
+            train = DeviceData(evaluation.data, "train", evaluation.device).unit()
+            metrics, scores = autoencoded(model, train, (x, y), attack, settings, evaluation.title)
+            evaluation.metrics |= metrics
+            values |= scores
 
         write_npz(task.outputs["values"], values)
         diagram = figures.reliability_diagram(curves, f"{task.experiment}, seed {task.seed}")
@@ -89,6 +96,47 @@ def out_of_distribution(model: nn.Module, own: Scores, others: Mapping[str, Tens
             values[f"ood_{name}_{score}"] = scores[score]
         metrics[f"n_ood_{name}"] = int(finite.sum())
     return metrics, values
+
+
+def autoencoded(
+    model: UnitRange, train: Tensor, test: tuple[Tensor, Tensor], attack: AttackSettings, settings: ReliabilitySettings, title: str
+) -> tuple[Results, Scores]:
+    """A sparse autoencoder's errors on PGD's images under each protocol, and on those of an attack that knows it; by their final names.
+
+    train: images that it learns from. test: finite logits are known of these.
+    """
+    assert settings.autoencoder
+    assert isinstance(model.network, WideResNet)
+    both, size = partial(features_and_logits, model.network), settings.batch_size
+    features = partial(features_of, both, batch_size=size)
+    detector = autoencoder.fit(features(train), settings.autoencoder, settings.seed)
+    evading = autoencoder.evading_score(both, detector, settings.autoencoder.evasion)
+    (x, y), of_test = test, features(test[0])
+    found = {"": of_test, "_shuffled": autoencoder.shuffled(of_test, settings.seed)}
+    metrics: Results = {f"autoencoder_error{kind}": float(detector.error(value).double().mean()) for kind, value in found.items()}
+    values: Scores = {}
+    with Bar(f"{title}: attacks on the autoencoder", len(x) * len(attack.protocols)) as bar:
+        for name, protocol in attack.protocols.items():
+            clean = robust.apply_protocol_noise(protocol, x, attack.seed)
+            moved = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size)
+            evaded = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size, evading)
+            bar.advance(len(x))
+            scores = {
+                kind: -detector.error(features(points)).double().cpu().numpy()
+                for kind, points in (("clean", clean), ("adversarial", moved), ("evading", evaded))
+            }
+            metrics |= detection.separation(scores["clean"], scores["adversarial"], f"detect_auroc_autoencoder_{name}")
+            metrics |= detection.separation(scores["clean"], scores["evading"], f"detect_auroc_evaded_autoencoder_{name}")
+            right = robust.predictions(model, evaded, size) == y
+            metrics[f"detect_evaded_acc_{name}"] = float(right.double().mean())
+            values |= {f"{kind}_{name}_autoencoder": score for kind, score in scores.items()}
+    return metrics, values
+
+
+@torch.no_grad()
+def features_of(network: autoencoder.Network, x: Tensor, batch_size: int) -> Tensor:
+    """Penultimate features (N, F) of images in [0, 1]."""
+    return torch.cat([network(x[part])[0] for part in robust.batches(len(x), batch_size)])
 
 
 def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar) -> tuple[Results, Scores]:
