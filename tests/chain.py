@@ -35,7 +35,7 @@ OWN = "mine"  # a protocol that only this profile has
 FEW = {
     "n": 2,
     "pgd": {"step_size": 0.03},
-    "adaptive": {"energy_ce": {"steps": 3, "restarts": 2}},
+    "adaptive_attacks": {"energy_ce": {"steps": 3, "restarts": 2}},
     "attacks": {
         "apgd_ce": {"steps": 2},
         "apgd_t": {"steps": 2, "targets": 2},

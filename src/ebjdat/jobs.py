@@ -24,7 +24,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "optimizer.name": registry.OPTIMIZERS,
     "schedule.name": registry.SCHEDULES,
     "attacks": registry.ATTACKS,
-    "adaptive": registry.ADAPTIVE,
+    "adaptive_attacks": registry.ADAPTIVE,
     "data.source": registry.SOURCES,
     "generate.extractor": registry.EXTRACTORS,
     "reliability.ood": registry.OOD_SETS,
@@ -162,7 +162,7 @@ def _attack(profile: Profile, name: str) -> dict[str, Any]:
     return {"attack": profile.attack_settings(name).model_dump(mode="json")}
 
 
-OF_ENSEMBLE = ("n", "attacks", "adaptive")  # of a protocol's settings
+OF_ENSEMBLE = ("n", "attacks", "adaptive_attacks")  # of a protocol's settings
 
 
 def _pgd(profile: Profile, name: str, *protocols: str) -> dict[str, Any]:

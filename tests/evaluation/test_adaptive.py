@@ -90,7 +90,7 @@ def beside(model: nn.Module, x: Tensor, y: Tensor, state: Path | None = None, **
     """What is measured with an ensemble of one step, and the adaptive attack (none without values)."""
     weak: dict[str, dict[str, int] | None] = {**dict.fromkeys(("apgd_t", "fab_t", "square")), "apgd_ce": {"steps": 1}}
     own = {"like": "standard", "eps": EPS, "pgd": {"step_size": EPS / 4, "steps": 1}, "n": 30, "attacks": weak}
-    own |= {"adaptive": {"energy_ce": values}} if values else {}
+    own |= {"adaptive_attacks": {"energy_ce": values}} if values else {}
     asked = AttackSettings.model_validate({"protocols": {"standard": settings(EPS, 0).standard.model_dump(), "own": own}, "batch_size": 12})
     result = audit(model, x, y, asked, state=state, with_checks=False)
     frame = result.table.to_pandas().query("protocol == 'own'")
@@ -118,8 +118,8 @@ def test_the_ensembles_figures_stay_what_they_are(tmp_path: Path) -> None:
 
 
 def test_it_may_follow_the_standard_protocol_under_its_name() -> None:
-    own = {"eps": EPS, "pgd": {"step_size": EPS / 4}, "n": 4, "adaptive": {"energy_ce": {"restarts": 3}}}
+    own = {"eps": EPS, "pgd": {"step_size": EPS / 4}, "n": 4, "adaptive_attacks": {"energy_ce": {"restarts": 3}}}
     asked = AttackSettings.model_validate({"protocols": {"standard": own}}).standard
-    assert asked.adaptive["energy_ce"] == AdaptiveSettings(steps=100, restarts=3, weight=1.0)
-    left_out = AttackSettings.model_validate({"protocols": {"standard": {**own, "adaptive": {"energy_ce": None}}}})
-    assert left_out.standard.adaptive == {}
+    assert asked.adaptive_attacks["energy_ce"] == AdaptiveSettings(steps=100, restarts=3, weight=1.0)
+    left_out = AttackSettings.model_validate({"protocols": {"standard": {**own, "adaptive_attacks": {"energy_ce": None}}}})
+    assert left_out.standard.adaptive_attacks == {}

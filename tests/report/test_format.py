@@ -111,7 +111,7 @@ def test_what_an_adaptive_attack_broke_stands_beside_the_ensemble(three_seeds: P
     """Accuracy after both, over seeds; and the count over all seeds, as attack.json has it."""
     assert not any("energy_ce" in head for head in side_by_side(three_seeds, three_runs)[0])
     attack = three_seeds.evaluation.attack
-    standard = attack.standard.model_copy(update={"adaptive": {"energy_ce": AdaptiveSettings()}})
+    standard = attack.standard.model_copy(update={"adaptive_attacks": {"energy_ce": AdaptiveSettings()}})
     attack = attack.model_copy(update={"protocols": {**attack.protocols, "standard": standard}})
     asked = dataclasses.replace(three_seeds, evaluation=three_seeds.evaluation.model_copy(update={"attack": attack}))
     more = {run.seed: {"energy_ce_acc": 0.3 + run.seed / 10, "energy_ce_correct": 8, "energy_ce_alone": run.seed} for run in three_runs}

@@ -301,7 +301,7 @@ class _Run:
             self._attack_rest(fast, name, attack, names[:i], autoattack.queries(name, attack, classes))
         after = {name: float(self.verdicts.robust_under(names[: i + 1])[:n].float().mean()) for i, name in enumerate(names)}
         self._add_flags(autoattack.square_flag({"clean": float(self.verdicts.clean[:n].float().mean()), **after}))
-        for name, adaptive in self.protocol.adaptive.items():
+        for name, adaptive in self.protocol.adaptive_attacks.items():
             self._attack_rest(fast, name, adaptive, names, adaptive.restarts * (adaptive.steps + 1))
 
     def _attack_rest(

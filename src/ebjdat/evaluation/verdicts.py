@@ -226,7 +226,7 @@ def result(protocol: ProtocolSettings, verdicts: Verdicts) -> ProtocolResult:
                     proportion(verdicts.robust[name][:n] == 0),
                     Found.of([verdicts.found[name]]),
                 )
-                for name in protocol.adaptive
+                for name in protocol.adaptive_attacks
             },
             found=Found.of([verdicts.found[name] for name in names]),
         )
@@ -250,7 +250,7 @@ def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
     n = protocol.n if protocol.attacks else 0
     names = list(protocol.attacks)
     after = verdicts.robust_under(names) if n else verdicts.clean
-    worst = verdicts.robust_under([pgd_name(protocol), *([*names, *protocol.adaptive] if n else [])])
+    worst = verdicts.robust_under([pgd_name(protocol), *([*names, *protocol.adaptive_attacks] if n else [])])
     attacked = {
         attack: [None if value == NOT_ATTACKED else bool(value) for value in robust.tolist()] for attack, robust in verdicts.robust.items()
     }

@@ -217,7 +217,7 @@ def side_by_side(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]
     for kind, name, protocol in shown:
         heads.append(_protocol_heading(profile, kind, name, protocol))
         heads += [f"{name} − standard, {kind}"] if name in same_norm else []
-    adaptive = [(name, attack, p) for name, p in protocols.items() if p.n for attack in p.adaptive]
+    adaptive = [(name, attack, p) for name, p in protocols.items() if p.n for attack in p.adaptive_attacks]
     for name, attack, protocol in adaptive:
         heads += [f"{name}: ensemble, then {attack} %, n={protocol.n}", f"{name}: broken by {attack} alone"]
     lines = [heads]

@@ -79,7 +79,7 @@ class ProtocolSettings(Settings):
     pgd: PGDSettings
     attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
     # what attacks those of the first n that the ensemble left; reported beside its figure, which stays what it is
-    adaptive: dict[Annotated[str, known(registry.ADAPTIVE)], AdaptiveSettings] = Field(default_factory=dict)
+    adaptive_attacks: dict[Annotated[str, known(registry.ADAPTIVE)], AdaptiveSettings] = Field(default_factory=dict)
 
     @property
     def radius(self) -> float:
@@ -97,7 +97,7 @@ class ProtocolSettings(Settings):
 
     def keeps(self, preset: Mapping[str, Any]) -> bool:
         """Whether only what a preset leaves open (eps, n, the step size of PGD, adaptive attacks) is this protocol's own."""
-        own = self.model_dump(exclude={"like", "eps", "n", "adaptive"})
+        own = self.model_dump(exclude={"like", "eps", "n", "adaptive_attacks"})
         del own["pgd"]["step_size"]
         attacks = {name: {**EnsembleSettings().model_dump(), **values} for name, values in preset["attacks"].items()}
         return own == {"noise_on": {}, **preset, "pgd": {"restarts": 1, **preset["pgd"]}, "attacks": attacks}
@@ -113,7 +113,7 @@ class ProtocolSettings(Settings):
             ]
             if unread:
                 raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(reads)}")
-        if self.adaptive and not self.attacks:
+        if self.adaptive_attacks and not self.attacks:
             raise ValueError("adaptive attacks need an ensemble: they attack what `attacks` left, and there are none")
         return self
 
@@ -139,11 +139,11 @@ def over_presets(protocols: Any) -> Any:
         return protocols
     merged = {name: _over_preset(name, entry, registry.PROTOCOLS) for name, entry in protocols.items() if entry is not None}
     for name in merged:
-        for kind, entries in (("attacks", registry.ATTACKS), ("adaptive", registry.ADAPTIVE)):
+        for kind, entries in (("attacks", registry.ATTACKS), ("adaptive_attacks", registry.ADAPTIVE)):
             attacks = mapping(mapping(merged[name]).get(kind))
             for attack in attacks:
                 if attack not in entries:
-                    elsewhere = "; it belongs under `adaptive`" if attack in registry.ADAPTIVE else ""
+                    elsewhere = "; it belongs under `adaptive_attacks`" if attack in registry.ADAPTIVE else ""
                     known_ones = nearest(str(attack), list(entries))
                     raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown{elsewhere}; {known_ones}")
             if attacks:

@@ -169,7 +169,7 @@ def _print(metrics: Mapping[str, Any], settings: AttackSettings, *outputs: Path)
         accuracies = {title: metrics.get(flat_name("acc", attack, name)) for attack, title in attacks.items()}
         parts = [f"{title} {accuracy:.1%}" for title, accuracy in accuracies.items() if accuracy is not None]
         parts[-1] += f" of the first {metrics[flat_name('n_attack', protocol=name)]}" if accuracies["ensemble"] is not None else ""
-        for attack in protocol.adaptive:
+        for attack in protocol.adaptive_attacks:
             if (alone := metrics.get(flat_name("alone", attack, name))) is not None:
                 parts.append(f"then {attack} {metrics[flat_name('acc', attack, name)]:.1%} ({alone} broken by it alone)")
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(parts)}", flush=True)
