@@ -89,8 +89,15 @@ def test_the_attack_that_knows_it_climbs_what_it_says() -> None:
         hidden = network.layers[:3]((at - 0.5) * 4)
         return hidden, network.layers[3](hidden)
 
-    detector = autoencoder.fit(both(images(200))[0], SETTINGS.model_copy(update={"epochs": 3}), 0)
     for weight in (0.0, 2.0):
-        found = autoencoder.evading_score(both, detector, weight)(network, x, y)(x)
-        expected = F.cross_entropy(network(x), y, reduction="none") - weight * detector.error(both(x)[0])
+        chosen = SETTINGS.model_copy(update={"epochs": 3, "evasion": weight})
+        detector = autoencoder.Detector.of(both, images(200), chosen, 0, batch_size=64)
+        error = detector.model.error(both(x)[0])
+        expected = F.cross_entropy(network(x), y, reduction="none") - weight * error
+        found = detector.evading_score(network, x, y)(x)
         assert np.allclose(found.detach().numpy(), expected.detach().numpy(), atol=1e-6)
+        assert np.allclose(detector.scores(x), -error.detach().numpy(), atol=1e-6)
+        errors = detector.errors(x, 0)
+        assert errors["autoencoder_error"] == pytest.approx(float(error.mean()), abs=1e-6)
+        control = autoencoder.shuffled(both(x)[0].detach(), 0)
+        assert errors["autoencoder_error_shuffled"] == pytest.approx(float(detector.model.error(control).mean()), abs=1e-6)

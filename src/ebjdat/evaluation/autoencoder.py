@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebjdat.data.batches import generator
-from ebjdat.samplers.pgd import MakeScore, Score
+from ebjdat.evaluation.robust import batches
+from ebjdat.samplers.pgd import Score
 from ebjdat.settings import AutoencoderSettings
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, C, H, W) in [0, 1] -> penultimate features (B, F), logits (B, K)
@@ -78,14 +81,41 @@ def shuffled(features: Tensor, seed: int) -> Tensor:
     return features.gather(0, noise.argsort(0).to(features.device))
 
 
-def evading_score(network: Network, model: Autoencoder, weight: float) -> MakeScore:
-    """CE(moved, y) - weight * error(features of moved): misclassified, and like training images to the detector."""
+@dataclass(frozen=True)
+class Detector:
+    """An autoencoder of a network's features. evasion: weight of its error in the attack that knows it."""
 
-    def make(_: nn.Module, x: Tensor, y: Tensor) -> Score:
+    network: Network
+    model: Autoencoder
+    evasion: float
+    batch_size: int
+
+    @classmethod
+    def of(cls, network: Network, train: Tensor, settings: AutoencoderSettings, seed: int, batch_size: int) -> Detector:
+        """Trained on features of images (N, C, H, W) in [0, 1]."""
+        return cls(network, fit(_features(network, train, batch_size), settings, seed), settings.evasion, batch_size)
+
+    def scores(self, x: Tensor) -> NDArray[np.float64]:
+        """Minus the error (N,) of images in [0, 1]: higher, the more an image is like those that it was trained on."""
+        return (-self.model.error(_features(self.network, x, self.batch_size))).double().cpu().numpy()
+
+    def errors(self, x: Tensor, seed: int) -> dict[str, float]:
+        """Mean errors of images, and of the control: their features, each taken from another image."""
+        features = _features(self.network, x, self.batch_size)
+        sets = {"autoencoder_error": features, "autoencoder_error_shuffled": shuffled(features, seed)}
+        return {name: float(self.model.error(each).double().mean()) for name, each in sets.items()}
+
+    def evading_score(self, _: nn.Module, x: Tensor, y: Tensor) -> Score:
+        """CE(moved, y) - evasion * error(features of moved): misclassified, and like training images to the detector. PGD climbs it."""
+
         def score(moved: Tensor) -> Tensor:
-            features, logits = network(moved)
-            return F.cross_entropy(logits, y, reduction="none") - weight * model.error(features)
+            features, logits = self.network(moved)
+            return F.cross_entropy(logits, y, reduction="none") - self.evasion * self.model.error(features)
 
         return score
 
-    return make
+
+@torch.no_grad()
+def _features(network: Network, x: Tensor, batch_size: int) -> Tensor:
+    """Penultimate features (N, F) of images in [0, 1]."""
+    return torch.cat([network(x[part])[0] for part in batches(len(x), batch_size)])

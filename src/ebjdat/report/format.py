@@ -192,7 +192,8 @@ def _seed_cell(metric: Metric, column: Column, name: str, values: Mapping[str, A
         return None
     if not column.interval:
         return number(values[name], form, scale, values.get(column.spread), values.get(column.n))
-    value, low, high = values[name], values.get(f"{name}_low"), values.get(f"{name}_high")
+    stem = name.removesuffix("_acc")  # attack's results are <attack>_acc, <attack>_low, <attack>_high
+    value, low, high = values[name], values.get(f"{stem}_low"), values.get(f"{stem}_high")
     return None if low is None or high is None else f"{scale * value:{form}} [{scale * low:{form}}, {scale * high:{form}}]"
 
 

@@ -283,8 +283,8 @@ class AutoencoderSettings(Settings):
 
     width: Count = 256  # hidden units
     sparsity: NotNegative = 1e-3  # weight of the units' mean activity in the loss
-    epochs: Annotated[Epochs, Field(ge=1)] = 30
-    lr: Positive = 1e-3
+    epochs: Annotated[Epochs, Field(ge=1)] = 60
+    lr: Positive = 3e-3
     evasion: NotNegative = 1.0  # weight of the reconstruction error in the attack that knows the detector: CE - evasion * error
 
 

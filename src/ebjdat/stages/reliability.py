@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
-from ebjdat.evaluation import autoencoder, calibration, detection, ood, robust
+from ebjdat.evaluation import calibration, detection, ood, robust
+from ebjdat.evaluation.autoencoder import Detector
 from ebjdat.files import write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
 from ebjdat.models.wrn import WideResNet, features_and_logits
@@ -67,15 +68,13 @@ def run(context: Context, task: Task) -> None:
         }
         own = {**detection.logit_scores(logits), "gradient_norm": detection.gradient_norm(model, x, size)}
         values = {"labels": labels, "logits": logits, **{f"test_{score}": v for score, v in own.items()}}
+        detector = detector_of(model, DeviceData(evaluation.data, "train", evaluation.device), settings)
+        if detector:
+            evaluation.metrics |= detector.errors(x, settings.seed)
         with Bar(f"{evaluation.title}: PGD", len(x) * len(attack.protocols)) as bar:
-            for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar)):
+            for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar, detector)):
                 evaluation.metrics |= metrics
                 values |= scores
-        if settings.autoencoder:
-            train = DeviceData(evaluation.data, "train", evaluation.device).unit()
-            metrics, scores = autoencoded(model, train, (x, y), attack, settings, evaluation.title)
-            evaluation.metrics |= metrics
-            values |= scores
 
         write_npz(task.outputs["values"], values)
         diagram = figures.reliability_diagram(curves, f"{task.experiment}, seed {task.seed}")
@@ -98,49 +97,21 @@ def out_of_distribution(model: nn.Module, own: Scores, others: Mapping[str, Tens
     return metrics, values
 
 
-def autoencoded(
-    model: UnitRange, train: Tensor, test: tuple[Tensor, Tensor], attack: AttackSettings, settings: ReliabilitySettings, title: str
-) -> tuple[Results, Scores]:
-    """A sparse autoencoder's errors on PGD's images under each protocol, and on those of an attack that knows it; by their final names.
-
-    train: images that it learns from. test: finite logits are known of these.
-    """
-    assert settings.autoencoder
+def detector_of(model: UnitRange, train: DeviceData, settings: ReliabilitySettings) -> Detector | None:
+    """The sparse autoencoder that the settings ask for, trained on features of training images."""
+    if not settings.autoencoder:
+        return None
     assert isinstance(model.network, WideResNet)
-    both, size = partial(features_and_logits, model.network), settings.batch_size
-    features = partial(features_of, both, batch_size=size)
-    detector = autoencoder.fit(features(train), settings.autoencoder, settings.seed)
-    evading = autoencoder.evading_score(both, detector, settings.autoencoder.evasion)
-    (x, y), of_test = test, features(test[0])
-    found = {"": of_test, "_shuffled": autoencoder.shuffled(of_test, settings.seed)}
-    metrics: Results = {f"autoencoder_error{kind}": float(detector.error(value).double().mean()) for kind, value in found.items()}
-    values: Scores = {}
-    with Bar(f"{title}: attacks on the autoencoder", len(x) * len(attack.protocols)) as bar:
-        for name, protocol in attack.protocols.items():
-            clean = robust.apply_protocol_noise(protocol, x, attack.seed)
-            moved = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size)
-            evaded = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size, evading)
-            bar.advance(len(x))
-            scores = {
-                kind: -detector.error(features(points)).double().cpu().numpy()
-                for kind, points in (("clean", clean), ("adversarial", moved), ("evading", evaded))
-            }
-            metrics |= detection.separation(scores["clean"], scores["adversarial"], f"detect_auroc_autoencoder_{name}")
-            metrics |= detection.separation(scores["clean"], scores["evading"], f"detect_auroc_evaded_autoencoder_{name}")
-            right = robust.predictions(model, evaded, size) == y
-            metrics[f"detect_evaded_acc_{name}"] = float(right.double().mean())
-            values |= {f"{kind}_{name}_autoencoder": score for kind, score in scores.items()}
-    return metrics, values
+    return Detector.of(partial(features_and_logits, model.network), train.unit(), settings.autoencoder, settings.seed, settings.batch_size)
 
 
-@torch.no_grad()
-def features_of(network: autoencoder.Network, x: Tensor, batch_size: int) -> Tensor:
-    """Penultimate features (N, F) of images in [0, 1]."""
-    return torch.cat([network(x[part])[0] for part in robust.batches(len(x), batch_size)])
+def adversarial(
+    model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar, detector: Detector | None = None
+) -> tuple[Results, Scores]:
+    """Every score of logits on PGD's images under each protocol against the same images without an attack; by their final names.
 
-
-def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar) -> tuple[Results, Scores]:
-    """Every score of logits on PGD's images under each protocol against the same images without an attack; by their final names."""
+    detector: one more, which is also asked about the images of an attack that knows it.
+    """
     metrics: Results = {}
     values: Scores = {}
     for name, protocol in attack.protocols.items():
@@ -154,4 +125,12 @@ def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, 
             metrics |= detection.separation(of_clean[score], of_moved[score], f"detect_auroc_{score}_{name}")
             values |= {f"clean_{name}_{score}": of_clean[score], f"adversarial_{name}_{score}": of_moved[score]}
         metrics[f"n_detect_{name}"] = int(finite.sum())
+        if detector:
+            evaded = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size, detector.evading_score)
+            sets = {"clean": clean, "adversarial": moved, "evading": evaded}
+            scores = {kind: detector.scores(points) for kind, points in sets.items()}
+            metrics |= detection.separation(scores["clean"], scores["adversarial"], f"detect_auroc_autoencoder_{name}")
+            metrics |= detection.separation(scores["clean"], scores["evading"], f"detect_auroc_evaded_autoencoder_{name}")
+            metrics[f"detect_evaded_acc_{name}"] = float((robust.predictions(model, evaded, size) == y).double().mean())
+            values |= {f"{kind}_{name}_autoencoder": score for kind, score in scores.items()}
     return metrics, values
