@@ -123,3 +123,19 @@ def test_it_may_follow_the_standard_protocol_under_its_name() -> None:
     assert asked.adaptive_attacks["energy_ce"] == AdaptiveSettings(steps=100, restarts=3, weight=1.0)
     left_out = AttackSettings.model_validate({"protocols": {"standard": {**own, "adaptive_attacks": {"energy_ce": None}}}})
     assert left_out.standard.adaptive_attacks == {}
+
+
+def test_a_start_ends_within_the_last_step_of_a_maximum_that_lies_inside_the_ball() -> None:
+    """-5 - |x - c|^2 against 0: never broken, highest at c. The last fifth of the steps are a sixteenth of the radius."""
+    x = images(6)
+    c = x + 0.3 * EPS
+
+    class Peak(nn.Module):
+        def forward(self, at: Tensor) -> Tensor:
+            peak = -5 - ((at - c) * 50).square().flatten(1).sum(1)
+            return torch.stack([torch.zeros_like(peak), peak], 1)
+
+    climb = adaptive._Climb(FastNetwork(Peak(), x), torch.zeros(6, dtype=torch.int64), 0.0)
+    last = adaptive._climbed(climb, x, x, 50, protocol())
+    assert float((last - c).abs().max()) <= EPS / 16 + 1e-6
+    assert not climb.found.any()

@@ -84,3 +84,12 @@ def test_it_is_found_on_one_set_and_takes_more_from_another_than_random_signs() 
     held_out, test = (x[::2], y[::2]), (x[1::2], y[1::2])
     found = universal.measure(model, held_out, test, 0.03, 30, 16, 0)
     assert found["universal"]["acc"] < found["universal_random"]["acc"] - 0.2
+
+
+def test_test_images_have_no_part_in_finding_it() -> None:
+    """Found on images of class 0, it moves those of class 1 further into their class: all stay right, however large it is."""
+    x = images(40)
+    of_one = Binary()(x)[:, 1] > 0
+    zeros, ones = torch.zeros(int((~of_one).sum()), dtype=torch.int64), torch.ones(int(of_one.sum()), dtype=torch.int64)
+    found = universal.measure(Binary(), (x[~of_one], zeros), (x[of_one], ones), 0.3, 10, 8, 0)
+    assert found["universal"]["acc"] == 1.0
