@@ -35,6 +35,7 @@ OWN = "mine"  # a protocol that only this profile has
 FEW = {
     "n": 2,
     "pgd": {"step_size": 0.03},
+    "adaptive_attacks": {"energy_ce": {"steps": 3, "restarts": 2}},
     "attacks": {
         "apgd_ce": {"steps": 2},
         "apgd_t": {"steps": 2, "targets": 2},
@@ -141,6 +142,8 @@ def profile() -> dict[str, object]:
         OWN: {"like": "standard", "eps": 0.1, **FEW},
     }
     content["evaluation"]["attack"] = {"protocols": protocols, "transfer": None, "checks": {"n": 5, "steps": 20, "restarts": 1}}
+    content["evaluation"]["attack"] |= {"universal": {"steps": 12}, "screen": {}}
+    content["evaluation"]["reliability"] = {"autoencoder": {"width": 96, "epochs": 10}}
     own = {"reference": {"experiment": "eb_jdat", "seed": 0}, "protocols": {OWN: {"like": "released", "select": 1.0}}}
     content["evaluation"]["generate"] |= own
     return content

@@ -180,17 +180,20 @@ def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:
 def test_verdicts_of_an_interrupted_evaluation(tmp_path: Path) -> None:
     stands = {"pgd20": torch.tensor([1, -1], dtype=torch.int8)}
     lost = torch.zeros(2, dtype=torch.bool)
-    kept = Verdicts(torch.tensor([0, 1]), torch.tensor([0, 0]), "key", stands, lost, {"pgd20": 1})
+    found = {"pgd20": torch.tensor([[0.5, 0.9], [torch.nan, torch.nan]], dtype=torch.float64)}
+    kept = Verdicts(torch.tensor([0, 1]), torch.tensor([0, 0]), "key", stands, lost, {"pgd20": 1}, found=found)
     kept.save(tmp_path / "standard.npz")
     again = Verdicts.load(tmp_path / "standard.npz", torch.device("cpu"))
     assert (again.key, again.done) == ("key", {"pgd20": 1})
     assert torch.equal(again.robust["pgd20"], kept.robust["pgd20"])
+    assert torch.equal(again.found["pgd20"].nan_to_num(7), found["pgd20"].nan_to_num(7))
     arrays = read_npz(tmp_path / "standard.npz")
     for name, value in {
         "y": np.zeros(3, np.int64),
         "prediction": np.zeros(2),
         "robust.pgd20": np.zeros(5, np.int8),
         "lost": np.zeros(3, bool),
+        "found.pgd20": np.zeros((2, 3)),
         "attacks": np.array(["fab"]),
         "done": np.array([[1]]),
         "excess": np.zeros(3),

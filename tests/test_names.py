@@ -15,6 +15,7 @@ NAMES = {
     "pgd20_acc_first_n": ResultName("acc_first_n", "pgd20"),
     "ema_standard_l2_after_fab_t_correct": ResultName("correct", "after_fab_t", "standard_l2", averaged=True),
     "standard_l2_n_targets": ResultName("n_targets", "", "standard_l2"),
+    "ema_released_energy_ce_alone_share_low": ResultName("alone_share_low", "energy_ce", "released", averaged=True),
     "autoattack_warnings": ResultName("warnings", "autoattack"),
     "ema_frechet": ResultName("frechet", averaged=True),
     "energy_clean": ResultName("energy_clean"),

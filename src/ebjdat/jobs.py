@@ -25,6 +25,7 @@ NAMED_BY: Mapping[str, Mapping[str, Entry]] = {
     "optimizer.name": registry.OPTIMIZERS,
     "schedule.name": registry.SCHEDULES,
     "attacks": registry.ATTACKS,
+    "adaptive_attacks": registry.ADAPTIVE,
     "data.source": registry.SOURCES,
     "data.extra": registry.EXTRA,
     "generate.extractor": registry.EXTRACTORS,
@@ -174,13 +175,14 @@ def _attack(profile: Profile, name: str) -> dict[str, Any]:
     return {"attack": profile.attack_settings(name).model_dump(mode="json")}
 
 
+OF_ENSEMBLE = ("n", "attacks", "adaptive_attacks")  # of a protocol's settings
+
+
 def _pgd(profile: Profile, name: str, *protocols: str) -> dict[str, Any]:
     """Of the attack's settings, those of its PGD under these protocols (none named: under all)."""
     attack = profile.attack_settings(name).model_dump(mode="json", include={"protocols", "seed", "batch_size"})
     chosen = {k: attack["protocols"][k] for k in protocols or attack["protocols"]}
-    return {
-        "attack": {**attack, "protocols": {k: {key: v for key, v in p.items() if key not in ("n", "attacks")} for k, p in chosen.items()}}
-    }
+    return {"attack": {**attack, "protocols": {k: {key: v for key, v in p.items() if key not in OF_ENSEMBLE} for k, p in chosen.items()}}}
 
 
 def _generate(profile: Profile, name: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ ADVERSARIAL = "the method trains on adversarial neighbours"
 CHAINS = "the method has chains"
 WATCHED = "`training.healing.overfitting` is set, for methods that train on adversarial neighbours"
 ENSEMBLE = "the protocol's ensemble was run (`n` above 0)"
+UNIVERSAL = "`evaluation.attack.universal` is set"
+SCREEN = "`evaluation.attack.screen` is set"
+AUTOENCODER = "`evaluation.reliability.autoencoder` is set"
+FOUND = "there is one (else null)"
+ADAPTIVE = "the protocol's `adaptive_attacks` has the attack, and `n` is above 0"
 SEEDS = "several seeds"
 NAIVE = "`--against naive` (else null)"
 GPU = "there is an NVIDIA GPU and nvidia-ml-py"
@@ -169,6 +174,13 @@ METRICS: tuple[Metric, ...] = (
           n="n_test", interval="wilson", paper="pgd20", summary=6, released=20, dvc=True, bar="Accuracy under PGD-20", label="PGD-20 %",
           panel=True, needed=("attack",)),
         M("[ema_][<protocol>_]pgd<steps>_(low|high)", "fraction", "", "95 % Wilson interval of `pgd<steps>_acc`"),
+        M("[<protocol>_]pgd<steps>_found_l2", "pixels of [0, 1]", "",
+          "mean L2 distance from the image, of the images with which PGD broke an example that was right", FOUND,
+          columns=(Column("attack", "L2, PGD-20", n="pgd20_found_n"),)),
+        M("[<protocol>_]pgd<steps>_found_ssim", "number, -1 to 1", "",
+          "mean structural similarity to the image (Wang et al. 2004; 1: equal), of the same; the less, the more visible", FOUND,
+          columns=(Column("attack", "SSIM, PGD-20", form=".3f"),)),
+        M("[<protocol>_]pgd<steps>_found_n", "count", "", "how many they are: `clean_correct` less `pgd<steps>_correct`"),
         M("[<protocol>_]pgd<steps>_acc_first_n", "fraction", "higher", "PGD on the ensemble's examples, the first `n_attack`", ENSEMBLE),
         M("[ema_][<protocol>_]autoattack_correct", "count", "higher", "right after every attack of the ensemble, of `n_attack`", ENSEMBLE),
         M("[ema_][<protocol>_]autoattack_acc", "fraction", "higher",
@@ -176,11 +188,30 @@ METRICS: tuple[Metric, ...] = (
           ENSEMBLE, n="n_attack", interval="wilson", paper="autoattack", summary=8, released=21, dvc=True, bar="Accuracy under AutoAttack",
           label="AutoAttack %", panel=True),
         M("[ema_][<protocol>_]autoattack_(low|high)", "fraction", "", "95 % Wilson interval of `autoattack_acc`", ENSEMBLE),
+        M("[<protocol>_]autoattack_found_l2", "pixels of [0, 1]", "",
+          "as for PGD: of the image with which the first attack of the ensemble that did broke an example", f"{ENSEMBLE}; {FOUND}",
+          columns=(Column("attack", "L2, AutoAttack", n="autoattack_found_n"),)),
+        M("[<protocol>_]autoattack_found_ssim", "number, -1 to 1", "", "as for PGD, of the same", f"{ENSEMBLE}; {FOUND}",
+          columns=(Column("attack", "SSIM, AutoAttack", form=".3f"),)),
+        M("[<protocol>_]autoattack_found_n", "count", "", "how many they are", ENSEMBLE),
         M("[ema_][<protocol>_]after_<attack>_correct", "count", "higher", "right after this attack and those before it", ENSEMBLE),
+        M("[ema_][<protocol>_]<adaptive>_correct", "count", "higher", "right after the ensemble and this adaptive attack, of `n_attack`",
+          ADAPTIVE),
+        M("[ema_][<protocol>_]<adaptive>_acc", "fraction", "higher",
+          "right after the ensemble and this adaptive attack, which attacks what the ensemble left; `autoattack_acc` is without it",
+          ADAPTIVE, n="n_attack", interval="wilson"),
+        M("[ema_][<protocol>_]<adaptive>_(low|high)", "fraction", "", "95 % Wilson interval of `<adaptive>_acc`", ADAPTIVE),
+        M("[ema_][<protocol>_]<adaptive>_alone", "count", "lower", "broken by this adaptive attack and not by the ensemble, of `n_attack`",
+          ADAPTIVE),
+        M("[ema_][<protocol>_]<adaptive>_alone_share", "fraction", "lower", "the same as a share of `n_attack`", ADAPTIVE),
+        M("[ema_][<protocol>_]<adaptive>_alone_share_(low|high)", "fraction", "", "its 95 % Wilson interval", ADAPTIVE),
+        M("[<protocol>_]<adaptive>_found_l2", "pixels of [0, 1]", "", "as for PGD, of the images that it found", f"{ADAPTIVE}; {FOUND}"),
+        M("[<protocol>_]<adaptive>_found_ssim", "number, -1 to 1", "", "as for PGD, of the same", f"{ADAPTIVE}; {FOUND}"),
+        M("[<protocol>_]<adaptive>_found_n", "count", "", "how many they are", ADAPTIVE),
         M("[<protocol>_]n_targets", "mapping", "", "targeted attack → how many classes it aims at, at most all others", ENSEMBLE),
         M("[<protocol>_]autoattack_warnings", "list of text", "", "what AutoAttack's own checks warned of", ENSEMBLE),
         M("[<protocol>_]attack_seconds", "seconds", "lower",
-          "time of PGD and ensemble, summed over batches, parallel ones too", ENSEMBLE),
+          "time of PGD, ensemble and adaptive attacks, summed over batches, parallel ones too", ENSEMBLE),
         *(M(f"[ema_][<protocol>_]{attack}_{group}_acc", "fraction", "higher", f"`{plain}_acc` of the test images {which}", LONG_TAILED,
             n=f"{n}_{group}", interval="wilson", summary=24 + 2 * i + j)
           for i, (attack, plain, n) in enumerate((
@@ -191,6 +222,28 @@ METRICS: tuple[Metric, ...] = (
         *(M(f"[<protocol>_]n_{group}", "count", "", f"test images {which}, behind `clean_{group}_acc` and `pgd<steps>_{group}_acc`",
             LONG_TAILED) for group, which in GROUPS.items()),
         M("[<protocol>_]n_attack_(head|tail)", "count", "", "of these, those among the first `n_attack`", LONG_TAILED),
+        M("universal[_random]_correct", "count", "higher", "right with the universal perturbation, of `n_test`", UNIVERSAL),
+        M("universal[_random]_acc", "fraction", "higher",
+          "accuracy on test images that one and the same perturbation was added to (whether right before or not), found on validation "
+          "images at the standard protocol's radius; `_random`: its control, as large with random signs",
+          UNIVERSAL, n="n_test", interval="wilson",
+          columns=(Column("universal", "universal perturbation %", interval=True),
+                   Column("universal", "random signs %", "universal_random_acc", interval=True))),
+        M("universal[_random]_(low|high)", "fraction", "", "95 % Wilson interval of it", UNIVERSAL),
+        M("n_universal", "count", "", "validation images that it was found on", UNIVERSAL),
+        M("screen[_shuffled]_agreement", "fraction", "",
+          "a screen, not a measure of robustness: pixels at which the gradient predicted from features has the sign of the true one, on "
+          "test images that are right; `_shuffled`: its control, fitted with each gradient beside another image's features", SCREEN,
+          columns=(Column("screen", "sign agreement %"), Column("screen", "shuffled: sign agreement %", "screen_shuffled_agreement"))),
+        M("screen[_shuffled|_random]_success", "number, at least 0", "",
+          "a screen, not a measure of robustness: images that one step along the predicted signs breaks, over those that FGSM breaks; "
+          "`_random`: along random signs", SCREEN,
+          columns=(Column("screen", "success / FGSM's"), Column("screen", "shuffled: success / FGSM's", "screen_shuffled_success"),
+                   Column("screen", "random signs: success / FGSM's", "screen_random_success"))),
+        M("screen_fgsm_broken", "count", "", "images that FGSM breaks, of `n_screen`; if 0 there is no success to compare with", SCREEN,
+          columns=(Column("screen", "FGSM breaks", form=".0f", n="n_screen"),)),
+        M("n_screen", "count", "", "test images that are right without an attack", SCREEN),
+        M("n_screen_calibration", "count", "", "validation images that the regression was fitted on", SCREEN),
         M("checks", "list", "",
           "integrity checks: `name`, `protocol`, `passed` (null: not run), `value` and `limit` in the unit that `says` names, `n`",
           needed=("attack",)),
@@ -312,6 +365,20 @@ METRICS: tuple[Metric, ...] = (
           "look more like the data than the data",
           columns=(Column("reliability", "PGD, {protocol} (energy)", "detect_auroc_energy_<protocol>", interval=True),)),
         M("detect_auroc_(energy|max_probability)_<protocol>_(low|high)", "fraction", "", "its 95 % interval, as for `ood_auroc_…`"),
+        M("detect_auroc[_evaded]_autoencoder_<protocol>", "fraction", "higher",
+          "the same of minus the error with which a sparse autoencoder, trained on features of training images, reconstructs an image's; "
+          "`_evaded`: of images by an attack that knows it (PGD up cross-entropy − `evasion` × error): only this says whether it helps",
+          AUTOENCODER,
+          columns=(Column("reliability", "PGD, {protocol} (autoencoder)", "detect_auroc_autoencoder_<protocol>", interval=True),
+                   Column("reliability", "evading PGD, {protocol} (autoencoder)", "detect_auroc_evaded_autoencoder_<protocol>",
+                          interval=True))),
+        M("detect_auroc[_evaded]_autoencoder_<protocol>_(low|high)", "fraction", "", "its 95 % interval, as `ood_auroc_…`", AUTOENCODER),
+        M("detect_evaded_acc_<protocol>", "fraction", "higher",
+          "right after the attack that knows the detector, of `n_calibration` images: what evading it costs the attack",
+          AUTOENCODER),
+        M("autoencoder_error[_shuffled]", "number, at least 0", "lower",
+          "mean squared error of test images' features, each scaled to variance 1 on training images; `_shuffled`: its control, of "
+          "features that were each taken from another image", AUTOENCODER),
         M("n_detect_<protocol>", "count", "", "test images, and as many PGD neighbours (also of those that are misclassified anyway)"),
     ),
     *_of(
@@ -406,6 +473,7 @@ PLACES: Mapping[str, tuple[str, Collection[str]]] = {
     "steps": ("a whole number", ()),
     "gpu": ("a GPU's number, from 0", ()),
     "attack": ("an attack of the ensemble", tuple(registry.ATTACKS)),
+    "adaptive": ("an adaptive attack, after the ensemble", tuple(registry.ADAPTIVE)),
     "score": ("an out-of-distribution score", ("energy", "max_probability", "gradient_norm")),
     "set": ("an out-of-distribution set", tuple(registry.OOD_SETS)),
     "column": ("a column of the report's main table", tuple(metric.name for metric in TABLE)),

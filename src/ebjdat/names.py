@@ -11,12 +11,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ebjdat.registry import ATTACKS
+from ebjdat.registry import ADAPTIVE, ATTACKS
 
 STANDARD = "standard"  # the protocol of the main results, whose names have no prefix
+UNIVERSAL = ("universal", "universal_random")  # one perturbation for all images, and its control
 AVERAGED = "ema_"  # prefix of results of averaged weights
+
+
+def _one_of(names: Collection[str]) -> str:
+    return "|".join(sorted(names, key=len, reverse=True))
+
+
 ATTACKED = re.compile(
-    rf"(?P<attack>clean|pgd\d+|autoattack|after_(?:{'|'.join(sorted(ATTACKS, key=len, reverse=True))}))_(?P<statistic>\w+)"
+    rf"(?P<attack>clean|pgd\d+|autoattack|{_one_of((*ADAPTIVE, *UNIVERSAL))}|after_(?:{_one_of(ATTACKS)}))_(?P<statistic>\w+)"
 )
 
 

@@ -27,13 +27,13 @@ class UnknownNameError(UserError):
 class Column:
     """A column of one of the report's tables of one seed.
 
-    table: "energy", "samples", "reliability" or "teacher". title: its heading; columns that share one fill in for each other. name: what
-    it shows ("": the entry's own name), which may hold a `<place>`, then it is a column for each that was measured. n, spread:
-    names of the sample size and the standard deviation shown with it. interval: `<name>_low` and `<name>_high` are. form,
+    table: which. title: its heading; columns that share one fill in for each other. name: what it shows ("": the entry's own
+    name), which may hold a `<place>`, then it is a column for each that was measured. n, spread: names of the sample size and
+    the standard deviation shown with it. interval: `<name>_low` and `<name>_high` are (of `<attack>_acc`: `<attack>_low`). form,
     scale: how a number is written; by default fractions in percent.
     """
 
-    table: Literal["energy", "samples", "reliability", "teacher"]
+    table: Literal["attack", "universal", "screen", "energy", "samples", "reliability", "teacher"]
     title: str
     name: str = ""
     n: str = ""

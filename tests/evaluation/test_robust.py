@@ -233,7 +233,9 @@ def test_pgd_beside_the_ensemble_is_of_the_ensembles_examples() -> None:
     protocol, y = settings(0.012, 2).protocols["quick"], torch.zeros(4, dtype=torch.int64)
     attacked = {name: torch.tensor([1, 0, -1, -1], dtype=torch.int8) for name in protocol.attacks}
     pgd = torch.tensor([1, 0, 1, 1], dtype=torch.int8)
-    found = result(protocol, Verdicts(y, y, robust={pgd_name(protocol): pgd, **attacked}, classes=10))
+    stands = {pgd_name(protocol): pgd, **attacked}
+    distances = dict.fromkeys(stands, torch.full((4, 2), torch.nan, dtype=torch.float64))
+    found = result(protocol, Verdicts(y, y, robust=stands, classes=10, found=distances))
     assert found.ensemble is not None
     assert (found.ensemble.pgd.correct, found.ensemble.pgd.n, found.pgd.correct, found.pgd.n) == (1, 2, 3, 4)
 

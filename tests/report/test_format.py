@@ -20,7 +20,7 @@ from ebjdat.report.format import (
     write_markdown,
 )
 from ebjdat.report.summary import aggregate
-from ebjdat.settings import Profile, ReportSettings, load
+from ebjdat.settings import AdaptiveSettings, Profile, ReportSettings, load
 
 from ..conftest import ROOT
 from .results import CARD, with_metrics
@@ -118,3 +118,19 @@ def test_protocols_side_by_side_with_their_radii_and_differences(profile: Profil
     assert not any("standard_l2 − standard" in head for head in heads)  # other norms have no difference
     cifar = load(ROOT / "params/cifar10.yaml")
     assert [effective_radius(cifar, name) for name in ("standard", "released", "standard_l2")] == ["L∞ 8/255", "L∞ 4/255", "L2 0.5"]
+
+
+def test_what_an_adaptive_attack_broke_stands_beside_the_ensemble(three_seeds: Profile, three_runs: list[RunResult]) -> None:
+    """Accuracy after both, over seeds; and the count over all seeds, as attack.json has it."""
+    assert not any("energy_ce" in head for head in side_by_side(three_seeds, three_runs)[0])
+    attack = three_seeds.evaluation.attack
+    standard = attack.standard.model_copy(update={"adaptive_attacks": {"energy_ce": AdaptiveSettings()}})
+    attack = attack.model_copy(update={"protocols": {**attack.protocols, "standard": standard}})
+    asked = dataclasses.replace(three_seeds, evaluation=three_seeds.evaluation.model_copy(update={"attack": attack}))
+    more = {run.seed: {"energy_ce_acc": 0.3 + run.seed / 10, "energy_ce_correct": 8, "energy_ce_alone": run.seed} for run in three_runs}
+    runs = [with_metrics([run], classifier=more[run.seed])[0] for run in three_runs]
+    heads, first, second, *_ = side_by_side(asked, runs)
+    assert heads[-2:] == [f"standard: ensemble, then energy_ce %, n={standard.n}", "standard: broken by energy_ce alone"]
+    assert first[-2].startswith("40.0 [")
+    assert first[-1] == "3 of 60"
+    assert second[-2:] == ["–", "–"]

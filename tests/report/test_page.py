@@ -318,3 +318,28 @@ def test_show_prints_results_literally(tmp_path: Path, monkeypatch: pytest.Monke
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 1
     assert "classifier/seed0/generate.json: damaged" in shown.stderr
+
+
+def test_what_is_measured_only_on_request_has_a_table_only_then(profile: Profile, made: Path, html: str, tmp_path: Path) -> None:
+    """Each value in a cell of its table, under its heading; a column that nobody measured is left out."""
+    optional = ("found", "universal", "screen")
+    assert not any(f'<h3 id="{name}">' in html for name in optional)
+    values = {"pgd20_found_l2": 0.8125, "pgd20_found_n": 33, "pgd20_found_ssim": 0.9375}
+    values |= {"universal_acc": 0.625, "universal_low": 0.5, "universal_high": 0.75}
+    values |= {"screen_agreement": 0.5625, "screen_success": 0.25, "screen_fgsm_broken": 12, "n_screen": 88}
+    values |= {"detect_auroc_evaded_autoencoder_standard": 0.4375}
+    values |= {f"detect_auroc_evaded_autoencoder_standard_{end}": x for end, x in (("low", 0.375), ("high", 0.5))}
+    runs = with_metrics(collect(profile, made, "d1"), **{next(iter(profile.experiments)): values})
+    text = write_page(site_of(profile, made, runs), tmp_path / "report.html")
+    parts = {name: text.split(f'<h3 id="{name}">')[1].split("<h3")[0] for name in (*optional, "reliability")}
+    for name, heads, cells in (
+        ("found", ["L2, PGD-20", "SSIM, PGD-20"], ["0.81<br><small>(n = 33)</small>", "0.938"]),
+        ("universal", ["universal perturbation %"], ["62.5<br><small>[50.0, 75.0]</small>"]),
+        ("screen", ["sign agreement %", "success / FGSM&#39;s", "FGSM breaks"], ["56.2", "0.25", "12<br><small>(n = 88)</small>"]),
+        ("reliability", ["evading PGD, standard (autoencoder)"], ["43.8<br><small>[37.5, 50.0]</small>"]),
+    ):
+        plain = re.sub(r"<br><small>(?=[^(\[])", ", ", parts[name].split("</thead>")[0]).replace("</small>", "")
+        assert all(head in plain for head in heads), (name, plain)
+        assert all(f"<td>{cell}</td>" in parts[name] for cell in cells), (name, parts[name])
+    assert "a screen, not a measure of robustness" in parts["screen"].lower()
+    assert "AutoAttack" not in parts["found"].split("</thead>")[0].split("<thead>")[1]

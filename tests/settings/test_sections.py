@@ -115,6 +115,13 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("evaluation.attack.protocols.released.attacks={cw: {}}", "'cw' is unknown"),
         (f"{L2}.attacks.sqare=null", "'sqare' is unknown; did you mean 'square'"),
         (f"{L2}.like=standrd", "`like` 'standrd' is unknown; did you mean 'standard'"),
+        (f"{L2}.attacks.energy_ce={{}}", "'energy_ce' is unknown; it belongs under `adaptive_attacks`"),
+        (f"{STANDARD}.adaptive_attacks={{energy: {{}}}}", "'energy' is unknown; did you mean 'energy_ce'"),
+        (f"{STANDARD}.adaptive_attacks={{energy_ce: {{weight: -1}}}}", "greater than or equal to 0"),
+        (
+            f"{L2}={{attacks: {{apgd_ce: null, apgd_t: null, fab_t: null, square: null}}, adaptive_attacks: {{energy_ce: {{}}}}}}",
+            "adaptive attacks need an ensemble",
+        ),
         ("evaluation.generate.extractor=inception", "Inception is for natural images"),
         ("evaluation.reliability.ood=[auto, noise]", "`ood` is 'auto' or a list of sets, not both"),
         ("evaluation.reliability.ood=folder", "ood 'folder' needs `ood_path`"),

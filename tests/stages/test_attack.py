@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,19 @@ from typer.testing import CliRunner
 
 from ebjdat.cli import app
 from ebjdat.data import external
+from ebjdat.data.batches import DeviceData
 from ebjdat.errors import DataError
+from ebjdat.evaluation import screen, universal
 from ebjdat.evaluation.audit import audit
 from ebjdat.files import read_json
 from ebjdat.models.external import external_model
+from ebjdat.models.modes import UnitRange, frozen_parameters
 from ebjdat.models.weights import ModelError
+from ebjdat.models.wrn import features_and_logits
+from ebjdat.names import flat_results
 from ebjdat.settings import ParamsError, usual_protocols
 
+from ..chain import Chain
 from ..conftest import ROOT
 
 NETS = '''
@@ -304,3 +311,28 @@ def test_the_python_function_says_the_same_as_the_command(folder: Path) -> None:
     result = read_json(folder / "w.json")
     times = {"attack_seconds", "released_attack_seconds", "digest"}
     assert {k: v for k, v in found.metrics.items() if k not in times} == {k: result[k] for k in found.metrics if k not in times}
+
+
+def test_what_is_found_on_validation_images_is_measured_on_test_images(chain: Chain) -> None:
+    """The universal perturbation and the screen of a checkpoint, as their own modules measure them."""
+    found, attack = read_json(chain.experiment / "attack.json"), chain.context.profile.evaluation.attack
+    network = chain.network("eb_jdat")
+    held_out, test = (DeviceData(chain.data, split, torch.device("cpu")) for split in ("validation", "test"))
+    sets, radius, size = [(part.unit(), part.labels) for part in (held_out, test)], attack.standard.radius, attack.batch_size
+    with frozen_parameters(network, "eval"):
+        one = universal.measure(UnitRange(network), *sets, radius, 12, size, attack.seed)
+        other = screen.measure(partial(features_and_logits, network), *sets, radius, 1e-3, size, attack.seed)
+    expected = flat_results({"standard": one}) | other
+    assert len(expected) == 9 + 8
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    assert found["universal_random_acc"] >= found["universal_acc"]
+
+
+@pytest.mark.parametrize("name", ["universal", "screen"])
+def test_what_needs_validation_images_is_refused_for_other_networks(folder: Path, name: str) -> None:
+    words = ["attack", "--model", "somenets:whitened", "--weights", "whitened.pt", "--data", "digits.npz", "--out", "a.json", *FAST]
+    made = CliRunner().invoke(app, [*words, "--override", f"{name}={{}}"])
+    assert made.exit_code == 1
+    assert f"evaluation.attack.{name} needs validation images" in made.output
+    assert not Path("a.json").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from ebjdat.evaluation import calibration, robust
+from ebjdat.evaluation import calibration, detection, robust
 from ebjdat.files import read_json
 from ebjdat.metrics import describe
 from ebjdat.models.modes import UnitRange
@@ -103,3 +103,17 @@ def test_the_stage_measures_the_test_split_under_the_trained_network(chain: Chai
         assert result[f"n_detect_{name}"] == 100
 
     assert {describe(key, attack.protocols).stage for key in result} == {"reliability", "provenance"}
+
+
+def test_an_autoencoder_stands_beside_energy_also_under_an_attack_that_knows_it(chain: Chain) -> None:
+    """Each AUROC from the scores that are kept; the attack lowers what the detector goes by."""
+    found = read_json(chain.experiment / "reliability.json")
+    values = np.load(chain.experiment / "reliability.npz", allow_pickle=False)
+    assert found["autoencoder_error"] < found["autoencoder_error_shuffled"]
+    for name in chain.context.profile.evaluation.attack.protocols:
+        clean, moved, evading = (values[f"{kind}_{name}_autoencoder"] for kind in ("clean", "adversarial", "evading"))
+        assert found["autoencoder_error"] == pytest.approx(-clean.mean(), abs=1e-6) or name == "released"  # with its noise
+        assert found[f"detect_auroc_autoencoder_{name}"] == detection.auroc(clean, moved)
+        assert found[f"detect_auroc_evaded_autoencoder_{name}"] == detection.auroc(clean, evading)
+        assert evading.mean() > moved.mean()
+        assert 0 <= found[f"detect_evaded_acc_{name}"] <= 1

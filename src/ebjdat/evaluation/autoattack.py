@@ -106,6 +106,15 @@ class FastNetwork(nn.Module):
         return logits.index_copy(0, unclear, self._logits(x[unclear], False)) if len(unclear) else logits
 
 
+def surely_broken(logits: Tensor, y: Tensor) -> Tensor:
+    """Where logits (B, K) are of another class than y (B,), or not finite: (B,).
+
+    By more than another layout or batch can change: the verdict must find it broken, too.
+    """
+    wrong = logits.amax(1) - logits.gather(1, y[:, None]).squeeze(1) > TIE * logits.abs().amax(1)
+    return wrong | ~torch.isfinite(logits).all(1)
+
+
 class _AllBrokenError(Exception):
     """Every example of the run is broken; its remaining steps are unnecessary."""
 
@@ -129,11 +138,7 @@ class _SkipBroken(nn.Module):
         logits = fresh if self.last is None else self.last.index_copy(0, rows, fresh)
         self.last = logits.detach()
         with torch.no_grad():
-            decided = self.network.decided(x[rows], fresh)
-            true = decided.gather(1, self.y[rows, None]).squeeze(1)
-            # by more than another layout or batch can change: the verdict must find it broken, too
-            wrong = decided.amax(1) - true > TIE * decided.abs().amax(1)
-            broken = rows[wrong | ~torch.isfinite(decided).all(1)]
+            broken = rows[surely_broken(self.network.decided(x[rows], fresh), self.y[rows])]
             self.adversarial[broken] = x[broken].detach()
             self.robust[broken] = False
         if not self.robust.any():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ebjdat import registry
 from ebjdat.data.batches import generator
 from ebjdat.errors import AttackError, UserError, in_a_line
-from ebjdat.evaluation import autoattack
+from ebjdat.evaluation import autoattack, distortion
 from ebjdat.evaluation.verdicts import NOT_ATTACKED, Verdicts, pgd_name
 from ebjdat.files import digest
 from ebjdat.models.logits import NO_CLASS, predicted
@@ -26,7 +26,7 @@ from ebjdat.models.modes import Guarded, copied, frozen_parameters
 from ebjdat.pixels import UNIT, unit_distance
 from ebjdat.progress import Bar
 from ebjdat.samplers.pgd import MakeScore, cross_entropy_score, projected_gradient, random_point
-from ebjdat.settings import AttackSettings, EnsembleSettings, ProtocolSettings, too_few_classes
+from ebjdat.settings import AdaptiveSettings, AttackSettings, EnsembleSettings, ProtocolSettings, too_few_classes
 
 SLACK = autoattack.SLACK
 PROBE = 0x5EED_0B5E_55ED  # a seed that nobody sets
@@ -220,7 +220,7 @@ def evaluate(
     return verdicts
 
 
-Job = tuple[str, autoattack.FastNetwork, Tensor, Tensor, EnsembleSettings, ProtocolSettings, int]
+Job = tuple[str, autoattack.FastNetwork, Tensor, Tensor, EnsembleSettings | AdaptiveSettings, ProtocolSettings, int]
 
 
 def _attack(job: Job) -> tuple[Tensor, list[str], float]:
@@ -228,7 +228,8 @@ def _attack(job: Job) -> tuple[Tensor, list[str], float]:
     name, *arguments = job
     started = time.perf_counter()
     with autoattack.collected_warnings() as messages:
-        adversarial = registry.load(registry.ATTACKS, name)(*arguments)
+        attacks = registry.ATTACKS if name in registry.ATTACKS else registry.ADAPTIVE
+        adversarial = registry.load(attacks, name)(*arguments)
     return adversarial, messages, time.perf_counter() - started
 
 
@@ -280,42 +281,54 @@ class _Run:
                 for restart in range(self.protocol.pgd.restarts if len(rows) else 0):
                     start = pgd_start(self.x[part], part.start, self.protocol, self.settings.seed, restart)[rows]
                     adversarial = pgd_batch(self.network, self.x[part][rows], self.y[part][rows], self.protocol, start)
-                    robust &= self._verdicts(adversarial, rows + part.start)
+                    robust &= self._verdicts(name, adversarial, rows + part.start)
                 self._finish(name, i, rows + part.start, robust, time.perf_counter() - started)
                 bar.advance()
             bar.line(self._summary(name, self.verdicts.robust_under([name])))
 
     def ensemble(self, classes: int) -> None:
-        """The first n examples; each attack gets those that are robust under the ones before it, in batches of their own order."""
+        """The first n examples; each attack gets those that are robust under the ones before it, in batches of their own order.
+
+        Adaptive attacks come last; what AutoAttack's own checks look at ends before them.
+        """
         n, size = self.protocol.n, self.settings.batch_size
         fast = autoattack.FastNetwork(self.network, self.x[:size], self.settings.search == "bf16")
         finite = (self.verdicts.prediction[: min(n, size)] != NO_CLASS).nonzero().squeeze(1)  # comparisons with NaN mean nothing
         if len(finite):
             self._add_flags(autoattack.flags(self.network, self.x[finite], self.y[finite], self.protocol))
-        before: list[str] = []
-        for name, settings in self.protocol.attacks.items():
-            rest = self.verdicts.robust_under(before)[:n].nonzero().squeeze(1)
-            before.append(name)
-            parts = rest.tensor_split(-(-len(rest) // size)) if len(rest) else ()  # of equal size, to share the work evenly
-            if self._begin(name) == len(parts):
-                continue
-            cost, first = autoattack.queries(name, settings, classes), self.verdicts.done[name]
-            with Bar(f"{self.title}, {name}", cost * len(rest)) as bar:
-                jobs = [(name, fast, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed) for rows in parts[first:]]
-                bar.at(cost * sum(map(len, parts[:first])))
-                bar.show({"batches": first, "robust_acc": int(self.verdicts.robust_under(before)[:n].sum()) / n})
-                shared = self.workers > 1 and len(jobs) > 1
-                fast.count = None if shared else bar.advance
-                results = _shared(jobs, self.workers) if shared else map(_attack, jobs)
-                for i, (rows, (adversarial, messages, seconds)) in enumerate(zip(parts[first:], results, strict=True), first):
-                    self._add_flags(messages)
-                    self._finish(name, i, rows, self._verdicts(adversarial, rows), seconds)
-                    bar.at(cost * sum(map(len, parts[: i + 1])))
-                    bar.show({"batches": i + 1, "robust_acc": int(self.verdicts.robust_under(before)[:n].sum()) / n})
-                fast.count = None
-                bar.line(self._summary(name, self.verdicts.robust_under(before)[:n]))
-        after = {name: float(self.verdicts.robust_under(before[: i + 1])[:n].float().mean()) for i, name in enumerate(before)}
+        names = list(self.protocol.attacks)
+        for i, (name, attack) in enumerate(self.protocol.attacks.items()):
+            self._attack_rest(fast, name, attack, names[:i], autoattack.queries(name, attack, classes))
+        after = {name: float(self.verdicts.robust_under(names[: i + 1])[:n].float().mean()) for i, name in enumerate(names)}
         self._add_flags(autoattack.square_flag({"clean": float(self.verdicts.clean[:n].float().mean()), **after}))
+        for name, adaptive in self.protocol.adaptive_attacks.items():
+            self._attack_rest(fast, name, adaptive, names, adaptive.restarts * (adaptive.steps + 1))
+
+    def _attack_rest(
+        self, fast: autoattack.FastNetwork, name: str, settings: EnsembleSettings | AdaptiveSettings, before: list[str], cost: int
+    ) -> None:
+        """One attack on those of the first n that are robust under the ones before it. cost: at most how many queries an image takes."""
+        n, size = self.protocol.n, self.settings.batch_size
+        rest = self.verdicts.robust_under(before)[:n].nonzero().squeeze(1)
+        after = [*before, name]
+        parts = rest.tensor_split(-(-len(rest) // size)) if len(rest) else ()  # of equal size, to share the work evenly
+        if self._begin(name) == len(parts):
+            return
+        first = self.verdicts.done[name]
+        with Bar(f"{self.title}, {name}", cost * len(rest)) as bar:
+            jobs = [(name, fast, self.x[rows], self.y[rows], settings, self.protocol, self.settings.seed) for rows in parts[first:]]
+            bar.at(cost * sum(map(len, parts[:first])))
+            bar.show({"batches": first, "robust_acc": int(self.verdicts.robust_under(after)[:n].sum()) / n})
+            shared = self.workers > 1 and len(jobs) > 1
+            fast.count = None if shared else bar.advance
+            results = _shared(jobs, self.workers) if shared else map(_attack, jobs)
+            for i, (rows, (adversarial, messages, seconds)) in enumerate(zip(parts[first:], results, strict=True), first):
+                self._add_flags(messages)
+                self._finish(name, i, rows, self._verdicts(name, adversarial, rows), seconds)
+                bar.at(cost * sum(map(len, parts[: i + 1])))
+                bar.show({"batches": i + 1, "robust_acc": int(self.verdicts.robust_under(after)[:n].sum()) / n})
+            fast.count = None
+            bar.line(self._summary(name, self.verdicts.robust_under(after)[:n]))
 
     def _add_flags(self, messages: list[str]) -> None:
         self.verdicts.flags += [message for message in messages if message not in self.verdicts.flags]
@@ -323,16 +336,25 @@ class _Run:
     def _begin(self, name: str) -> int:
         """How many batches of an attack are done."""
         self.verdicts.robust.setdefault(name, torch.full_like(self.y, NOT_ATTACKED, dtype=torch.int8))
+        self.verdicts.found.setdefault(name, torch.full((len(self.y), 2), torch.nan, dtype=torch.float64, device=self.y.device))
         return self.verdicts.done.setdefault(name, 0)
 
-    def _verdicts(self, adversarial: Tensor, rows: Tensor) -> Tensor:
-        """Whether each example is still classified correctly; an image outside its ball or [0, 1] breaks nothing, but is recorded."""
+    def _verdicts(self, name: str, adversarial: Tensor, rows: Tensor) -> Tensor:
+        """Whether each example is still classified correctly; an image outside its ball or [0, 1] breaks nothing, but is recorded.
+
+        Of the first image with which this attack breaks an example, how far it is from the example.
+        """
         beyond = ball_violation(adversarial, self.x[rows], self.protocol.norm, self.protocol.radius)
         beyond *= (adversarial != self.x[rows]).flatten(1).any(1)  # an attack that found nothing returns the image as it was
         self.verdicts.excess = max(self.verdicts.excess, float(beyond.max()))
         prediction = predictions(self.network, adversarial, self.settings.batch_size)
         self.verdicts.lost[rows] |= (prediction == NO_CLASS) & (beyond <= SLACK)
-        return (prediction == self.y[rows]) | (beyond > SLACK)
+        robust = (prediction == self.y[rows]) | (beyond > SLACK)
+        found = self.verdicts.found[name]
+        new = ~robust & found[rows, 0].isnan()
+        if new.any():
+            found[rows[new]] = distortion.measured(adversarial[new], self.x[rows[new]])
+        return robust
 
     def _finish(self, name: str, batch: int, rows: Tensor, robust: Tensor, seconds: float) -> None:
         self.verdicts.robust[name][rows] = robust.to(torch.int8)

@@ -26,9 +26,10 @@ class Verdicts:
 
     prediction: class (N,) of each image as the protocol shows it; NO_CLASS where its logits are not finite. key: digest of
     network, images, protocol and batch size. robust: attack -> int8 (N,): 1 correct after the attack, 0 broken by it,
-    NOT_ATTACKED. lost: bool (N,), whether an attack returned an image whose logits are not finite; that is broken. done:
-    finished batches of each attack. excess: how far the farthest image that an attack returned lies outside the ball or
-    [0, 1]; such images break nothing. seconds, flags: per attack; AutoAttack's own warnings. classes: of the network.
+    NOT_ATTACKED. found: attack -> float64 (N, 2): L2 and SSIM of the image with which it broke an example, nan elsewhere. lost:
+    bool (N,), whether an attack returned an image whose logits are not finite; that is broken. done: finished batches of each
+    attack. excess: how far the farthest image that an attack returned lies outside the ball or [0, 1]; such images break
+    nothing. seconds, flags: per attack; AutoAttack's own warnings. classes: of the network.
     """
 
     y: Tensor
@@ -41,6 +42,7 @@ class Verdicts:
     seconds: dict[str, float] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     classes: int = 0
+    found: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def clean(self) -> Tensor:
@@ -56,6 +58,7 @@ class Verdicts:
 
     def save(self, path: Path) -> None:
         arrays = {f"robust.{name}": value.cpu().numpy() for name, value in self.robust.items()}
+        arrays |= {f"found.{name}": value.cpu().numpy() for name, value in self.found.items()}
         arrays |= {name: getattr(self, name).cpu().numpy() for name in ("y", "prediction", "lost")} | {"key": np.array(self.key)}
         arrays |= {"classes": np.array(self.classes)}
         arrays |= {"attacks": np.array(list(self.done), dtype=str), "done": np.array(list(self.done.values()), dtype=np.int64)}
@@ -75,6 +78,7 @@ class Verdicts:
                 classes=int(file["classes"]),
                 key=str(file["key"]),
                 robust={name: torch.from_numpy(file[f"robust.{name}"]).to(device) for name in names},
+                found={name: torch.from_numpy(file[f"found.{name}"]).to(device) for name in names},
                 done=dict(zip(names, map(int, file["done"].tolist()), strict=True)),
                 excess=float(file["excess"]),
                 seconds=dict(zip(names, file["seconds"].tolist(), strict=True)),
@@ -84,7 +88,50 @@ class Verdicts:
             expected += [(torch.int8, verdicts) for verdicts in loaded.robust.values()]
             if loaded.y.ndim != 1 or any(value.dtype != dtype or value.shape != loaded.y.shape for dtype, value in expected):
                 raise ValueError("verdicts of other shapes or types")
+            if any(value.dtype != torch.float64 or value.shape != (len(loaded.y), 2) for value in loaded.found.values()):
+                raise ValueError("distances of other shapes or types")
             return loaded
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images with which attacks broke n examples, one each: means of L2 and SSIM; None where n is 0."""
+
+    l2: float | None
+    ssim: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[Tensor]) -> Found:
+        """values: of `Verdicts.found`, each (N, 2)."""
+        each = torch.cat([value[~value[:, 0].isnan()] for value in values])
+        if not len(each):
+            return cls(None, None, 0)
+        l2, ssim = each.mean(0).tolist()
+        return cls(l2, ssim, len(each))
+
+    def statistics(self) -> dict[str, Any]:
+        return {"found_l2": self.l2, "found_ssim": self.ssim, "found_n": self.n}
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """An adaptive attack on what the ensemble left of the first n. robust: correct after both. alone: broken by it, not by the ensemble."""
+
+    robust: Proportion
+    alone: Proportion
+    found: Found
+
+    def statistics(self) -> dict[str, Any]:
+        low, high = self.alone.interval
+        return {
+            **statistics(self.robust),
+            "alone": self.alone.correct,
+            "alone_share": self.alone.value,
+            "alone_share_low": low,
+            "alone_share_high": high,
+            **self.found.statistics(),
+        }
 
 
 @dataclass(frozen=True)
@@ -92,7 +139,8 @@ class EnsembleResult:
     """The ensemble on a protocol's first n examples.
 
     robust: correct after every attack. after: attack -> correct after it and those before it. pgd: correct after PGD, on the
-    same examples. warnings: of AutoAttack's own checks. targets: targeted attack -> how many classes it aims at.
+    same examples. warnings: of AutoAttack's own checks. targets: targeted attack -> how many classes it aims at. adaptive: the
+    attacks that came after it, each on what the ensemble left.
     """
 
     robust: Proportion
@@ -101,6 +149,8 @@ class EnsembleResult:
     warnings: tuple[str, ...]
     seconds: float
     targets: Mapping[str, int]
+    adaptive: Mapping[str, AdaptiveResult]
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -117,6 +167,7 @@ class ProtocolResult:
     not_finite_adversarial: int
     clean: Proportion
     pgd: Proportion
+    found: Found
     n_attack: int
     ensemble: EnsembleResult | None = None
 
@@ -131,12 +182,14 @@ class ProtocolResult:
             "n_not_finite_adversarial": self.not_finite_adversarial,
             "n_attack": self.n_attack,
         }
-        values = {"": of_protocol, "clean": statistics(self.clean), self.pgd_name: statistics(self.pgd)}
+        values = {"": of_protocol, "clean": statistics(self.clean), self.pgd_name: {**statistics(self.pgd), **self.found.statistics()}}
         if self.ensemble:
             of_protocol |= {"attack_seconds": self.ensemble.seconds, "n_targets": dict(self.ensemble.targets)}
             values[self.pgd_name]["acc_first_n"] = self.ensemble.pgd.value
-            values["autoattack"] = {**statistics(self.ensemble.robust), "warnings": list(self.ensemble.warnings)}
+            warnings = {"warnings": list(self.ensemble.warnings)}
+            values["autoattack"] = {**statistics(self.ensemble.robust), **self.ensemble.found.statistics(), **warnings}
             values |= {f"after_{attack}": {"correct": after.correct} for attack, after in self.ensemble.after.items()}
+            values |= {name: adaptive.statistics() for name, adaptive in self.ensemble.adaptive.items()}
         return values
 
 
@@ -168,6 +221,15 @@ def result(protocol: ProtocolSettings, verdicts: Verdicts) -> ProtocolResult:
             warnings=tuple(verdicts.flags),
             seconds=round(sum(verdicts.seconds.values()), 3),
             targets={a: autoattack.aimed_at(s, verdicts.classes) for a, s in protocol.attacks.items() if a in autoattack.TARGETED},
+            adaptive={
+                name: AdaptiveResult(
+                    proportion(verdicts.robust_under([*names, name])[:n]),
+                    proportion(verdicts.robust[name][:n] == 0),
+                    Found.of([verdicts.found[name]]),
+                )
+                for name in protocol.adaptive_attacks
+            },
+            found=Found.of([verdicts.found[name] for name in names]),
         )
     return ProtocolResult(
         norm=protocol.norm,
@@ -178,6 +240,7 @@ def result(protocol: ProtocolSettings, verdicts: Verdicts) -> ProtocolResult:
         not_finite_adversarial=int(verdicts.lost.sum()),
         clean=proportion(verdicts.clean),
         pgd=proportion(after_pgd),
+        found=Found.of([verdicts.found[pgd]]),
         n_attack=n,
         ensemble=ensemble,
     )
@@ -188,7 +251,7 @@ def columns(name: str, protocol: ProtocolSettings, verdicts: Verdicts) -> dict[s
     n = protocol.n if protocol.attacks else 0
     names = list(protocol.attacks)
     after = verdicts.robust_under(names) if n else verdicts.clean
-    worst = verdicts.robust_under([pgd_name(protocol), *(names if n else [])])
+    worst = verdicts.robust_under([pgd_name(protocol), *([*names, *protocol.adaptive_attacks] if n else [])])
     attacked = {
         attack: [None if value == NOT_ATTACKED else bool(value) for value in robust.tolist()] for attack, robust in verdicts.robust.items()
     }

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ebjdat.models.modes import repeated
+from ebjdat.pixels import internal_from_unit
 from ebjdat.settings import ModelSettings
 
 
@@ -112,6 +113,12 @@ class WideResNet(nn.Module):
 def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a block's forward pass and of its repetition, which must not count twice in batch norm's running statistics."""
     return nullcontext(), repeated(block)
+
+
+def features_and_logits(network: WideResNet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] -> penultimate features (B, 64 * width) and logits (B, K), in one pass."""
+    features = network.features(internal_from_unit(x))
+    return features, network.head(features)
 
 
 def build(settings: ModelSettings, channels: int, classes: int, seed: int) -> WideResNet:

@@ -9,11 +9,12 @@ protocols. data: data sets.
 
 from ebjdat.registry.data import EXTRA, MADE_SETS, OOD_SETS, SOURCES
 from ebjdat.registry.entries import RELEASE, Entry, Family, Logged, Method, Preset, Source, implementation, load
-from ebjdat.registry.evaluation import ATTACKS, EXTRACTORS, FEWEST_CLASSES, PROTOCOLS, SAMPLE_PROTOCOLS
+from ebjdat.registry.evaluation import ADAPTIVE, ATTACKS, EXTRACTORS, FEWEST_CLASSES, PROTOCOLS, SAMPLE_PROTOCOLS
 from ebjdat.registry.methods import BASES, FORMS, METHODS
 from ebjdat.registry.strategies import BUDGETS, OPTIMIZERS, SAMPLERS, SAMPLES, SCHEDULES, SCORES, STARTS, UPDATES, WEIGHTINGS
 
 __all__ = [
+    "ADAPTIVE",
     "ATTACKS",
     "BASES",
     "BUDGETS",

@@ -19,6 +19,12 @@ ATTACKS: Mapping[str, Entry] = {
     ),
     "square": Entry("ebjdat.evaluation.autoattack:square", "Square, arXiv 1912.00049; pyautoattack", reads=("queries",)),
 }
+# Attacks that know what the network is, and come after a protocol's ensemble: reported beside it, never as part of it.
+ADAPTIVE: Mapping[str, Entry] = {
+    "energy_ce": Entry(
+        "ebjdat.evaluation.adaptive:energy_ce", "PGD on CE - weight E and on CE + weight E", reads=("steps", "restarts", "weight")
+    ),
+}
 FEWEST_CLASSES: Mapping[str, int] = {"apgd_t": 4, "apgd_dlr": 3}  # with fewer, the attack's loss is undefined
 
 # Evaluation protocols. A profile's protocol of the same name, or one that is `like` it, starts from these values.

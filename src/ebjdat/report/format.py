@@ -163,6 +163,13 @@ def seed_table(table: str, corner: str, details: Mapping[str, dict[str, Any]]) -
     return lines
 
 
+def measured(table: list[list[str]]) -> list[list[str]]:
+    """A table of `seed_table` without the columns of what nobody measured; nothing where none is left."""
+    heads, *lines = table
+    kept = [i for i in range(len(heads)) if i == 0 or any(line[i] != NOT_MEASURED for line in lines)]
+    return [[line[i] for i in kept] for line in table] if len(kept) > 1 else []
+
+
 def _named_columns(table: str, measured: Mapping[str, Any]) -> Iterator[tuple[str, Metric, Column, str]]:
     """(title, metric, column, name) of each column; a name with a `<place>` once for each that was measured."""
     for metric, column in COLUMNS:
@@ -185,7 +192,8 @@ def _seed_cell(metric: Metric, column: Column, name: str, values: Mapping[str, A
         return None
     if not column.interval:
         return number(values[name], form, scale, values.get(column.spread), values.get(column.n))
-    value, low, high = values[name], values.get(f"{name}_low"), values.get(f"{name}_high")
+    stem = name.removesuffix("_acc")  # attack's results are <attack>_acc, <attack>_low, <attack>_high
+    value, low, high = values[name], values.get(f"{stem}_low"), values.get(f"{stem}_high")
     return None if low is None or high is None else f"{scale * value:{form}} [{scale * low:{form}}, {scale * high:{form}}]"
 
 
@@ -198,7 +206,10 @@ def effective_radius(profile: Profile, name: str) -> str:
 
 
 def side_by_side(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]:
-    """Heading and a row per experiment: PGD and ensemble under every protocol, and the difference from the standard one, in points."""
+    """Heading and a row per experiment: PGD and ensemble under every protocol, and the difference from the standard one, in points.
+
+    Where a protocol has adaptive attacks: the accuracy after each, and what it alone broke, over all seeds.
+    """
     protocols = profile.evaluation.attack.protocols
     same_norm = {name for name, p in protocols.items() if name != STANDARD and p.norm == protocols[STANDARD].norm}
     shown = [("PGD", name, p) for name, p in protocols.items()]
@@ -207,6 +218,9 @@ def side_by_side(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]
     for kind, name, protocol in shown:
         heads.append(_protocol_heading(profile, kind, name, protocol))
         heads += [f"{name} − standard, {kind}"] if name in same_norm else []
+    adaptive = [(name, attack, p) for name, p in protocols.items() if p.n for attack in p.adaptive_attacks]
+    for name, attack, protocol in adaptive:
+        heads += [f"{name}: ensemble, then {attack} %, n={protocol.n}", f"{name}: broken by {attack} alone"]
     lines = [heads]
     for experiment in profile.experiments:
         line, standard = [experiment], dict[str, Estimate | None]()
@@ -219,6 +233,10 @@ def side_by_side(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]]
             if name in same_norm:
                 reference = standard.get(kind)
                 line.append(f"{100 * (own.value - reference.value):+.1f}" if own and reference else NOT_MEASURED)
+        for name, attack, _ in adaptive:
+            seeds = metrics_of(runs, experiment)
+            after = estimate(seeds, f"{attack}_acc", name)
+            line += [after.percent(), _broken_alone(seeds, name, attack)] if after else [NOT_MEASURED] * 2
         lines.append(line)
     return lines
 
@@ -238,6 +256,12 @@ def head_and_tail(profile: Profile, runs: Sequence[RunResult]) -> list[list[str]
     shown = [i for i in range(len(columns)) if any(row[i] for row in found.values())]
     rows = [[name, *((own.percent() if (own := row[i]) else NOT_MEASURED) for i in shown)] for name, row in found.items()]
     return [["experiment", *(columns[i][0] for i in shown)], *rows] if shown else []
+
+
+def _broken_alone(seeds: Sequence[Mapping[str, Any]], protocol: str, attack: str) -> str:
+    """How many images of all seeds an adaptive attack broke and the ensemble did not, of how many."""
+    alone = [seed[flat_name("alone", attack, protocol)] for seed in seeds]
+    return f"{sum(alone)} of {sum(seed[flat_name('n_attack', protocol=protocol)] for seed in seeds)}"
 
 
 def _protocol_heading(profile: Profile, kind: str, name: str, protocol: ProtocolSettings) -> str:

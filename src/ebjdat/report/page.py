@@ -17,9 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageSequence
 
+from ebjdat import jobs
 from ebjdat.errors import printable
 from ebjdat.files import read_json, read_npz, reading, write_text
-from ebjdat.jobs import measured
 from ebjdat.layout import Layout, place
 from ebjdat.metrics import PANELS, TABLE
 from ebjdat.registry import METHODS, PROTOCOLS
@@ -34,6 +34,7 @@ from ebjdat.report.format import (
     differences,
     head_and_tail,
     header_parts,
+    measured,
     number,
     protocol_note,
     seed_table,
@@ -159,12 +160,15 @@ def write(site: Site, table: pd.DataFrame, out: Path, overrides: Sequence[str] =
         side_by_side=side_by_side(profile, site.runs),
         head_and_tail=head_and_tail(profile, site.runs),
         sweeps=inline.inline(sweep, "sweep", "Accuracy under PGD at growing radii"),
-        commands=[(run, *reproduce(measured(profile, run.experiment), site.run, site.results, run, overrides)) for run in site.runs],
+        commands=[(run, *reproduce(jobs.measured(profile, run.experiment), site.run, site.results, run, overrides)) for run in site.runs],
         extractor=first["frechet_extractor"],
         sample_table=seed_table("samples", "experiment", details),
         energy_table=seed_table("energy", "E(x)", details),
         reliability_table=seed_table("reliability", "experiment", details),
         teacher_table=teacher_table(details),
+        attack_table=measured(seed_table("attack", "experiment", details)),
+        screen_table=measured(seed_table("screen", "experiment", details)),
+        universal_table=measured(seed_table("universal", "experiment", details)),
         ood_missing=first["ood_missing"],
         eps=standard.radius,
     )

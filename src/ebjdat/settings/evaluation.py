@@ -16,6 +16,7 @@ from ebjdat.settings.types import (
     Count,
     CountOrZero,
     EntryName,
+    Epochs,
     Epsilon,
     Few,
     FilePath,
@@ -56,6 +57,14 @@ class EnsembleSettings(Settings):
     range: Literal["unit", "internal"] = "unit"  # pixels of FAB, which clips to [0, 1]; internal: the brighter half
 
 
+class AdaptiveSettings(Settings):
+    """One adaptive attack; registry.ADAPTIVE lists what each reads."""
+
+    steps: Steps = 100  # of each start
+    restarts: Few = 2  # random starts; every other one climbs with the opposite sign of `weight`
+    weight: NotNegative = 1.0  # of the energy beside the cross-entropy; 0: cross-entropy alone
+
+
 class ProtocolSettings(Settings):
     """How robustness is measured; one column of the report."""
 
@@ -70,6 +79,8 @@ class ProtocolSettings(Settings):
     n: Annotated[CountOrZero, AfterValidator(within_test_split)]
     pgd: PGDSettings
     attacks: dict[Annotated[str, known(registry.ATTACKS)], EnsembleSettings]
+    # what attacks those of the first n that the ensemble left; reported beside its figure, which stays what it is
+    adaptive_attacks: dict[Annotated[str, known(registry.ADAPTIVE)], AdaptiveSettings] = Field(default_factory=dict)
 
     @property
     def radius(self) -> float:
@@ -86,8 +97,8 @@ class ProtocolSettings(Settings):
         return self.model_copy(update={"noise": self.noise_on.get(base or "", self.noise), "noise_on": {}})
 
     def keeps(self, preset: Mapping[str, Any]) -> bool:
-        """Whether only what a preset leaves open (eps, n, the step size of PGD) is this protocol's own."""
-        own = self.model_dump(exclude={"like", "eps", "n"})
+        """Whether only what a preset leaves open (eps, n, the step size of PGD, adaptive attacks) is this protocol's own."""
+        own = self.model_dump(exclude={"like", "eps", "n", "adaptive_attacks"})
         del own["pgd"]["step_size"]
         attacks = {name: {**EnsembleSettings().model_dump(), **values} for name, values in preset["attacks"].items()}
         return own == {"noise_on": {}, **preset, "pgd": {"restarts": 1, **preset["pgd"]}, "attacks": attacks}
@@ -103,6 +114,8 @@ class ProtocolSettings(Settings):
             ]
             if unread:
                 raise ValueError(f"attacks.{name} does not read {', '.join(unread)}; it reads {', '.join(reads)}")
+        if self.adaptive_attacks and not self.attacks:
+            raise ValueError("adaptive attacks need an ensemble: they attack what `attacks` left, and there are none")
         return self
 
 
@@ -126,13 +139,16 @@ def over_presets(protocols: Any) -> Any:
     if not isinstance(protocols, Mapping):
         return protocols
     merged = {name: _over_preset(name, entry, registry.PROTOCOLS) for name, entry in protocols.items() if entry is not None}
-    for name, protocol in merged.items():
-        attacks = mapping(mapping(protocol).get("attacks"))
-        for attack in attacks:
-            if attack not in registry.ATTACKS:
-                raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown; {nearest(str(attack), list(registry.ATTACKS))}")
-        if attacks:
-            merged[name] = {**protocol, "attacks": {attack: values for attack, values in attacks.items() if values is not None}}
+    for name in merged:
+        for kind, entries in (("attacks", registry.ATTACKS), ("adaptive_attacks", registry.ADAPTIVE)):
+            attacks = mapping(mapping(merged[name]).get(kind))
+            for attack in attacks:
+                if attack not in entries:
+                    elsewhere = "; it belongs under `adaptive_attacks`" if attack in registry.ADAPTIVE else ""
+                    known_ones = nearest(str(attack), list(entries))
+                    raise ValueError(f"protocol {name!r}: attack {attack!r} is unknown{elsewhere}; {known_ones}")
+            if attacks:
+                merged[name] = {**merged[name], kind: {attack: values for attack, values in attacks.items() if values is not None}}
     return merged
 
 
@@ -157,6 +173,18 @@ class CheckSettings(Settings):
     restarts: Few = 3
 
 
+class UniversalSettings(Settings):
+    """One perturbation for every test image, within the standard protocol's radius, found on validation images."""
+
+    steps: Steps = 100  # sign steps, one batch of validation images each
+
+
+class ScreenSettings(Settings):
+    """Input gradients predicted from features of validation images: a screen, not a measure of robustness."""
+
+    ridge: Positive = 1e-3  # of the regression, in units of a feature's mean square
+
+
 class ReferenceSettings(Settings):
     """A run of the same profile."""
 
@@ -168,6 +196,8 @@ class AttackSettings(Settings):
     protocols: Annotated[dict[ProtocolName, ProtocolSettings], BeforeValidator(over_presets)]
     checks: CheckSettings = CheckSettings()
     transfer: ReferenceSettings | None = ReferenceSettings()  # its adversarial examples are transferred to every other model
+    universal: UniversalSettings | None = None  # None: not measured
+    screen: ScreenSettings | None = None  # None: not run
     search: Literal["fp32", "bf16"] = "fp32"  # precision of the ensemble's search; every verdict is decided in fp32
     seed: RandomSeed = 0
     batch_size: Batch = 250
@@ -249,6 +279,16 @@ def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+class AutoencoderSettings(Settings):
+    """A sparse autoencoder of penultimate features: how badly it reconstructs an image's makes the image suspicious."""
+
+    width: Count = 256  # hidden units
+    sparsity: NotNegative = 1e-3  # weight of the units' mean activity in the loss
+    epochs: Annotated[Epochs, Field(ge=1)] = 60
+    lr: Positive = 3e-3
+    evasion: NotNegative = 1.0  # weight of the reconstruction error in the attack that knows the detector: CE - evasion * error
+
+
 class ReliabilitySettings(Settings):
     """Calibration, and detection of out-of-distribution and of adversarial images."""
 
@@ -256,6 +296,7 @@ class ReliabilitySettings(Settings):
     bins: Annotated[int, Number, Field(ge=1, le=10_000)] = 15  # of the calibration error, equally wide
     ood: Annotated[tuple[Annotated[str, known({AUTO: None, **registry.OOD_SETS})], ...], BeforeValidator(one_or_more)] = (AUTO,)
     ood_path: FilePath | None = None  # set folder: a folder or archive of class folders, as data.path
+    autoencoder: AutoencoderSettings | None = None  # a further detector of adversarial images; None: left out
     seed: RandomSeed = 0
     batch_size: Batch = 250
 

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ebjdat import __version__, codehash
 from ebjdat.data import external
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
+from ebjdat.evaluation import screen, universal
 from ebjdat.evaluation.audit import Audit, audit, write_table
 from ebjdat.evaluation.longtail import accuracies, head_and_tail
 from ebjdat.evaluation.robust import fp32_eval_copy, number_of_classes
@@ -25,8 +27,9 @@ from ebjdat.evaluation.verdicts import pgd_name
 from ebjdat.files import digest, git_commit, write_result
 from ebjdat.jobs import named
 from ebjdat.models.external import external_model
-from ebjdat.models.modes import UnitRange
-from ebjdat.names import flat_name, flat_results
+from ebjdat.models.modes import UnitRange, frozen_parameters
+from ebjdat.models.wrn import WideResNet, features_and_logits
+from ebjdat.names import STANDARD, flat_name, flat_results
 from ebjdat.pixels import unit_from_uint8
 from ebjdat.settings import AttackSettings
 from ebjdat.stages.context import Context, alone
@@ -34,7 +37,7 @@ from ebjdat.stages.evaluation import Task, open_evaluation, state_key
 from ebjdat.training import checkpoint
 
 # Ends of names that averaged weights have, too.
-AVERAGED = ("_correct", "_acc", "_low", "_high", "n_not_finite", "n_not_finite_adversarial")
+AVERAGED = ("_correct", "_acc", "_low", "_high", "_alone", "_alone_share", "n_not_finite", "n_not_finite_adversarial")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def run(context: Context, task: Task) -> None:
             for table, averaged in zip(tables, (False, True), strict=False):
                 of_groups = flat_results(accuracies(table, groups, pgd), averaged)
                 metrics |= {name: value for name, value in of_groups.items() if not averaged or name.endswith(AVERAGED)}
+        metrics |= _with_validation(loaded.network(device), DeviceData(data, "validation", device), (x, y), settings)
         evaluation.metrics = metrics
         evaluation.provenance = _provenance(settings) | {
             "experiment": task.experiment,
@@ -95,14 +99,29 @@ def run(context: Context, task: Task) -> None:
     _print(metrics, settings, task.outputs["out"], task.outputs["verdicts"])
 
 
+def _with_validation(network: WideResNet, validation: DeviceData, test: tuple[Tensor, Tensor], settings: AttackSettings) -> dict[str, Any]:
+    """What is found on validation images and measured on test images, where the settings ask for it."""
+    held_out, radius, found = (validation.unit(), validation.labels), settings.standard.radius, dict[str, Any]()
+    with fp32_eval_copy(UnitRange(network)) as model:
+        if settings.universal:
+            each = universal.measure(model, held_out, test, radius, settings.universal.steps, settings.batch_size, settings.seed)
+            found |= flat_results({STANDARD: each})
+        if settings.screen:
+            both, strength = partial(features_and_logits, network), settings.screen.ridge
+            with frozen_parameters(network, "eval"):
+                found |= screen.measure(both, held_out, test, radius, strength, settings.batch_size, settings.seed)
+    return found
+
+
 def run_external(
     network: ExternalNetwork, data: Images, settings: AttackSettings, device: torch.device, out: Path, verdicts_out: Path
 ) -> None:
     """Evaluate an external network. Writes the same files as for a checkpoint of this project.
 
     State of an interrupted evaluation lies beside `out`. Raises AttackError where the number of class folders is not the
-    network's number of classes, and no file names them.
+    network's number of classes, and no file names them; and for what needs more than a network and test images.
     """
+    _refuse_what_needs_a_profile(settings)
     names = external.class_names(data.classes) if data.classes else None
     model = external_model(network.factory, network.weights, network.key, device)
     other = external_model(network.source, device=device) if network.source else None
@@ -139,6 +158,12 @@ def run_external(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _refuse_what_needs_a_profile(settings: AttackSettings) -> None:
+    for name in ("universal", "screen"):
+        if getattr(settings, name):
+            raise AttackError(f"evaluation.attack.{name} needs validation images, which are not given with --model; set it to null")
+
+
 def _provenance(settings: AttackSettings) -> dict[str, Any]:
     return {"git_commit": git_commit(), "version": __version__, "settings": settings.model_dump()}
 
@@ -153,6 +178,9 @@ def _print(metrics: Mapping[str, Any], settings: AttackSettings, *outputs: Path)
         accuracies = {title: metrics.get(flat_name("acc", attack, name)) for attack, title in attacks.items()}
         parts = [f"{title} {accuracy:.1%}" for title, accuracy in accuracies.items() if accuracy is not None]
         parts[-1] += f" of the first {metrics[flat_name('n_attack', protocol=name)]}" if accuracies["ensemble"] is not None else ""
+        for attack in protocol.adaptive_attacks:
+            if (alone := metrics.get(flat_name("alone", attack, name))) is not None:
+                parts.append(f"then {attack} {metrics[flat_name('acc', attack, name)]:.1%} ({alone} broken by it alone)")
         print(f"{name} ({protocol.norm}, radius {protocol.radius:.4g} in [0, 1]): {', '.join(parts)}", flush=True)
     passed = [check["passed"] for check in metrics["checks"]]
     print(f"integrity checks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not run", flush=True)

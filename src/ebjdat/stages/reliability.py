@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from ebjdat.data.batches import DeviceData
 from ebjdat.errors import AttackError
 from ebjdat.evaluation import calibration, detection, ood, robust
+from ebjdat.evaluation.autoencoder import Detector
 from ebjdat.files import write_atomic, write_npz
 from ebjdat.models.modes import UnitRange
+from ebjdat.models.wrn import WideResNet, features_and_logits
 from ebjdat.progress import Bar
-from ebjdat.settings import AttackSettings
+from ebjdat.settings import AttackSettings, ReliabilitySettings
 from ebjdat.stages.context import Context
 from ebjdat.stages.evaluation import Task, open_evaluation
 
@@ -65,8 +68,11 @@ def run(context: Context, task: Task) -> None:
         }
         own = {**detection.logit_scores(logits), "gradient_norm": detection.gradient_norm(model, x, size)}
         values = {"labels": labels, "logits": logits, **{f"test_{score}": v for score, v in own.items()}}
+        detector = detector_of(model, DeviceData(evaluation.data, "train", evaluation.device), settings)
+        if detector:
+            evaluation.metrics |= detector.errors(x, settings.seed)
         with Bar(f"{evaluation.title}: PGD", len(x) * len(attack.protocols)) as bar:
-            for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar)):
+            for metrics, scores in (out_of_distribution(model, own, others, size), adversarial(model, x, y, attack, size, bar, detector)):
                 evaluation.metrics |= metrics
                 values |= scores
 
@@ -91,8 +97,21 @@ def out_of_distribution(model: nn.Module, own: Scores, others: Mapping[str, Tens
     return metrics, values
 
 
-def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar) -> tuple[Results, Scores]:
-    """Every score of logits on PGD's images under each protocol against the same images without an attack; by their final names."""
+def detector_of(model: UnitRange, train: DeviceData, settings: ReliabilitySettings) -> Detector | None:
+    """The sparse autoencoder that the settings ask for, trained on features of training images."""
+    if not settings.autoencoder:
+        return None
+    assert isinstance(model.network, WideResNet)
+    return Detector.of(partial(features_and_logits, model.network), train.unit(), settings.autoencoder, settings.seed, settings.batch_size)
+
+
+def adversarial(
+    model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, size: int, bar: Bar, detector: Detector | None = None
+) -> tuple[Results, Scores]:
+    """Every score of logits on PGD's images under each protocol against the same images without an attack; by their final names.
+
+    detector: one more, which is also asked about the images of an attack that knows it.
+    """
     metrics: Results = {}
     values: Scores = {}
     for name, protocol in attack.protocols.items():
@@ -106,4 +125,12 @@ def adversarial(model: nn.Module, x: Tensor, y: Tensor, attack: AttackSettings, 
             metrics |= detection.separation(of_clean[score], of_moved[score], f"detect_auroc_{score}_{name}")
             values |= {f"clean_{name}_{score}": of_clean[score], f"adversarial_{name}_{score}": of_moved[score]}
         metrics[f"n_detect_{name}"] = int(finite.sum())
+        if detector:
+            evaded = robust.pgd_examples(model, clean, y, protocol, attack.seed, attack.batch_size, detector.evading_score)
+            sets = {"clean": clean, "adversarial": moved, "evading": evaded}
+            scores = {kind: detector.scores(points) for kind, points in sets.items()}
+            metrics |= detection.separation(scores["clean"], scores["adversarial"], f"detect_auroc_autoencoder_{name}")
+            metrics |= detection.separation(scores["clean"], scores["evading"], f"detect_auroc_evaded_autoencoder_{name}")
+            metrics[f"detect_evaded_acc_{name}"] = float((robust.predictions(model, evaded, size) == y).double().mean())
+            values |= {f"{kind}_{name}_autoencoder": score for kind, score in scores.items()}
     return metrics, values
