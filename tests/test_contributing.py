@@ -111,7 +111,7 @@ def test_a_data_source_is_one_function_one_record_one_test_and_a_profile(copy: C
 
 def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
     edits = ["src/ebjdat/stages/margins.py", "src/ebjdat/jobs.py", "src/ebjdat/cli.py", "workflow/rules/evaluate.smk"]
-    edits += ["src/ebjdat/metrics.py", "src/ebjdat/metrics.py", "tests/stages/test_margins.py"]
+    edits += ["src/ebjdat/metrics/evaluation.py", "src/ebjdat/metrics/evaluation.py", "tests/stages/test_margins.py"]
     assert copy.edits(edits[0], 7) == edits
     plan = copy.run("snakemake", "--dry-run", "--cores", "1", "--nolock")
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
@@ -121,7 +121,7 @@ def test_an_evaluation_stage_is_six_files(copy: Copy) -> None:
 
 
 def test_a_metric_is_three_edits_and_then_in_the_report_mlflow_and_dvc(copy: Copy) -> None:
-    edits = ["src/ebjdat/stages/reliability.py", "src/ebjdat/metrics.py", "tests/stages/test_reliability.py"]
+    edits = ["src/ebjdat/stages/reliability.py", "src/ebjdat/metrics/evaluation.py", "tests/stages/test_reliability.py"]
     assert copy.edits(edits[0], 3) == edits
     (copy.folder / "show.py").write_text(
         "from ebjdat.metrics import HEADLINE, SUMMARY\n"

@@ -1,7 +1,7 @@
 """Names of results. One function makes flat names from nested results, one takes a flat name apart.
 
 A name is `[ema_][<protocol>_][<attack>_]<statistic>`: "released_pgd20_acc". Evaluation makes such names without the table of
-metrics; metrics.py explains them.
+metrics; the package metrics explains them.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Vocabulary:
         lines = [
             "# Names of everything that is measured",
             "",
-            "Made by `ebjdat metrics --markdown` from `src/ebjdat/metrics.py`; change it there. `ebjdat metrics NAME` explains one name,",
+            "Made by `ebjdat metrics --markdown` from `src/ebjdat/metrics/`; change it there. `ebjdat metrics NAME` explains one name,",
             "`ebjdat metrics --json` is for programs. A name means the same in result files, `summary.csv`, DVC, MLflow and the report;",
             "[results-format](results-format.md) says where the files are.",
             "",

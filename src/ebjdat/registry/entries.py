@@ -55,7 +55,7 @@ class Method(Entry):
     selection: the validation score that picks the checkpoint unless the settings choose another.
     bases: presets of BASES that it can use, the first by default. forms: likewise of FORMS.
     defaults: training settings of the method; they override those of its base.
-    logs: what it logs beyond the common cross-entropies, accuracies and energies; metrics.py explains these names.
+    logs: what it logs beyond the common cross-entropies, accuracies and energies; the package metrics explains these names.
     second_order: its loss contains derivatives of the network, which training.compute.compile and .recompute cannot differentiate again.
     control: what has to be worse if the method's claim holds; "" for baselines and controls.
     """

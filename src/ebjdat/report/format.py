@@ -149,7 +149,7 @@ def _number_format(metric: Metric) -> tuple[str, float]:
 
 
 def seed_table(table: str, corner: str, details: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """Heading, then a line per experiment: the columns of metrics.py that name this table, of one seed.
+    """Heading, then a line per experiment: the columns of the metrics that name this table, of one seed.
 
     corner: heading of the experiments. details: experiment -> metrics; the first decides for which places there are columns.
     """

@@ -1,23 +1,34 @@
-"""Every metric once: its name, unit, direction, meaning, sample size, interval, and where it is shown.
-
-Result files, summary.csv, DVC, MLflow and the report use these names; docs/metrics.md is made from this table. A metric is added
-by an entry here, beside the code that computes it and its test.
-"""
+"""Metrics of evaluations: what the stages after a training measure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
-from ebjdat import registry
-from ebjdat.vocabulary import Column, Metric, Vocabulary
+from ebjdat.metrics.parts import (
+    ADAPTIVE,
+    AUTOENCODER,
+    BUFFER,
+    EMA,
+    ENERGY_ATTACKS,
+    ENSEMBLE,
+    FOUND,
+    FOUR,
+    GROUPS,
+    INCEPTION,
+    LONG_TAILED,
+    OOD,
+    REFERENCE,
+    SCREEN,
+    TAUGHT,
+    TEACHING,
+    UNIVERSAL,
+    of,
+)
+from ebjdat.vocabulary import Column, Metric
 
+M = Metric
 # heading -> where these names occur
-STAGES: Mapping[str, str] = {
-    "provenance": "What a result is of, in every file that states it. Text and settings, not measurements.",
-    "training": "`pretrain.json`, `finetune.json`, and the header of checkpoints.",
-    "curve": "`pretrain_curve.csv`, `finetune_curve.csv` and MLflow's curves: a row per epoch. Means over the epoch's batches, in the mode "
-    "the network trains in, unless stated otherwise.",
+HEADINGS: Mapping[str, str] = {
     "attack": "`attack.json`. Names under the protocol `standard` have no prefix, those under any other begin with its name "
     "(`released_autoattack_acc`, `standard_l2_autoattack_acc`); `ema_` in front: the same for averaged weights. Protocols are settings, "
     "`evaluation.attack.protocols`. `released` shows the images with its noise (none on SADA-JEM), at half the radius, and attacks with "
@@ -29,128 +40,12 @@ STAGES: Mapping[str, str] = {
     "teacher": "`teacher.json`, of experiments with a teacher where `evaluation.teacher` names a recipe: the first `n_teaching` training "
     "images, and how the recipe's networks of all seeds fare on them under PGD of `teaching_steps` steps in the standard protocol's ball. "
     "A teacher that is less sure of what is not learned makes better students (arXiv 2605.21999); on the other sets this should not hold.",
-    "report": "`summary.csv` (a row per experiment and seed) and `table.csv` (a row per experiment: means over seeds); also names above.",
-    "bench": "What `ebjdat bench` prints and saves: a training step's speed ([how fast](performance.md)).",
-    "system": "MLflow's system metrics, on the run of each stage: of the whole machine, unless stated otherwise.",
 }
-
-BUFFER = "the method keeps a replay buffer (else null)"
-INCEPTION, REFERENCE = "`frechet_extractor` is `inception` (else null)", "`frechet_extractor` is `reference` (else null)"
-EMA = "training kept averaged weights (`training.ema`)"
-ADVERSARIAL = "the method trains on adversarial neighbours"
-CHAINS = "the method has chains"
-WATCHED = "`training.healing.overfitting` is set, for methods that train on adversarial neighbours"
-ENSEMBLE = "the protocol's ensemble was run (`n` above 0)"
-UNIVERSAL = "`evaluation.attack.universal` is set"
-SCREEN = "`evaluation.attack.screen` is set"
-AUTOENCODER = "`evaluation.reliability.autoencoder` is set"
-FOUND = "there is one (else null)"
-ADAPTIVE = "the protocol's `adaptive_attacks` has the attack, and `n` is above 0"
-SEEDS = "several seeds"
-NAIVE = "`--against naive` (else null)"
-GPU = "there is an NVIDIA GPU and nvidia-ml-py"
-CLEAN = "the method sees clean images"
-FOUR = "at least four samples (else null)"
-OOD = "`evaluation.reliability.ood` has the set"
-ANY_MODEL = "`ebjdat attack --model`"
-TAUGHT = "the experiment has a teacher, and `evaluation.teacher` is set"
-LONG_TAILED = "the profile has `data.imbalance`"
-GROUPS = {"head": "of the largest 20 % of the classes", "tail": "of the smallest 80 % of the classes"}  # by training images
-M = Metric
-# What the energy stage lets PGD climb, beside the attack on cross-entropy (evaluation/energy.py).
-ENERGY_ATTACKS = {
-    "untargeted": "up the cross-entropy",
-    "targeted": "down the cross-entropy of class (y + 1) mod K",
-    "ascent": "up E",
-    "energy_aware": "up CE − E",
-}
-# Sets of training images that the teacher stage compares (evaluation/teaching.py).
-TEACHING = {
-    "unlearned": "that no network of the recipe classifies under PGD",
-    "learned": "that every network of the recipe classifies under PGD",
-    "random": "drawn at random, as many as are not learned",
-    "hardest": "with the largest cross-entropy without an attack, as many as are not learned",
-}
-LOGS = {log: [name for name, row in registry.METHODS.items() if log in row.logs] for row in registry.METHODS.values() for log in row.logs}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _of(stage: str, *entries: Metric) -> tuple[Metric, ...]:
-    return tuple(replace(entry, stage=stage) for entry in entries)
-
 
 # A table, an entry after the other: not one argument a line.
 # fmt: off
-METRICS: tuple[Metric, ...] = (
-    *_of(
-        "provenance",
-        M("experiment", "text", "", "the experiment of the profile", summary=1),
-        M("method", "text", "", "its method, or a pretraining's", summary=2),
-        M("seed", "integer", "", "the run's seed", summary=3),
-        M("data_hash", "hex", "", "hash of the prepared arrays and splits", summary=16),
-        M("params_hash", "hex", "", "hash of everything in the settings that determines the row", summary=15),
-        M("git_commit", "text", "",
-          "commit at which it was measured (`summary.csv`, checkpoints: at which it was trained); `-dirty` when tracked files differed",
-          summary=17, needed=("finetune", "attack", "generate", "energy", "reliability", "teacher")),
-        M("digest", "hex", "", "of everything else in the file, so that a later change of a value is noticed"),
-        M("files", "mapping", "", "name → sha256 of the curves, pictures, arrays and verdicts that its stage wrote beside it"),
-        M("version", "text", "", "version of this package"),
-        M("settings", "settings", "", "what robustness was measured with (`evaluation.attack`, resolved)"),
-        M("not_finite", "list of names", "", "names beside it whose value was NaN or infinite, and is null", "there was one"),
-        M("notes", "list of text", "", "how images were read, where that is not the usual way; what was skipped", ANY_MODEL),
-        M("(model|weights|data)", "text", "", "factory, hash of the tensors, name of the data", ANY_MODEL),
-    ),
-    *_of(
-        "training",
-        M("pretrain_seconds", "seconds", "lower", "wall time of the pretraining's loop; depends on what else the machine does",
-          needed=("pretrain",)),
-        M("finetune_seconds", "seconds", "lower", "wall time of the fine-tuning's loop alone; depends on what else the machine does",
-          needed=("finetune",)),
-        M("epochs", "count", "", "epochs that were trained", needed=("finetune",)),
-        M("selected_epoch", "epoch, from 1", "", "the epoch whose weights were kept; 0: those it began with", needed=("finetune",)),
-        M("selection_score", "fraction", "higher",
-          "validation score that selected: `validation_clean_acc`, `validation_robust_acc` or their mean (`training.selection.score`)"),
-        M("n_train", "count", "", "training images"),
-        M("n_validation", "count", "", "validation images"),
-        M("collapse_epoch", "epoch, from 1", "",
-          "epoch in which training first diverged (a check found a symptom; see [healing](healing.md)); null or empty: never",
-          "training diverged", summary=18),
-        M("recoveries", "count", "lower",
-          "how often training returned to a healthy state and continued with a change; in `table.csv` the sum over seeds",
-          summary=19, dvc=True),
-        M("events", "list of text", "", "each divergence: where, by what symptom, and what was done"),
-    ),
-    *_of(
-        "curve",
-        M("epoch", "epoch, from 1", "", "which epoch"),
-        M("lr", "per step", "", "learning rate of the last step"),
-        M("seconds", "seconds", "lower", "this training so far, validation included; the last is `finetune_seconds` or `pretrain_seconds`"),
-        M("loss", "nats", "lower", "what is minimised, as its method weighs it"),
-        M("ce_clean", "nats", "lower", "cross-entropy of clean images", CLEAN),
-        M("ce_robust", "nats", "lower", "cross-entropy of adversarial neighbours", ADVERSARIAL),
-        *(M(log.name, log.unit, log.better, log.meaning, f"method {_listed(names)}") for log, names in LOGS.items()),
-        M("batch_clean_acc", "fraction", "higher", "accuracy on clean training images", CLEAN),
-        M("batch_robust_acc", "fraction", "higher", "accuracy on their adversarial neighbours", ADVERSARIAL),
-        M("[ema_]validation_clean_acc", "fraction", "higher", "accuracy on validation images after the epoch, eval mode"),
-        M("[ema_]validation_robust_acc", "fraction", "higher",
-          "accuracy on validation images after a 10-step projected gradient on cross-entropy (whether right before or not)",
-          "selection asks for it"),
-        M("[ema_]validation_energy", "nats", "", "mean E(x) of validation images, eval mode"),
-        M("health_energy", "nats", "", "largest |mean energy| of images, chains or neighbours in the last step that was checked"),
-        M("health_gap", "nats", "", "largest |mean E(clean) − mean E(chains or neighbours)|", "the method sees both"),
-        M("health_cross_entropy", "times that of a guess", "lower", "clean cross-entropy over log K"),
-        M("health_saturation", "fraction", "lower",
-          "share of chain pixels at the ends of the range: (chains' − images') / (1 − images'), at least 0", CHAINS),
-        M("health_robust_acc", "fraction", "higher",
-          "accuracy on fixed training images under validation's attack, eval mode", WATCHED),
-        M("health_overfitting", "fraction", "lower", "how far that lies below its best so far", WATCHED),
-        M("health_contrast", "times images'", "", "spread of pixels within a chain", CHAINS),
-        M("health_diversity", "times images'", "", "spread of a pixel across chains", CHAINS),
-    ),
-    *_of(
+EVALUATION: tuple[Metric, ...] = (
+    *of(
         "attack",
         M("[<protocol>_]norm", "text", "", "the ball's norm: `Linf` or `L2`"),
         M("[<protocol>_]eps", "pixels, as the protocol states them", "", "the ball as the protocol states it (`released`: of [−1, 1])"),
@@ -252,7 +147,7 @@ METRICS: tuple[Metric, ...] = (
           "accuracy under PGD at growing radii: [radius in [0, 1] pixels, fraction], of the first `evaluation.attack.checks.n` images",
           needed=("attack",)),
     ),
-    *_of(
+    *of(
         "generate",
         M("[<protocol>_]frechet", "squared distance of features", "lower",
           "Fréchet distance, at least 0; **biased upward in n**, so only distances of the same n compare. Standard: all fresh chains, "
@@ -300,7 +195,7 @@ METRICS: tuple[Metric, ...] = (
           "Fréchet distance of the fresh chains' starts: what the start alone achieves", needed=("generate",)),
         M("ema_frechet", "squared distance of features", "lower", "`frechet` of fresh chains of the averaged weights", EMA),
     ),
-    *_of(
+    *of(
         "energy",
         M("energy_clean", "nats", "", "mean E(x) of test images", needed=("energy",), columns=(Column("energy", "mean clean"),)),
         M("energy_adversarial", "nats", "", "mean E(x̃) of their PGD neighbours under the standard protocol", needed=("energy",),
@@ -332,7 +227,7 @@ METRICS: tuple[Metric, ...] = (
         M("n_energy_clean", "count", "", "test images, and as many PGD neighbours", needed=("energy",)),
         M("n_energy_generated", "count", "", "fresh chains", needed=("energy",)),
     ),
-    *_of(
+    *of(
         "reliability",
         M("ece", "fraction", "lower", "expected calibration error on test images, `ece_bins` bins, as trained", summary=23, dvc=True,
           needed=("reliability",), columns=(Column("reliability", "ECE %"),)),
@@ -381,7 +276,7 @@ METRICS: tuple[Metric, ...] = (
           "features that were each taken from another image", AUTOENCODER),
         M("n_detect_<protocol>", "count", "", "test images, and as many PGD neighbours (also of those that are misclassified anyway)"),
     ),
-    *_of(
+    *of(
         "teacher",
         *(entry for chosen, images in TEACHING.items() for entry in (
             M(f"teacher_entropy_{chosen}", "nats", "", f"mean entropy of the teacher on training images {images}; null: none",
@@ -397,97 +292,5 @@ METRICS: tuple[Metric, ...] = (
         M("n_recipes", "count", "", "networks of the recipe, one per seed", TAUGHT, needed=("teacher",)),
         M("teaching_steps", "count", "", "steps of PGD", TAUGHT),
     ),
-    *_of(
-        "report",
-        M("train_seconds", "seconds", "lower", "`finetune_seconds` plus `pretrain_seconds` of its (shared) pretraining", summary=14,
-          dvc=True, label="train s"),
-        M("seeds", "count", "", "seeds behind a row of `table.csv`"),
-        M("<column>_(low|high)", "as the column", "", "95 % interval: over seeds, or of one seed's count or standard error",
-          "the column has one"),
-        M("<column>_sd", "as the column", "", "standard deviation over seeds", SEEDS),
-        M("<column>_n", "count", "", "examples or samples behind the column", "the column has one"),
-        M("<column>_paper", "as the column", "", "the paper's number", "the profile's data are the paper's"),
-        M("collapses", "count", "lower", "seeds whose training diverged"),
-        M("collapse_epochs", "list of epochs", "", "their `collapse_epoch`, separated by spaces"),
-    ),
-    *_of(
-        "bench",
-        M("images_per_s", "images per second", "higher", "of whole steps, as the training loop takes them: median over `n` timings"),
-        M("ms_per_step", "milliseconds", "lower", "the same, per step"),
-        M("ms", "milliseconds", "lower",
-          "parts, each synchronised, so that they may add up to more than a step: `data` (batch, augmentation, where chains come from), "
-          "`chain`, `adversarial`, `update` (losses, gradients, optimiser)"),
-        M("outside_network", "fraction", "lower",
-          "share of the step that is not a pass through the network: what is left when the passes alone are timed on a fixed batch"),
-        M("flops_per_image", "FLOP", "",
-          "floating-point operations of a step's convolutions and matrix products, counted by torch as it dispatches them, per image"),
-        M("matrix_rate_flops", "FLOP per second", "",
-          "the fastest of some large matrix products and 3×3 convolutions in the step's precision, measured in the same run"),
-        M("matrix_rate_by", "text", "", "which of them was fastest"),
-        M("mfu", "fraction", "higher", "the step's share of that rate"),
-        M("peak_memory_bytes", "bytes", "lower",
-          "GPU: most allocated; CPU: the process's resident memory at its highest (on other systems than Linux: after a step)"),
-        M("naive_images_per_s", "images per second", "", "of a plain implementation of the step, timed in turns with this one", NAIVE),
-        M("speedup", "number", "higher", "the plain implementation's time over this one's: median of the pairs' ratios", NAIVE),
-        M("spread", "as the name", "", "quartiles over the timings, of `images_per_s`, `naive_images_per_s`, `speedup`"),
-        M("n", "count", "", "timings"),
-        M("steps_per_timing", "count", "", "steps of one timing, enough to take half a second"),
-        M("case", "settings", "", "method, network, batch, image shape and every setting of the step"),
-        M("machine", "mapping", "", "what it ran on: device, threads, versions of torch and Python"),
-    ),
-    *_of(
-        "system",
-        M("system/cpu_utilization_percentage", "percent", "", "processors in use"),
-        M("system/system_memory_usage_megabytes", "megabytes", "", "memory in use"),
-        M("system/system_memory_usage_percentage", "percent", "", "memory in use"),
-        M("system/process_cpu_utilization_percentage", "percent of one", "", "processors that the stage's own process has in use"),
-        M("system/process_memory_usage_megabytes", "megabytes", "lower", "resident memory of the stage's own process"),
-        M("system/gpu_<gpu>_utilization_percentage", "percent", "", "how busy the GPU is", GPU),
-        M("system/gpu_<gpu>_memory_usage_(megabytes|percentage)", "megabytes, percent", "", "GPU memory in use", GPU),
-        M("system/gpu_<gpu>_power_usage_watts", "watts", "", "power that the GPU draws", GPU),
-    ),
 )
 # fmt: on
-
-_SUMMARY = {m.summary: (m.plain, m) for m in METRICS} | {m.released: (f"released_{m.plain}", m) for m in METRICS}
-_COLUMNS = tuple(entry for place, entry in sorted(_SUMMARY.items(), key=lambda item: item[0]) if place)
-
-# The contract with other programs: columns of summary.csv, in this order. New ones come at the end.
-SUMMARY = tuple(name for name, _ in _COLUMNS)
-# What DVC shows and compares (`dvc metrics show`), and its bar charts: column of table.csv -> title.
-HEADLINE = tuple(name for name, metric in _COLUMNS if metric.dvc)
-BARS: Mapping[str, str] = {metric.plain: metric.bar for _, metric in _COLUMNS if metric.bar}
-# Columns of the report's main table, each under its plain name; those with a panel in its figure; columns of tables of one seed.
-TABLE = tuple(replace(metric, name=name) for name, metric in _COLUMNS if metric.label and name == metric.plain)
-PANELS = tuple(metric for metric in TABLE if metric.panel)
-COLUMNS = tuple((metric, column) for metric in METRICS for column in metric.columns)
-# Result file -> names that it must have.
-FILES = tuple(dict.fromkeys(file for metric in METRICS for file in metric.needed))
-NEEDED: Mapping[str, tuple[Metric, ...]] = {
-    file: tuple(replace(metric, name=metric.plain) for metric in METRICS if file in metric.needed) for file in FILES
-}
-
-# What `<place>` in a pattern may be. Protocols are settings, so any word may; `describe` takes the real ones.
-PLACES: Mapping[str, tuple[str, Collection[str]]] = {
-    "protocol": ("a protocol of the settings, also your own", ()),
-    "steps": ("a whole number", ()),
-    "gpu": ("a GPU's number, from 0", ()),
-    "attack": ("an attack of the ensemble", tuple(registry.ATTACKS)),
-    "adaptive": ("an adaptive attack, after the ensemble", tuple(registry.ADAPTIVE)),
-    "score": ("an out-of-distribution score", ("energy", "max_probability", "gradient_norm")),
-    "set": ("an out-of-distribution set", tuple(registry.OOD_SETS)),
-    "column": ("a column of the report's main table", tuple(metric.name for metric in TABLE)),
-}
-
-VOCABULARY = Vocabulary(METRICS, PLACES)
-describe, find = VOCABULARY.describe, VOCABULARY.find
-
-
-def sign(name: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where neither is."""
-    return {"higher": 1, "lower": -1, "": 0}[describe(name).better]
-
-
-def markdown() -> str:
-    """docs/metrics.md."""
-    return VOCABULARY.markdown(STAGES, SUMMARY)
