@@ -89,6 +89,14 @@ def test_one_seed_by_mcnemars_test(more: int, outcome: str, tmp_path: Path) -> N
     assert [c.column for c in pairs.with_controls(contest([0], ensemble=0), tmp_path)] == ["clean", "pgd20"]
 
 
+def test_each_of_several_controls_is_compared(tmp_path: Path) -> None:
+    made(tmp_path, [12])
+    verdicts(tmp_path, "jempp", 0, np.arange(N) < 112)
+    profile = load(ROOT / "params/digits.yaml", ["seeds=[0]", "experiments.eb_jdat.control=[pgd_at, jempp]"])
+    found = pairs.with_controls(profile, tmp_path)
+    assert [(c.b, c.outcome) for c in found if c.column == "pgd20"] == [("pgd_at", "better"), ("jempp", "tied")]
+
+
 @pytest.mark.parametrize(("extra", "outcome"), [([10, 12, 14], "better"), ([-10, 12, 14], "tied"), ([-9, -12, -14], "worse")])
 def test_several_seeds_by_students_test(extra: list[int], outcome: str, tmp_path: Path) -> None:
     made(tmp_path, extra)

@@ -54,6 +54,8 @@ def test_shipped_profiles_are_valid(path: Path) -> None:
         ("experiments.jempp.training.weights.examples.name=kl_dro", "is not read by method 'jempp'; it reads smoothing"),
         ("experiments.pgd_at.training.weights.examples={name: term, radius: 2}", "is not read by examples 'term'; it reads tilt"),
         ("experiments.pgd_at.control=pgd_at", "'pgd_at' is not another experiment"),
+        ("experiments.pgd_at.control=[eb_jdat, pdg_at]", "'pdg_at' is not another experiment"),
+        ("experiments.pgd_at.control=[eb_jdat, eb_jdat]", "duplicate control; name each once"),
         ("experiments={twin: {method: pgd_at, pretraining: clean, control: pgd_at}}", "'pgd_at' trains with the same settings"),
         ("training.policy.eps=[15, 3]", "[15, 3] is no range; its first number must not be greater than its second"),
         ("training.policy.iterations=[0, 3]", "greater than or equal to 1"),

@@ -112,9 +112,9 @@ def compared(results: Path, a: str, b: str, seeds: Sequence[int], column: str) -
 
 
 def with_controls(profile: Profile, results: Path) -> list[Comparison]:
-    """Every experiment that names a control (a) against that control (b), under each column that was measured. Raises FileError."""
+    """Every experiment that names controls (a) against each of them (b), under each column that was measured. Raises FileError."""
     columns = [column for column in COLUMNS if column != "autoattack" or profile.evaluation.attack.standard.n]
-    pairs = [(name, entry.control) for name, entry in profile.experiments.items() if entry.control]
+    pairs = [(name, control) for name, entry in profile.experiments.items() for control in entry.control]
     return [compared(results, name, control, profile.seeds, column) for name, control in pairs for column in columns]
 
 

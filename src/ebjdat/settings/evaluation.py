@@ -33,6 +33,7 @@ from ebjdat.settings.types import (
     mapping,
     merge,
     nearest,
+    one_or_more,
 )
 
 BINARY = "standard_binary"  # its substitute for two or three classes
@@ -273,10 +274,6 @@ class GenerateSettings(Settings):
 class EnergySettings(Settings):
     n: Annotated[TwoOrMore | None, AfterValidator(within_test_split)] = None  # first n test images; None: all
     batch_size: Batch = 250
-
-
-def one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
 
 
 class AutoencoderSettings(Settings):

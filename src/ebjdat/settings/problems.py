@@ -12,7 +12,7 @@ from ebjdat import registry
 from ebjdat.settings.evaluation import Evaluation, ReferenceSettings
 from ebjdat.settings.profile import ProfileFile
 from ebjdat.settings.training import BudgetSettings, ChainSettings, ExampleWeights, UpdateSettings
-from ebjdat.settings.types import mapping, merge, nearest, section, shown
+from ebjdat.settings.types import mapping, merge, nearest, one_or_more, section, shown
 
 Where = tuple[str | int, ...]
 Problem = tuple[Where, str]
@@ -199,11 +199,16 @@ def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Prob
     """Controls that are no other experiment of the profile, or train as the experiment itself does."""
     entries = _entries(raw, "experiments")
     for name, entry in entries.items():
-        others = [other for other in entries if other != name]
-        if isinstance(entry.get("control"), str) and entry["control"] not in others:
-            yield ("experiments", name, "control"), f"{entry['control']!r} is not another experiment; {nearest(entry['control'], others)}"
-        elif entry.get("control") is not None and _trained(whole, name) == _trained(whole, entry["control"]):
-            yield ("experiments", name, "control"), f"{entry['control']!r} trains with the same settings; a control differs in what matters"
+        others, where = [other for other in entries if other != name], ("experiments", name, "control")
+        named = one_or_more(entry.get("control"))
+        controls = [control for control in named if isinstance(control, str)] if isinstance(named, list | tuple) else []
+        for control in controls:
+            if control not in others:
+                yield where, f"{control!r} is not another experiment; {nearest(control, others)}"
+            elif _trained(whole, name) == _trained(whole, control):
+                yield where, f"{control!r} trains with the same settings; a control differs in what matters"
+        if len(set(controls)) < len(controls):
+            yield where, "duplicate control; name each once"
 
 
 def _teachers(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ebjdat import registry
 from ebjdat.files import digest
 from ebjdat.settings.data import DataSettings
 from ebjdat.settings.evaluation import AttackSettings, Evaluation
 from ebjdat.settings.training import ModelSettings, TrainingSettings
-from ebjdat.settings.types import EntryName, Epochs, Few, Positive, RandomSeed, Settings, known, mapping, merge
+from ebjdat.settings.types import EntryName, Epochs, Few, Positive, RandomSeed, Settings, known, mapping, merge, one_or_more
 
 OF_TRAINING = ("model", "pretraining", "method", "training", "teacher")  # what an experiment's checkpoint is made from, beside data
 RESERVED = "pretraining"  # results/<profile>/pretraining holds the shared pretrainings
@@ -75,7 +75,8 @@ class ExperimentSettings(MethodSettings):
     method: Annotated[str, known(registry.METHODS)]
     pretraining: str
     note: str | None = None  # shown in the report
-    control: str | None = None  # the experiment that it has to beat, which differs only in what the method claims to matter
+    # experiments that it has to beat, each of which differs only in what the method claims to matter
+    control: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = ()
 
 
 class Runtime(Settings):
@@ -135,7 +136,7 @@ class Pretraining:
 class Experiment:
     """An experiment with everything that it inherits.
 
-    pretraining: name of the one it starts from. control: of the experiment that it has to beat. own: the training settings that it
+    pretraining: name of the one it starts from. control: of the experiments that it has to beat. own: the training settings that it
     states itself.
     resolved: all settings that determine its results, except the seed.
     """
@@ -145,7 +146,7 @@ class Experiment:
     form: str | None
     pretraining: str
     note: str | None
-    control: str | None
+    control: tuple[str, ...]
     own: Mapping[str, Any]
     model: ModelSettings
     training: TrainingSettings

@@ -63,6 +63,11 @@ def one_printable_line(value: str) -> str:
     return value
 
 
+def one_or_more(value: Any) -> Any:
+    """A single name where a list of names may stand; null: none."""
+    return (value,) if isinstance(value, str) else () if value is None else value
+
+
 def unlike_other_results(protocol: str) -> str:
     """A protocol's name is part of names of results: it must not look like averaged weights' or like an interval's end."""
     if f"{protocol}_".startswith(AVERAGED) or protocol.endswith(("_low", "_high")):
