@@ -132,7 +132,10 @@ def paper_numbers(profile: Profile, experiment: str) -> dict[str, float]:
         return {}
     everything = yaml.safe_load(resources.files("ebjdat.report").joinpath("paper.yaml").read_text(encoding="utf-8"))
     entry, settings = profile.experiments[experiment], profile.training_settings(experiment)
-    rows: dict[str, dict[str, float]] = {row["method"]: row for row in everything[profile.report.paper]["rows"]}
+    with_awp = settings.update.name == "awp"
+    rows: dict[str, dict[str, float]] = {
+        row["method"]: row for row in everything[profile.report.paper]["rows"] if (row.get("update") == "awp") == with_awp
+    }
     name = entry.form
     if name is None:
         return rows.get(entry.method, {})
