@@ -94,7 +94,7 @@ def test_formatting_makes_nothing_out_of_date(changed: Changed) -> None:
     def narrow(text: str) -> str:
         command = [str(Path(sys.executable).parent / "ruff"), "format", "--isolated", "--line-length", "50", "-"]
         formatted = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
-        assert formatted != text or text.count("\n") < 10
+        assert formatted != text or text.count("\n") < 10 or "# fmt: off" in text
         return formatted
 
     assert changed(None, narrow) == set()
