@@ -74,9 +74,9 @@ class Evidence:
         return None
 
     def of_family(self, family: Family) -> list[str]:
-        """The first experiment of each method of a family, in the registry's order."""
-        found = (self.find(name) for name, method in METHODS.items() if method.family == family)
-        return [name for name in found if name]
+        """Every experiment whose method is of a family, in the registry's order: the first is the plainest."""
+        methods = [method for method, row in METHODS.items() if row.family == family]
+        return [name for method in methods for name, entry in self.profile.experiments.items() if entry.method == method]
 
     def first(self, *families: Family) -> str | None:
         """The first experiment of the first of these families that the profile has."""
