@@ -358,7 +358,6 @@ STAGES: Mapping[str, Stage] = {
         _teacher,
         _teacher_inputs,
         lambda layout, job: _results(layout, job, values="teacher.npz"),
-        VALIDATION,
         needs=lambda profile, name: profile.evaluation.teacher is not None and profile.training_settings(name).teacher is not None,
     ),
     "report": Stage(

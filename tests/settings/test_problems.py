@@ -87,7 +87,7 @@ def test_all_problems_at_once_with_file_key_path_and_what_is_allowed(raw: dict[s
         (
             "pretraining.clean",
             {"method": "ard", "training": student("pgd_at")["training"]},
-            "pretraining.clean.training.teacher.experiment: a pretraining is trained before every experiment",
+            "pretraining.clean.training.teacher: a pretraining has no teacher",
         ),
         # what others inherit is reported where it is stated, and nowhere else
         ("training.batch_size", 5000, "training.batch_size: 5000 is larger than the training split (1170 images)"),

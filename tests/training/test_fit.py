@@ -12,6 +12,7 @@ import torch
 from ebjdat.data.batches import DeviceData
 from ebjdat.data.prepared import Prepared
 from ebjdat.errors import DataError
+from ebjdat.models.weights import ModelError
 from ebjdat.models.wrn import build
 from ebjdat.settings import ModelSettings, TrainingSettings
 from ebjdat.training import checkpoint
@@ -90,6 +91,11 @@ def test_a_teacher_of_other_images_or_classes_is_refused(digits: Prepared, tmp_p
         settings = changed(METHODS.training_settings("ard"), epochs=1, teacher={"model": f"foreign:{model}", "experiment": None})
         with pytest.raises(TrainingError, match=problem):
             train_checkpoint("ard", MODEL, settings, digits, tmp_path / "x.safetensors")
+    lost = {"model": "foreign:flat", "experiment": None, "weights": "lost.pt"}  # not trained on as it is without them
+    with pytest.raises(ModelError, match=r"lost\.pt"):
+        train_checkpoint("ard", MODEL, changed(METHODS.training_settings("ard"), teacher=lost), digits, tmp_path / "x.safetensors")
+    with pytest.raises(TrainingError, match="the checkpoint of trades is needed; give it with --teacher"):
+        train_checkpoint("ard", MODEL, METHODS.training_settings("ard"), digits, tmp_path / "x.safetensors")
     other, start = replace(digits, data_hash="other"), tmp_path / "other.safetensors"
     train_checkpoint("classifier", MODEL, changed(METHODS.training_settings("pgd_at"), epochs=0), other, start)
     with pytest.raises(CheckpointError, match="data"):

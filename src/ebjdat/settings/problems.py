@@ -214,17 +214,16 @@ def _controls(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Prob
 def _teachers(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
     """Teachers that are no other experiment of the profile, or learn from their own students."""
 
-    def teacher_of(kind: str, name: str) -> Any:
-        return section(mapping(mapping(whole.get(kind)).get(name)), "training.teacher.experiment")
+    def teacher_of(name: str) -> Any:
+        return section(mapping(mapping(whole.get("experiments")).get(name)), "training.teacher.experiment")
 
-    for name in _entries(raw, "pretraining"):
-        if isinstance(teacher_of("pretraining", name), str):
-            where: Where = ("pretraining", name, "training", "teacher", "experiment")
-            yield where, "a pretraining is trained before every experiment; only a `model` can teach it"
+    for name, entry in _entries(raw, "pretraining").items():
+        if section(entry, "training.teacher"):
+            yield ("pretraining", name, "training", "teacher"), "a pretraining has no teacher; distil in an experiment"
     entries = _entries(raw, "experiments")
     for name in entries:
         where, line = ("experiments", name, "training", "teacher"), [name]
-        teacher = teacher_of("experiments", name)
+        teacher = teacher_of(name)
         if not isinstance(teacher, str):
             continue
         others = [other for other in entries if other != name]
@@ -232,7 +231,7 @@ def _teachers(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Prob
             yield (*where, "experiment"), f"{teacher!r} is not another experiment; {nearest(teacher, others)}"
         while isinstance(teacher, str) and teacher in entries and teacher not in line:
             line.append(teacher)
-            teacher = teacher_of("experiments", teacher)
+            teacher = teacher_of(teacher)
         if teacher == name and len(line) > 1:
             yield (*where, "experiment"), f"experiments teach each other in a circle: {', '.join(line)}"
         seed, seeds = section(whole["experiments"][name], "training.teacher.seed"), raw.get("seeds")

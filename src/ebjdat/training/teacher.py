@@ -26,17 +26,19 @@ class Teacher:
 
     @classmethod
     def load(cls, settings: TeacherSettings, file: Path | None, data: Prepared, device: torch.device) -> Teacher:
-        """The network that the settings name. file: a checkpoint of this project, or the external network's weights.
+        """The network that the settings name. file: the checkpoint of the experiment; an external network's weights, those of the settings.
 
         Raises CheckpointError for a checkpoint of other data, ModelError for a network that cannot be made, TrainingError for one that
-        does not classify these images into these classes.
+        does not classify these images into these classes, and where the checkpoint is not given.
         """
         network: nn.Module
         if settings.model is None:
-            assert file is not None
+            if file is None:
+                raise TrainingError(f"training.teacher: the checkpoint of {settings.experiment} is needed; give it with --teacher")
             network = checkpoint.load(file, data_hash=data.data_hash, image_shape=data.image_shape, classes=data.classes).network(device)
         else:
-            network = InternalRange(external_model(settings.model, file, settings.weights_key, device)).eval()
+            named = Path(settings.weights) if settings.weights else None  # a missing file is refused, not left out
+            network = InternalRange(external_model(settings.model, file or named, settings.weights_key, device)).eval()
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         name = settings.model or settings.experiment
