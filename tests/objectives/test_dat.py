@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebjdat.data import made
 from ebjdat.data.batches import Batch, DeviceData
@@ -19,21 +19,11 @@ from ebjdat.objectives.sampling import SamplingState
 from ebjdat.objectives.terms import Terms
 from ebjdat.pixels import internal_from_unit, unit_from_internal
 from ebjdat.settings import ContrastSettings, TrainingSettings, WeightSettings
+from tests.networks import Table
 from tests.training.conftest import METHODS, changed
 
 SETTINGS = METHODS.training_settings("dat")
 CPU = torch.device("cpu")
-
-
-class Table(nn.Module):
-    """Looks logits up: an image is the number of its row."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows[x.long()]
 
 
 @pytest.fixture

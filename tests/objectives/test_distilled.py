@@ -17,6 +17,7 @@ from ebjdat.objectives.sampling import SamplingState, neighbours
 from ebjdat.objectives.terms import Terms
 from ebjdat.samplers import pgd
 from ebjdat.settings import AdversarySettings, TrainingSettings, WeightSettings
+from tests.networks import Table
 from tests.training.conftest import METHODS, changed
 
 K, B = 5, 6
@@ -25,20 +26,9 @@ Loss = Callable[..., Terms]
 LOSSES: list[Loss] = [distilled.ard, distilled.rslad, distilled.iad, distilled.adaad]
 
 
-class Rows(nn.Module):
-    """Looks logits up: an "image" is the number of its row; the first B rows are of clean images, the others of adversarial ones."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits[x.long()]
-
-
 @pytest.fixture
-def student(rng: torch.Generator) -> Rows:
-    return Rows(torch.randn(2 * B, K, generator=rng))
+def student(rng: torch.Generator) -> Table:
+    return Table(torch.randn(2 * B, K, generator=rng))
 
 
 @pytest.fixture
@@ -58,8 +48,8 @@ def kl(p: Tensor, q: Tensor) -> float:
     return sum(a * math.log(a / b) for one, other in rows for a, b in zip(one, other, strict=True)) / len(p)
 
 
-def test_losses_by_hand(student: Rows, teacher: Tensor) -> None:
-    clean, adversarial = student.logits.detach().split(B)
+def test_losses_by_hand(student: Table, teacher: Tensor) -> None:
+    clean, adversarial = student.rows.detach().split(B)
     at_x, at_moved = teacher.split(B)
     ce = -sum(math.log(row.softmax(0)[y]) for row, y in zip(clean, Y, strict=True)) / B
     expected = {
@@ -76,36 +66,36 @@ def test_losses_by_hand(student: Rows, teacher: Tensor) -> None:
 def test_a_student_that_is_its_teacher_and_not_attacked_has_nothing_to_learn(loss: Loss, rng: torch.Generator) -> None:
     """(METHODS: T = S and x~ = x give 0.) Tolerance: single precision."""
     logits = torch.randn(B, K, generator=rng).repeat(2, 1)
-    student = Rows(logits.clone())
+    student = Table(logits.clone())
     terms = of(loss, student, logits, temperature=4.0)
-    (gradient,) = torch.autograd.grad(terms.loss, student.logits)
+    (gradient,) = torch.autograd.grad(terms.loss, student.rows)
     assert float(terms.loss.detach()) == pytest.approx(0, abs=1e-6)
     assert gradient.abs().max() < 1e-6
 
 
-def test_a_teacher_that_is_certain_of_the_labels_is_adversarial_training(student: Rows) -> None:
+def test_a_teacher_that_is_certain_of_the_labels_is_adversarial_training(student: Table) -> None:
     """KL from a one-hot distribution is the cross-entropy. Gradients too."""
     certain = 60 * F.one_hot(Y, K).float().repeat(2, 1)
     x = torch.arange(B)
     by_labels = recipes.pgd_at(student, Batch(x, x, Y), {"adversarial": torch.arange(B, 2 * B)}, WeightSettings())
-    (expected,) = torch.autograd.grad(by_labels.loss, student.logits)
+    (expected,) = torch.autograd.grad(by_labels.loss, student.rows)
     for loss in (distilled.ard, distilled.adaad):
         terms = of(loss, student, certain)
-        (gradient,) = torch.autograd.grad(terms.loss, student.logits)
+        (gradient,) = torch.autograd.grad(terms.loss, student.rows)
         assert float(terms.loss.detach()) == pytest.approx(float(by_labels.loss.detach()), rel=1e-5)
         assert torch.allclose(gradient, expected, atol=1e-6)
 
 
-def test_a_trusted_teacher_makes_iad_ard(student: Rows, teacher: Tensor) -> None:
+def test_a_trusted_teacher_makes_iad_ard(student: Table, teacher: Tensor) -> None:
     assert float(of(distilled.iad, student, teacher, trust=1.0).loss) == pytest.approx(
         float(of(distilled.ard, student, teacher).loss), 1e-6
     )
 
 
-def test_at_a_high_temperature_ard_matches_logits(student: Rows, teacher: Tensor) -> None:
+def test_at_a_high_temperature_ard_matches_logits(student: Table, teacher: Tensor) -> None:
     """t^2 KL -> half the mean square of the centred difference of logits. In double precision, to 1 % at t = 1000."""
-    double, logits = Rows(student.logits.detach().double()), teacher.double()
-    d = logits[:B] - double.logits.detach()[B:]
+    double, logits = Table(student.rows.detach().double()), teacher.double()
+    d = logits[:B] - double.rows.detach()[B:]
     expected = float((d - d.mean(1, keepdim=True)).square().mean() / 2)
     assert float(of(distilled.ard, double, logits, temperature=1000.0).loss) == pytest.approx(expected, rel=1e-2)
 

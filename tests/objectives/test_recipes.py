@@ -16,18 +16,7 @@ from ebjdat.objectives import recipes
 from ebjdat.objectives.terms import Terms
 from ebjdat.settings import TrainingSettings, WeightSettings, load
 from tests.conftest import ROOT
-
-
-class Table(nn.Module):
-    """Looks logits up: an "image" is the number of its row. So every logit of a loss can be chosen."""
-
-    def __init__(self, rows: list[list[float]]) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.tensor(rows))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows[x.long()]
-
+from tests.networks import Table
 
 CLEAN, DENSITY, NEGATIVE, ADVERSARIAL = [1.0, 3.0], [0.5, 2.0], [2.0, 2.0], [1.5, 0.5]
 

@@ -85,6 +85,13 @@ def test_check_reports_all_that_is_wrong_at_once(tmp_path: Path) -> None:
     assert f"evaluation.reliability.ood_path: {tmp_path}/gone is not here" in done.stderr
 
 
+def test_a_teachers_weights_must_exist_before_anything_trains(tmp_path: Path) -> None:
+    student = f"{{method: ard, pretraining: clean, training: {{teacher: {{model: 'a:b', weights: {tmp_path}/gone.pt}}}}}}"
+    gone = rf"experiments\.s\.training\.teacher\.weights: {tmp_path}/gone\.pt is not here; put the teacher's weights there"
+    with pytest.raises(ParamsError, match=gone):
+        prepare.run(load(DIGITS, [f"experiments.s={student}"]), tmp_path / "data.npz", tmp_path / "card.json")
+
+
 @pytest.mark.parametrize(
     ("key", "more"), [("generate.inception_weights", ["evaluation.generate.extractor=inception"]), ("reliability.ood_path", [])]
 )

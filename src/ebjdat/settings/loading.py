@@ -163,6 +163,9 @@ def named_files(profile: Profile) -> Iterator[Named]:
         if source in registry.SOURCES and (file := registry.SOURCES[source].downloads):
             fetched = f"is not here yet; {source} is downloaded to data.root when it is read"
             yield _named(key, Path(data.root, file), False, fetched)
+    teachers = {name: entry.training.teacher for name, entry in profile.experiments.items()}
+    for name, weights in [(name, teacher.weights) for name, teacher in teachers.items() if teacher and teacher.weights]:
+        yield _named(f"experiments.{name}.training.teacher.weights", weights, True, "is not here; put the teacher's weights there")
     if path := reliability.ood_path:
         yield _named("evaluation.reliability.ood_path", path, True, "is not here; put the folder or archive there")
     if (path := generate.inception_weights) and generate.extractor != "reference":

@@ -215,10 +215,10 @@ def _teachers(raw: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Prob
     """Teachers that are no other experiment of the profile, or learn from their own students."""
 
     def teacher_of(name: str) -> Any:
-        return section(mapping(mapping(whole.get("experiments")).get(name)), "training.teacher.experiment")
+        return section(whole["experiments"][name], "training.teacher.experiment")
 
-    for name, entry in _entries(raw, "pretraining").items():
-        if section(entry, "training.teacher"):
+    for name in _entries(raw, "pretraining"):
+        if section(whole["pretraining"][name], "training.teacher"):
             yield ("pretraining", name, "training", "teacher"), "a pretraining has no teacher; distil in an experiment"
     entries = _entries(raw, "experiments")
     for name in entries:
